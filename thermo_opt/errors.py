@@ -1,0 +1,8 @@
+"""The one exception users meet: a sentence naming the file or argument and the remedy."""
+
+
+class InputError(ValueError):
+    """Something the caller gave (a file, an argument, a run) can't be used; the message says what and what to do.
+
+    The command line prints the message alone and exits with status 2; any other exception is our bug (status 1).
+    """
