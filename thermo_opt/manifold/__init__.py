@@ -1,0 +1,19 @@
+"""Predictive distributions: Fisher-Rao distances, the universal frontier, closed forms, maps of trajectories."""
+
+from thermo_opt.manifold.frontier import frontier_distance, log_frontier_distance
+from thermo_opt.manifold.maps import trajectory_map
+from thermo_opt.manifold.predictive import LIKELIHOODS, Move, Point, chi_squared, embed, fisher_rao, move, row_distances
+
+__all__ = [
+    "LIKELIHOODS",
+    "Move",
+    "Point",
+    "chi_squared",
+    "embed",
+    "fisher_rao",
+    "frontier_distance",
+    "log_frontier_distance",
+    "move",
+    "row_distances",
+    "trajectory_map",
+]
