@@ -1,0 +1,54 @@
+"""The Fisher metric of a model on a batch, as an operator (THEORY §1, §3, §5, §7).
+
+    metric = thermo_opt.fisher.make("exact", model, (x, y), likelihood="categorical", damping=1e-3)
+    metric.matvec(v); metric.quadratic(v); metric.solve(g); metric.dual_norm(g); metric.split(g); metric.diagnostics()
+
+v and g are lists of tensors aligned with the model's trainable parameters.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from thermo_opt.errors import InputError
+from thermo_opt.fisher.likelihoods import Likelihood
+from thermo_opt.fisher.metric import Bracket, Metric
+from thermo_opt.fisher.predictor import Batch, Predictor, gradient, kl, loss
+
+KINDS: dict[str, str] = {
+    "exact": "thermo_opt.fisher.exact:exact",
+    "empirical": "thermo_opt.fisher.empirical:empirical",
+    "diagonal": "thermo_opt.fisher.diagonal:diagonal",
+    "low-rank": "thermo_opt.fisher.low_rank:low_rank",
+    "dense": "thermo_opt.fisher.dense:dense",
+}
+"""Every kind of metric and where its builder lives, called as builder(model, batch, likelihood=…, damping=…, **options)."""
+
+__all__ = ["KINDS", "Batch", "Bracket", "Likelihood", "Metric", "Predictor", "gradient", "kl", "loss", "make"]
+
+
+def make(
+    kind: str,
+    model: nn.Module,
+    batch: Any,
+    likelihood: str | Likelihood = "categorical",
+    damping: float = 0.0,
+    **options: Any,
+) -> Metric:
+    """A metric of this kind (a key of `KINDS`) at the model's parameters on ``batch`` = (inputs, targets).
+
+    ``damping`` is λ of F_λ = F + λI, used alike in every method. Options shared by the kinds that differentiate the model:
+    ``parameters`` (a mapping name → tensor: evaluate at these recorded weights), ``sigma2`` (Gaussian variance) and
+    ``microbatch`` (most examples processed at once). Raises `InputError` for an unknown kind and for a batch that
+    disagrees with the likelihood.
+    """
+    if kind not in KINDS:
+        raise InputError(f"metric kind {kind!r} is not one of {', '.join(KINDS)}")
+    module, name = KINDS[kind].split(":")
+    metric: Metric = getattr(import_module(module), name)(
+        model, batch, likelihood=likelihood, damping=damping, **options
+    )
+    return metric

@@ -1,0 +1,280 @@
+"""Output distributions p(y | f): their negative log-likelihood and Fisher matrix Λ in the outputs f (THEORY §1).
+
+Outputs f are (n, c) or, for sequences, (n, t, c): one *prediction* per leading index, the distribution's parameters along
+the last axis; (n,) is read as (n, 1) where a single number describes the distribution. All results are in nats per prediction.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from thermo_opt.errors import InputError
+
+IGNORED = -100
+"""Target value that marks a prediction as not counted (categorical outputs), as in ``torch.nn.functional.cross_entropy``."""
+
+
+class Likelihood(ABC):
+    """One output family. Methods act prediction by prediction; none divides by the number of predictions."""
+
+    name: str = ""
+
+    def outputs(self, f: Tensor) -> Tensor:
+        """Outputs as (..., c); raises `InputError` for shapes this family can't read."""
+        if f.dim() == 0 or not f.is_floating_point():
+            raise InputError(
+                f"the {self.name} likelihood needs floating-point outputs (n, c) or (n, t, c), got {_what(f)}"
+            )
+        return f.unsqueeze(-1) if f.dim() == 1 else f
+
+    def targets(self, f: Tensor, y: Tensor) -> Tensor:
+        """Targets in the shape of the outputs (..., c); raises `InputError` on disagreement."""
+        if y.dim() == f.dim() - 1 and f.shape[-1] == 1:
+            y = y.unsqueeze(-1)
+        if y.shape != f.shape:
+            raise InputError(
+                f"the {self.name} likelihood needs targets of the outputs' shape {tuple(f.shape)}, got {tuple(y.shape)}"
+            )
+        return self._support(y.to(f.dtype))
+
+    def _support(self, y: Tensor) -> Tensor:
+        if not bool(torch.isfinite(y).all()):
+            raise InputError("the targets hold NaN or infinity; remove those examples")
+        return y
+
+    def mask(self, y: Tensor) -> Tensor | None:
+        """Which predictions count, a bool tensor of the leading shape; None when all do."""
+        return None
+
+    @abstractmethod
+    def nll(self, f: Tensor, y: Tensor) -> Tensor:
+        """−log p(y | f), leading shape; 0 where the prediction isn't counted."""
+
+    @abstractmethod
+    def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        """∂(−log p(y | f))/∂f, shape of f; 0 where the prediction isn't counted."""
+
+    @abstractmethod
+    def product(self, f: Tensor, u: Tensor) -> Tensor:
+        """Λ(f) u, shape of f."""
+
+    @abstractmethod
+    def factor(self, f: Tensor) -> Tensor:
+        """B(f) of shape (..., c, c) with B Bᵀ = Λ(f)."""
+
+    @abstractmethod
+    def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Targets drawn from the model's own p(y | f), valid for `residual`."""
+
+    @abstractmethod
+    def kl(self, f: Tensor, other: Tensor) -> Tensor:
+        """KL(p_f ‖ p_other), leading shape."""
+
+    @abstractmethod
+    def chi_squared(self, f: Tensor, y: Tensor) -> Tensor:
+        """rᵀΛ⁺r with r the residual, leading shape: its mean bounds Δ = gᵀF⁺g from above on the same batch (THEORY §5)."""
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class Categorical(Likelihood):
+    """Softmax over the last axis; f are logits, y class indices (leading shape), `IGNORED` not counted. Λ = diag(p) − ppᵀ."""
+
+    name = "categorical"
+
+    def outputs(self, f: Tensor) -> Tensor:
+        if f.dim() < 2 or not f.is_floating_point():
+            raise InputError(f"the categorical likelihood needs logits (n, c) or (n, t, c), got {_what(f)}")
+        if f.shape[-1] < 2:
+            raise InputError(
+                "the categorical likelihood needs at least two classes; for one logit use likelihood='bernoulli'"
+            )
+        values = f.detach()
+        if bool((values >= 0).all()) and bool(((values.sum(-1) - 1).abs() < 1e-3).all()):
+            warnings.warn(
+                "the outputs look like probabilities (non-negative, rows sum to one); give logits, that is remove the softmax",
+                stacklevel=2,
+            )
+        return f
+
+    def targets(self, f: Tensor, y: Tensor) -> Tensor:
+        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+            raise InputError(f"the categorical likelihood needs integer class targets, got {y.dtype}")
+        if y.shape != f.shape[:-1]:
+            raise InputError(
+                f"class targets must have shape {tuple(f.shape[:-1])} for outputs {tuple(f.shape)}, got {tuple(y.shape)}"
+            )
+        y = y.long()
+        counted = y[y != IGNORED]
+        if counted.numel() == 0:
+            raise InputError("every target is ignored (−100): there is nothing to predict")
+        if int(counted.min()) < 0 or int(counted.max()) >= f.shape[-1]:
+            raise InputError(
+                f"class targets must lie in 0 … {f.shape[-1] - 1} (or be −100), got {int(counted.min())} … {int(counted.max())}"
+            )
+        return y
+
+    def mask(self, y: Tensor) -> Tensor | None:
+        counted = y != IGNORED
+        return None if bool(counted.all()) else counted
+
+    def nll(self, f: Tensor, y: Tensor) -> Tensor:
+        flat = functional.cross_entropy(
+            f.reshape(-1, f.shape[-1]), y.reshape(-1), ignore_index=IGNORED, reduction="none"
+        )
+        return flat.view(y.shape)
+
+    def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        counted = (y != IGNORED).unsqueeze(-1)
+        one_hot = torch.zeros_like(f).scatter_(-1, y.clamp_min(0).unsqueeze(-1), 1.0)
+        return torch.where(counted, f.softmax(-1) - one_hot, 0.0)
+
+    def product(self, f: Tensor, u: Tensor) -> Tensor:
+        p = f.softmax(-1)
+        pu = p * u
+        return pu - p * pu.sum(-1, keepdim=True)
+
+    def factor(self, f: Tensor) -> Tensor:
+        # Column y is √p_y (e_y − p): the score of class y weighted by the square root of its probability.
+        p = f.softmax(-1)
+        return (torch.eye(f.shape[-1], dtype=f.dtype, device=f.device) - p.unsqueeze(-1)) * p.sqrt().unsqueeze(-2)
+
+    def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        p = f.detach().softmax(-1)
+        return torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).view(p.shape[:-1])
+
+    def kl(self, f: Tensor, other: Tensor) -> Tensor:
+        log_p, log_q = f.log_softmax(-1), other.log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    def chi_squared(self, f: Tensor, y: Tensor) -> Tensor:
+        nll = self.nll(f, y)
+        return torch.where(y != IGNORED, torch.expm1(nll), 0.0)
+
+
+class Bernoulli(Likelihood):
+    """Independent binary outcomes; f are logits (..., c), y in [0, 1] of the same shape. Λ = diag(p(1−p))."""
+
+    name = "bernoulli"
+
+    def _support(self, y: Tensor) -> Tensor:
+        y = super()._support(y)
+        if bool(((y < 0) | (y > 1)).any()):
+            raise InputError("the Bernoulli likelihood needs targets between 0 and 1")
+        return y
+
+    def nll(self, f: Tensor, y: Tensor) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(f, y, reduction="none").sum(-1)
+
+    def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        return f.sigmoid() - y
+
+    def product(self, f: Tensor, u: Tensor) -> Tensor:
+        return f.sigmoid() * (-f).sigmoid() * u
+
+    def factor(self, f: Tensor) -> Tensor:
+        return torch.diag_embed((f.sigmoid() * (-f).sigmoid()).sqrt())
+
+    def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.bernoulli(f.detach().sigmoid(), generator=generator)
+
+    def kl(self, f: Tensor, other: Tensor) -> Tensor:
+        change = functional.logsigmoid(f) - functional.logsigmoid(other)
+        opposite = functional.logsigmoid(-f) - functional.logsigmoid(-other)
+        return (f.sigmoid() * change + (-f).sigmoid() * opposite).sum(-1)
+
+    def chi_squared(self, f: Tensor, y: Tensor) -> Tensor:
+        return (self.residual(f, y) ** 2 / (f.sigmoid() * (-f).sigmoid())).sum(-1)
+
+
+class Gaussian(Likelihood):
+    """Independent normals with means f (..., c) and one known variance σ². Λ = I/σ²."""
+
+    name = "gaussian"
+
+    def __init__(self, sigma2: float = 1.0) -> None:
+        self.sigma2 = float(sigma2)
+        if not (math.isfinite(self.sigma2) and self.sigma2 > 0):
+            raise InputError(f"sigma2 must be a finite number > 0, got {sigma2!r}")
+
+    def nll(self, f: Tensor, y: Tensor) -> Tensor:
+        constant = 0.5 * f.shape[-1] * math.log(2 * math.pi * self.sigma2)
+        return 0.5 * ((f - y) ** 2).sum(-1) / self.sigma2 + constant
+
+    def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        return (f - y) / self.sigma2
+
+    def product(self, f: Tensor, u: Tensor) -> Tensor:
+        return u / self.sigma2
+
+    def factor(self, f: Tensor) -> Tensor:
+        return torch.diag_embed(torch.full_like(f, self.sigma2**-0.5))
+
+    def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        noise = torch.randn(f.shape, generator=generator, dtype=f.dtype, device=f.device)
+        return f.detach() + math.sqrt(self.sigma2) * noise
+
+    def kl(self, f: Tensor, other: Tensor) -> Tensor:
+        return 0.5 * ((f - other) ** 2).sum(-1) / self.sigma2
+
+    def chi_squared(self, f: Tensor, y: Tensor) -> Tensor:
+        return ((f - y) ** 2).sum(-1) / self.sigma2
+
+
+class Poisson(Likelihood):
+    """Independent counts with log-rates f (..., c), y ≥ 0 of the same shape. Λ = diag(eᶠ)."""
+
+    name = "poisson"
+
+    def _support(self, y: Tensor) -> Tensor:
+        y = super()._support(y)
+        if bool((y < 0).any()):
+            raise InputError("the Poisson likelihood needs counts ≥ 0 as targets")
+        return y
+
+    def nll(self, f: Tensor, y: Tensor) -> Tensor:
+        return (f.exp() - y * f + torch.lgamma(y + 1)).sum(-1)
+
+    def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        return f.exp() - y
+
+    def product(self, f: Tensor, u: Tensor) -> Tensor:
+        return f.exp() * u
+
+    def factor(self, f: Tensor) -> Tensor:
+        return torch.diag_embed((0.5 * f).exp())
+
+    def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.poisson(f.detach().exp(), generator=generator)
+
+    def kl(self, f: Tensor, other: Tensor) -> Tensor:
+        return (f.exp() * (f - other) - f.exp() + other.exp()).sum(-1)
+
+    def chi_squared(self, f: Tensor, y: Tensor) -> Tensor:
+        return (self.residual(f, y) ** 2 * (-f).exp()).sum(-1)
+
+
+NAMES = ("categorical", "bernoulli", "gaussian", "poisson")
+
+
+def likelihood(name: str | Likelihood, sigma2: float | None = None) -> Likelihood:
+    """The output family of this name; ``sigma2`` is the Gaussian's variance (1 if not given)."""
+    if isinstance(name, Likelihood):
+        return name
+    if name == "gaussian":
+        return Gaussian(1.0 if sigma2 is None else sigma2)
+    families: dict[str, type[Likelihood]] = {"categorical": Categorical, "bernoulli": Bernoulli, "poisson": Poisson}
+    if name not in families:
+        raise InputError(f"likelihood {name!r} is not one of {', '.join(NAMES)}")
+    return families[name]()
+
+
+def _what(f: Tensor) -> str:
+    return f"{str(f.dtype).removeprefix('torch.')} of shape {tuple(f.shape)}"

@@ -1,0 +1,352 @@
+"""A model at fixed parameter values on one batch: outputs, loss, gradient, and the checks every metric needs.
+
+The model is called functionally (its own parameters are never written to), with every module in evaluation mode for the
+duration of the call, because Dropout and training-mode BatchNorm don't define one predictive distribution per example.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from thermo_opt.errors import InputError
+from thermo_opt.fisher.likelihoods import Likelihood, likelihood as named_likelihood
+
+_STOCHASTIC = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs (a tensor, a tuple of tensors or a mapping of tensors, examples along dimension 0) and targets, if known."""
+
+    inputs: Any
+    targets: Tensor | None = None
+
+    @staticmethod
+    def of(batch: Any) -> Batch:
+        """A `Batch` from a `Batch`, a pair (inputs, targets), or bare inputs (tensor or mapping)."""
+        if isinstance(batch, Batch):
+            return batch
+        if isinstance(batch, tuple | list) and len(batch) == 2:
+            inputs, targets = batch
+            if targets is not None and not isinstance(targets, Tensor):
+                raise InputError(f"the batch's targets must be a tensor, got {type(targets).__name__}")
+            return Batch(inputs, targets)
+        if isinstance(batch, Tensor | Mapping):
+            return Batch(batch)
+        raise InputError("batch must be (inputs, targets), a tensor, a mapping of tensors or thermo_opt.fisher.Batch")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A microbatch: its inputs, its targets in the likelihood's form (or None) and which predictions count (None: all)."""
+
+    inputs: Any
+    targets: Tensor | None
+    mask: Tensor | None
+
+
+class Predictor:
+    """f_θ on a batch under a likelihood.
+
+    ``parameters``: None for the model's present values, or a mapping name → tensor that overrides some of its parameters and
+    buffers (recorded weights; no model is copied). Values are copied, so later training doesn't move the metric.
+    ``microbatch``: most examples processed at once (None: the whole batch). ``count`` is n, the number of counted predictions.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        likelihood: str | Likelihood = "categorical",
+        *,
+        parameters: Mapping[str, Tensor] | None = None,
+        sigma2: float | None = None,
+        microbatch: int | None = None,
+    ) -> None:
+        self.model = model
+        self.likelihood = named_likelihood(likelihood, sigma2)
+        self.notes: list[str] = []
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise InputError("the model has no trainable parameters (requires_grad is False everywhere)")
+        given = dict(parameters or {})
+        state = dict(model.named_parameters()) | dict(model.named_buffers())
+        for name, value in given.items():
+            if name not in state:
+                raise InputError(f"parameters: the model has no parameter or buffer {name!r}")
+            if value.shape != state[name].shape:
+                raise InputError(
+                    f"parameters: {name!r} has shape {tuple(value.shape)}; the model's is {tuple(state[name].shape)}"
+                )
+        self.names = tuple(trainable)
+        self.values = [_copy(given.pop(name, p), p) for name, p in trainable.items()]
+        self._fixed = {name: _copy(value, state[name]) for name, value in given.items()}
+        self.device, self.dtype = self.values[0].device, self.values[0].dtype
+
+        self.batch = _to_device(Batch.of(batch), self.device)
+        self.examples = _examples(self.batch.inputs)
+        if microbatch is not None and microbatch < 1:
+            raise InputError(f"microbatch must be at least 1, got {microbatch}")
+        self.microbatch = min(microbatch or self.examples, self.examples)
+        frozen = sorted({type(m).__name__ for m in model.modules() if m.training and isinstance(m, _STOCHASTIC)})
+        if frozen:
+            note = f"{', '.join(frozen)} evaluated in evaluation mode; the model's own mode is left as it was"
+            self.notes.append(note)
+            warnings.warn(note, stacklevel=3)
+        self._parts: list[Part] | None = None
+        self.count = 0
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the trainable parameters."""
+        return [tuple(p.shape) for p in self.values]
+
+    @property
+    def parts(self) -> list[Part]:
+        """The microbatches, checked against the likelihood on first use (one forward pass without gradients)."""
+        if self._parts is None:
+            self._parts = list(self._checked())
+        return self._parts
+
+    def _checked(self) -> Iterator[Part]:
+        count = 0
+        for start in range(0, self.examples, self.microbatch):
+            inputs = _slice(self.batch.inputs, start, start + self.microbatch, self.examples)
+            with torch.no_grad(), self.evaluation():
+                f = self.call(self.values, inputs)
+            if f.shape[0] != min(self.microbatch, self.examples - start):
+                raise InputError(
+                    f"the model's outputs have {f.shape[0]} rows for {min(self.microbatch, self.examples - start)} examples; "
+                    "the first dimension of inputs and outputs must be the examples"
+                )
+            if not bool(torch.isfinite(f).all()):
+                raise InputError(self._blame(inputs))
+            y, mask = self.batch.targets, None
+            if y is not None:
+                if y.shape[:1] != (self.examples,):
+                    raise InputError(f"the batch has {self.examples} inputs but targets of shape {tuple(y.shape)}")
+                y = self.likelihood.targets(f, y[start : start + self.microbatch])
+                mask = self.likelihood.mask(y)
+            count += f.shape[:-1].numel() if mask is None else int(mask.sum())
+            yield Part(inputs, y, mask)
+        self.count = count
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Every module in evaluation mode, attention by differentiable kernels; the model's flags are restored on leaving."""
+        training = [m for m in self.model.modules() if m.training]
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        for module in training:
+            module.training = False
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            # Fused attention kernels have neither forward-mode nor second derivatives.
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            for module in training:
+                module.training = True
+
+    def call(self, values: Sequence[Tensor], inputs: Any) -> Tensor:
+        """f (…, c) at these parameter values; to be used inside `evaluation`."""
+        args, kwargs = _arguments(inputs)
+        state = dict(zip(self.names, values, strict=True)) | self._fixed
+        return self.likelihood.outputs(_logits(functional_call(self.model, state, args, kwargs)))
+
+    def jvp(self, part: Part, v: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(f, Jv) by forward-mode differentiation, about 2–3 forward passes, no graph kept."""
+        with torch.no_grad(), self.evaluation(), forward_ad.dual_level():
+            duals = [forward_ad.make_dual(p, t) for p, t in zip(self.values, v, strict=True)]
+            f, tangent = forward_ad.unpack_dual(self.call(duals, part.inputs))
+        return f, torch.zeros_like(f) if tangent is None else tangent
+
+    def graph(self, part: Part) -> tuple[Tensor, list[Tensor]]:
+        """(f, leaves): outputs with the autograd graph back to fresh leaves at the parameter values."""
+        leaves = [p.detach().requires_grad_() for p in self.values]
+        with torch.enable_grad(), self.evaluation():
+            f = self.call(leaves, part.inputs)
+        if not f.requires_grad:
+            raise InputError("the model's outputs don't depend on its trainable parameters through autograd")
+        return f, leaves
+
+    def pull_back(self, part: Part, u: Tensor) -> list[Tensor]:
+        """Jᵀu by one forward and one backward pass."""
+        f, leaves = self.graph(part)
+        return materialise(torch.autograd.grad(f, leaves, u, allow_unused=True), self.values)
+
+    def require_targets(self, why: str) -> None:
+        """Raise `InputError` unless the batch has targets."""
+        if self.batch.targets is None:
+            raise InputError(f"{why} needs targets: give the batch as (inputs, targets)")
+
+    def loss(self) -> float:
+        """L(θ), mean negative log-likelihood per counted prediction (nats)."""
+        self.require_targets("the loss")
+        total = 0.0
+        for part in self.parts:
+            assert part.targets is not None
+            with torch.no_grad(), self.evaluation():
+                total += float(self.likelihood.nll(self.call(self.values, part.inputs), part.targets).double().sum())
+        return total / self.count
+
+    def loss_and_gradient(self) -> tuple[float, list[Tensor]]:
+        """(L, g = ∇L) with respect to the trainable parameters, one forward and one backward pass per microbatch."""
+        self.require_targets("the gradient")
+        total, gradient = 0.0, [torch.zeros_like(p) for p in self.values]
+        for part in self.parts:
+            assert part.targets is not None
+            f, leaves = self.graph(part)
+            nll = self.likelihood.nll(f, part.targets)
+            total += float(nll.detach().double().sum())
+            for g, extra in zip(gradient, torch.autograd.grad(nll.sum(), leaves, allow_unused=True), strict=True):
+                if extra is not None:
+                    g.add_(extra, alpha=1.0 / self.count)
+        return total / self.count, gradient
+
+    def outputs(self) -> Tensor:
+        """f on the whole batch, without gradients."""
+        chunks = []
+        for part in self.parts:
+            with torch.no_grad(), self.evaluation():
+                chunks.append(self.call(self.values, part.inputs))
+        return torch.cat(chunks)
+
+    def mean(self, per_prediction: Sequence[Tensor]) -> float:
+        """Mean over counted predictions of one tensor a microbatch (leading shapes), summed in float64."""
+        total = 0.0
+        for part, values in zip(self.parts, per_prediction, strict=True):
+            kept = values.double() if part.mask is None else values.double()[part.mask]
+            total += float(kept.sum())
+        return total / self.count
+
+    def _blame(self, inputs: Any) -> str:
+        for name, value in zip(self.names, self.values, strict=True):
+            if not bool(torch.isfinite(value).all()):
+                return f"parameter {name!r} holds NaN or infinity; audit an earlier snapshot or lower the learning rate"
+        if not all(bool(torch.isfinite(t).all()) for t in _tensors(inputs) if t.is_floating_point()):
+            return "the batch's inputs hold NaN or infinity; remove those examples"
+        found: list[str] = []
+
+        def look(name: str) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                bad = any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in _tensors(output))
+                if bad and not found:
+                    found.append(f"{name or 'the model itself'!s} ({type(module).__name__})")
+
+            return hook
+
+        handles = [module.register_forward_hook(look(name)) for name, module in self.model.named_modules()]
+        try:
+            with torch.no_grad(), self.evaluation():
+                self.call(self.values, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        where = found[0] if found else "the outputs"
+        return f"non-finite activations first appear in module {where}; check the weights and the scale of the inputs"
+
+
+def materialise(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients with zeros where a parameter was not used."""
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, like, strict=True)]
+
+
+def gradient(
+    model: nn.Module, batch: Any, likelihood: str | Likelihood = "categorical", **options: Any
+) -> list[Tensor]:
+    """g = ∇L on the batch (THEORY §2), aligned with the trainable parameters. Options: those of `Predictor`."""
+    return Predictor(model, batch, likelihood, **options).loss_and_gradient()[1]
+
+
+def loss(model: nn.Module, batch: Any, likelihood: str | Likelihood = "categorical", **options: Any) -> float:
+    """L on the batch, nats per prediction. Options: those of `Predictor`."""
+    return Predictor(model, batch, likelihood, **options).loss()
+
+
+def kl(
+    model: nn.Module,
+    batch: Any,
+    parameters: Mapping[str, Tensor] | None,
+    other: Mapping[str, Tensor] | None,
+    likelihood: str | Likelihood = "categorical",
+    **options: Any,
+) -> float:
+    """Mean over the batch of KL(p_θ ‖ p_θ') in nats, θ from ``parameters`` and θ' from ``other`` (None: the model's own).
+
+    To second order ½(θ'−θ)ᵀF(θ)(θ'−θ) (THEORY §1). Cost: two forward passes.
+    """
+    first = Predictor(model, batch, likelihood, parameters=parameters, **options)
+    second = Predictor(model, batch, first.likelihood, parameters=other, **options)
+    divergences = []
+    for part in first.parts:
+        with torch.no_grad(), first.evaluation():
+            f = first.call(first.values, part.inputs)
+            divergences.append(first.likelihood.kl(f, second.call(second.values, part.inputs)))
+    return max(first.mean(divergences), 0.0)
+
+
+def _copy(value: Tensor, like: Tensor) -> Tensor:
+    return value.detach().to(dtype=like.dtype, device=like.device, copy=True)
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if logits is None and isinstance(output, tuple | list) and output:
+        logits = output[0]
+    if not isinstance(logits, Tensor):
+        raise InputError(
+            f"the model returned {type(output).__name__}; it must return a tensor, a tuple that starts with one, or .logits"
+        )
+    return logits
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
+    children = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, tuple | list) else ()
+    return [t for child in children for t in _tensors(child)]
+
+
+def _map(tree: Any, function: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {key: _map(value, function) for key, value in tree.items()}
+    return type(tree)(_map(value, function) for value in tree) if isinstance(tree, tuple | list) else tree
+
+
+def _examples(inputs: Any) -> int:
+    sized = [t for t in _tensors(inputs) if t.dim() > 0]
+    if not sized:
+        raise InputError("the batch's inputs hold no tensor with a first dimension of examples")
+    if sized[0].shape[0] == 0:
+        raise InputError("the batch is empty")
+    return int(sized[0].shape[0])
+
+
+def _slice(inputs: Any, start: int, stop: int, examples: int) -> Any:
+    return _map(inputs, lambda t: t[start:stop] if t.dim() > 0 and t.shape[0] == examples else t)
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    targets = None if batch.targets is None else batch.targets.to(device)
+    return Batch(_map(batch.inputs, lambda t: t.to(device)), targets)
