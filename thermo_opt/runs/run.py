@@ -1,0 +1,248 @@
+"""What a recorded run is in memory: its settings, its training curve, its snapshots and its probe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from thermo_opt.errors import InputError
+
+Likelihood: TypeAlias = Literal["categorical", "bernoulli", "gaussian"]
+Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+
+LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
+CLOCKS = ("step", "flow", "wall", "examples", "tokens")
+
+_CONSTANT_GROUPS = ("params", "probe")
+"""Groups that must hold the same tensors in every snapshot."""
+
+
+class Contents(Protocol):
+    """Where a snapshot's tensors come from: one file or several, by the names this package uses."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each tensor by name."""
+
+    def load(self, name: str) -> Tensor:
+        """The tensor of this name."""
+
+    def moments_meta(self) -> dict[str, Any] | None:
+        """``{"step": int, "betas": (b1, b2)}`` of Adam's moments, or None."""
+
+    def absent(self, group: str) -> str | None:
+        """Why a group that the files seem to hold can't be given, if so."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run's state after ``step`` optimizer steps (0: before the first). Nothing is read before it is asked for.
+
+    Names are ``group/name``; groups: ``params`` (weights), ``buffers`` (BatchNorm statistics and other non-trained
+    tensors), ``probe`` (``probe/logits``, ``probe/targets``), ``grad`` (the gradient used by the step that led
+    here), ``exp_avg`` and ``exp_avg_sq`` (Adam's raw moments, without bias correction). ``load`` and ``load_group``
+    raise `InputError` when the file is damaged, or when a tensor's shape, or the set of weights, isn't that of the
+    run's first snapshot.
+    """
+
+    step: int
+    path: Path
+    contents: Contents = field(repr=False, compare=False)
+    first: Snapshot | None = field(default=None, repr=False, compare=False)
+
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors."""
+        return tuple(self.contents.shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without loading it."""
+        self._require(name)
+        return self.contents.shapes[name]
+
+    def has_group(self, group: str) -> bool:
+        """Whether there is any tensor in this group."""
+        return any(name.startswith(group + "/") for name in self.names())
+
+    def load(self, name: str) -> Tensor:
+        """The tensor ``name``, on the CPU, in the dtype in which it was recorded."""
+        self._require(name)
+        reference = self.first.contents.shapes.get(name) if self.first else None
+        if reference is not None and reference != self.contents.shapes[name]:
+            assert self.first is not None
+            raise InputError(
+                f"{self.path}: {name} has shape {self.contents.shapes[name]} at step {self.step} but {reference} at "
+                "step "
+                f"{self.first.step}; a run must keep one layout: audit the two parts as separate runs"
+            )
+        return self.contents.load(name)
+
+    def load_group(self, group: str) -> dict[str, Tensor]:
+        """All tensors of a group, keyed by name without the group; raises `InputError` when there are none."""
+        names = self._group(group)
+        if not names:
+            raise InputError(f"{self.path} holds no {group}: {self.absent(group)}")
+        if self.first is not None and group in _CONSTANT_GROUPS:
+            changed = sorted(set(names) ^ set(self.first._group(group)))
+            if changed:
+                where = "appears" if changed[0] in self.contents.shapes else "is gone"
+                raise InputError(
+                    f"{self.path}: {changed[0]} {where} at step {self.step}, unlike at step {self.first.step}; a run "
+                    "must keep "
+                    "one layout: audit the two parts as separate runs"
+                )
+        return {name[len(group) + 1 :]: self.load(name) for name in names}
+
+    def absent(self, group: str) -> str:
+        """Why a group is not there."""
+        return self.contents.absent(group) or "it was not recorded"
+
+    def moments_meta(self) -> dict[str, Any]:
+        """``{"step": int, "betas": (β1, β2)}`` of Adam's moments, for bias correction; raises `InputError` when
+        there are none.
+        """
+        meta = self.contents.moments_meta()
+        if meta is None:
+            raise InputError(f"{self.path} holds no optimizer moments: {self.absent('exp_avg')}")
+        return meta
+
+    @property
+    def optimizer_step(self) -> int:
+        """The optimizer's own step count t in Adam's bias correction 1 − β^t (differs from ``step`` if it was
+        restarted).
+        """
+        return int(self.moments_meta()["step"])
+
+    def _group(self, group: str) -> list[str]:
+        return [name for name in self.names() if name.startswith(group + "/")]
+
+    def _require(self, name: str) -> None:
+        if name not in self.contents.shapes:
+            raise InputError(f"{self.path} has no {name}: {self.absent(name.split('/')[0])}")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The fixed examples on which a run's predictions are compared: model inputs and targets (-100: not counted).
+
+    ``inputs``: a tensor for ``model(inputs)``, a tuple for ``model(*inputs)``, a dict for ``model(**inputs)``, or
+    None when only predictions were recorded. ``fingerprint``: SHA-256 of the contents.
+    """
+
+    inputs: Inputs | None
+    targets: Tensor | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a run's files say of how it was trained; None where they don't.
+
+    ``settings``: the optimizer's, common to all its groups, and ``groups`` where they differ. ``parameters``: one
+    ``{name, shape, dtype, trainable}`` each. ``tied``: other names of shared parameters → the name under which they
+    are stored. ``model``: ``package.module:factory`` that builds the architecture. ``notes``: free metadata.
+    """
+
+    optimizer: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    clock: str | None = None
+    likelihood: Likelihood | None = None
+    sigma2: float | None = None
+    batch_size: int | None = None
+    parameters: list[dict[str, Any]] | None = None
+    tied: dict[str, str] = field(default_factory=dict)
+    probe_fingerprint: str | None = None
+    model: str | None = None
+    hf_config_path: Path | None = None
+    schema_version: int | None = None
+    created: str | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def betas(self) -> tuple[float, float] | None:
+        """Adam's (β1, β2)."""
+        betas = self.settings.get("betas")
+        return (float(betas[0]), float(betas[1])) if betas is not None else None
+
+
+@dataclass
+class Run:
+    """One recorded run, whatever tool wrote it. ``steps`` and the list of snapshots are in memory, the tensors are
+    not.
+
+    ``steps``: index ``step`` (optimizer steps done), columns any of ``loss`` (nats), ``lr``, ``wall`` (seconds since
+    the start), ``examples``, ``tokens`` (seen since the row before), and whatever else was logged.
+    """
+
+    name: str
+    path: Path
+    format: str
+    info: RunInfo
+    steps: pd.DataFrame
+    snapshots: Sequence[Snapshot]
+    probe_path: Path | None = None
+
+    @cached_property
+    def probe(self) -> Probe | None:
+        """The probe, read when first asked for; None when the run has none."""
+        from thermo_opt.runs.probe import load_probe, make_probe
+
+        if self.probe_path is not None:
+            probe = load_probe(self.probe_path)
+            expected = self.info.probe_fingerprint
+            if expected is not None and probe.fingerprint != expected:
+                raise InputError(
+                    f"{self.probe_path} isn't the probe that was recorded (its fingerprint differs from run.json's); "
+                    "restore the file"
+                )
+            return probe
+        if self.snapshots and "probe/targets" in self.snapshots[0].names():
+            return make_probe(None, self.snapshots[0].load("probe/targets"))
+        return None
+
+    def clock_readings(self, clock: str, steps: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Cumulative reading of ``clock`` at these step numbers (THEORY §1), float64, shape (K,).
+
+        ``step``: the numbers themselves; ``flow``: Σ lr; ``wall``: seconds; ``examples``, ``tokens``: data seen.
+        Differences of successive readings are the τ of the intervals between. Raises `InputError` naming the data
+        that are absent.
+        """
+        at = np.asarray(steps, dtype=np.int64)
+        if clock not in CLOCKS:
+            raise InputError(f"unknown clock {clock!r}; choose one of {', '.join(CLOCKS)}")
+        if clock == "step" or at.size == 0:
+            return at.astype(np.float64)
+        if clock == "examples" and "examples" not in self.steps and self.info.batch_size is not None:
+            return at.astype(np.float64) * self.info.batch_size
+        column = {"flow": "lr"}.get(clock, clock)
+        if column not in self.steps:
+            raise InputError(
+                f"{self.path}: clock {clock!r} needs {column!r} for each step, which this run didn't log; use clock "
+                "'step'"
+            )
+        values = self.steps[column].astype(np.float64)
+        values = values[values.index > 0]
+        if clock == "flow":
+            self._require_rows(clock, column, values, np.arange(1, at.max() + 1))
+        elif clock == "wall":
+            self._require_rows(clock, column, values, at[at > 0])
+            return np.where(at > 0, values.reindex(at).to_numpy(), 0.0)
+        else:
+            self._require_rows(clock, column, values, at[at > 0])
+            self._require_rows(clock, column, values, values.index[values.index <= at.max()].to_numpy())
+        total = np.concatenate([[0.0], np.cumsum(values.to_numpy())])
+        return total[np.searchsorted(values.index.to_numpy(), at, side="right")]
+
+    def _require_rows(self, clock: str, column: str, values: pd.Series, needed: np.ndarray) -> None:
+        missing = needed[~np.isfinite(values.reindex(needed).to_numpy())]
+        if missing.size:
+            raise InputError(
+                f"{self.path}: clock {clock!r} needs {column!r} at step {missing[0]}, which this run didn't log "
+                f"({missing.size} of {needed.size} needed steps lack it); log every step, or use clock 'step'"
+            )
