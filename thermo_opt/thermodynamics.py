@@ -71,9 +71,10 @@ def alignment(a: ArrayLike, d: ArrayLike, delta: ArrayLike) -> Array:
         # (d/√a)·(|d|/√a)/Δ rather than d|d|/(aΔ): no overflow or underflow in the product aΔ.
         speed = d / np.sqrt(a)
         epsilon = np.where(np.isinf(delta), 0.0, (speed / np.sqrt(delta)) * (np.abs(speed) / np.sqrt(delta)))
-    epsilon = np.where((a > 0) & (delta > 0), epsilon, np.nan)
-    if np.nanmax(np.abs(epsilon), initial=0.0) > 1 + _ROUNDING:
-        k = int(np.nanargmax(np.abs(np.ravel(epsilon))))
+    epsilon = np.where((a > 0) & (delta > 0) & ~np.isnan(d), epsilon, np.nan)
+    size = np.ravel(np.nan_to_num(np.abs(epsilon)))
+    if np.max(size, initial=0.0) > 1 + _ROUNDING:
+        k = int(np.argmax(size))
         raise ValueError(
             f"step {k} has |alignment| {abs(np.ravel(epsilon)[k]):.6g} > 1: a and delta are not of the same metric"
         )

@@ -133,9 +133,7 @@ class Audit:
 
 def summaries_json(audits: list[Audit]) -> str:
     """``{"runs": [summary, ...]}`` of several audits as strict JSON: non-finite numbers become null."""
-    return json.dumps(
-        {"runs": [_plain(s) for audit in audits for s in audit.summaries]}, indent=2, allow_nan=False
-    )
+    return json.dumps({"runs": [_plain(s) for audit in audits for s in audit.summaries]}, indent=2, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:

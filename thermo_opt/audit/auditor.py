@@ -1,0 +1,90 @@
+"""`audit`: choose the lenses a run supports, look through each, say what the others lacked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from os import PathLike
+from typing import Any
+
+from thermo_opt.audit.optimizer_state import look_at_optimizer_state
+from thermo_opt.audit.outputs import look_at_outputs
+from thermo_opt.audit.parameters import look_at_parameters
+from thermo_opt.audit.results import LENSES, Audit, LensAudit
+from thermo_opt.audit.summary import Seen, lens_audit
+from thermo_opt.audit.view import Progress, Unsupported, View
+from thermo_opt.errors import InputError
+from thermo_opt.runs import Probe, Run, load_run
+from thermo_opt.runs.probe import load_probe
+
+_LOOK: dict[str, Callable[[View], Seen]] = {
+    "outputs": look_at_outputs,
+    "parameters": look_at_parameters,
+    "optimizer-state": look_at_optimizer_state,
+}
+
+
+def audit(
+    run: Run | str | PathLike[str],
+    *,
+    lens: str | Sequence[str] | None = None,
+    clock: str = "step",
+    stride: int = 1,
+    model: Any = None,
+    probe: Probe | str | PathLike[str] | None = None,
+    batch_size: int | None = None,
+    steps: slice | Sequence[int] | None = None,
+    jobs: int = 1,
+    progress: Progress | None = None,
+) -> Audit:
+    """Audit a recorded run: how much its path dissipated, how much of it was unavoidable, where the rest went (§2-5, §9).
+
+    ``run``: a `Run` or a path. ``lens``: one or several of ``outputs``, ``parameters``, ``optimizer-state``; by default
+    every lens the record supports, the reasons why others could not look being kept in ``missing``. ``clock``: the unit
+    of τ (step, flow, wall, examples, tokens). ``stride``: audit every ``stride``-th snapshot (and the last): coarser
+    audits give lower bounds. ``model`` (a module, or ``package.module:factory``) and ``probe`` (a file, or a `Probe`)
+    replay predictions from recorded weights. ``batch_size`` gives the optimizer-state lens its nats. ``steps``: the
+    audited intervals the parameter lens looks at, all by default. ``jobs``: processes.
+
+    Raises InputError for a run that can't be read, a clock it has no data for, or a lens asked for by name that it
+    does not support. Cost: outputs lens O(snapshots x probe); optimizer-state O(bytes of the snapshots).
+    """
+    run = run if isinstance(run, Run) else load_run(run)
+    wanted = _lenses(lens)
+    if stride < 1:
+        raise InputError(f"stride must be at least 1, not {stride}")
+    if len(run.snapshots) < 2:
+        raise InputError(
+            f"{run.path}: a path needs at least two snapshots and this run has {len(run.snapshots)}: "
+            "record more often (every=)"
+        )
+    given = probe if isinstance(probe, Probe) or probe is None else load_probe(probe)
+    view = View(run, clock, stride, model, given, batch_size, steps, jobs, progress)
+    lenses: dict[str, LensAudit] = {}
+    missing: dict[str, str] = {}
+    for name in wanted:
+        try:
+            lenses[name] = lens_audit(_LOOK[name](view), run.name, name, clock)
+        except Unsupported as reason:
+            if lens is not None:
+                raise InputError(f"{run.path}: the {name} lens can't look at this run: {reason}") from None
+            missing[name] = str(reason)
+    if not lenses:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+        raise InputError(f"{run.path}: no lens can look at this run ({reasons})")
+    return Audit(
+        run=run.name,
+        path=str(run.path),
+        lenses=lenses,
+        missing=missing,
+        curve=run.steps,
+        optimizer=run.info.optimizer,
+        probe=None if view.probe is None else view.probe.fingerprint,
+    )
+
+
+def _lenses(lens: str | Sequence[str] | None) -> Sequence[str]:
+    wanted = LENSES if lens is None else [lens] if isinstance(lens, str) else list(lens)
+    for name in wanted:
+        if name not in LENSES:
+            raise InputError(f"lens {name!r} is unknown: use one of {', '.join(LENSES)}")
+    return wanted

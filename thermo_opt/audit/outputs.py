@@ -1,0 +1,94 @@
+"""The outputs lens: exact geometry of the predictions a run made on its probe, recorded or replayed (§4, §5)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from thermo_opt.audit.replay import RecordedPredictions, ReplayedPredictions
+from thermo_opt.audit.summary import Seen
+from thermo_opt.audit.view import Unsupported, View
+from thermo_opt.audit.walk import Predictions, landmarks, squared_distance, walk
+from thermo_opt.errors import InputError
+from thermo_opt.manifold import Point, log_frontier_distance
+from thermo_opt.manifold.frontier import gaussian_frontier_distance
+
+
+def look_at_outputs(view: View) -> Seen:
+    """Scalars of the path the predictions took: a exact, d to first order, Δ between Cauchy-Schwarz and χ².
+
+    Uses the recorded predictions, or replays them when the user gave a probe of their own or none were recorded.
+    Stops at the first non-finite prediction and says so. Raises Unsupported when there is nothing to look at.
+    """
+    source, notes = _predictions(view)
+    advance = view.advance("outputs lens", len(view.indices))
+    found = walk(source, view.indices, view.jobs, advance)
+    audited = np.array([source.steps[i] for i in view.indices[: len(found.loss)]])
+    if found.stopped is not None:
+        if len(audited) < 2:
+            raise InputError(
+                f"{view.run.path}: the predictions at step {found.stopped} are NaN or infinite and fewer than two "
+                "finite snapshots precede it: there is no path to audit"
+            )
+        notes.append(f"predictions are NaN or infinite from step {found.stopped}: only what precedes was audited")
+    first, last = source.point(view.indices[0]), source.point(view.indices[len(audited) - 1])
+    end_loss = last.mean_loss
+    least = None
+    if end_loss is None:
+        notes.append("the probe has no targets: loss, frontier and alignment are unknown")
+    elif not np.isfinite(end_loss):
+        notes.append("the loss at the end is infinite (a target has probability 0): its frontier is unknown")
+    else:
+        least = frontier(first, end_loss, source.likelihood, source.sigma2)
+    a, d, chi2 = (np.array(x) for x in (found.a, found.d, found.chi2))
+    if end_loss is not None:
+        notes.append("alignment is certified only from below (Δ ≤ χ²): the parameter lens brackets it from both sides")
+    d = np.where(np.isfinite(d), d, np.nan)
+    return Seen(
+        step=audited[:-1],
+        step_end=audited[1:],
+        tau=view.tau(audited),
+        a=a,
+        d=d,
+        delta_lower=np.zeros_like(a),
+        delta_upper=np.where(np.isnan(chi2), np.inf, chi2),
+        loss=np.array(found.loss[:-1]),
+        loss_end=np.array(found.loss[1:]),
+        geodesic=float(np.sqrt(squared_distance(first, last, source.likelihood))),
+        frontier=least,
+        notes=notes,
+        chords=found.chords,
+        landmarks=landmarks(found, audited),
+    )
+
+
+def _predictions(view: View) -> tuple[Predictions, list[str]]:
+    first = view.run.snapshots[0]
+    likelihood, notes = view.likelihood
+    recorded = "probe/logits" in first.names()
+    if recorded and not view.probe_given:
+        return RecordedPredictions(view.run, likelihood, view.sigma2), notes
+    if not first.has_group("params"):
+        raise Unsupported(
+            "it holds neither predictions on a probe nor weights to replay them from"
+            if not recorded
+            else "its predictions were recorded on its own probe and it holds no weights to replay another one"
+        )
+    if view.probe is None:
+        raise Unsupported("it recorded no predictions: give --probe (and --model) to replay them from its weights")
+    return ReplayedPredictions(view.run, view.model(), view.probe, likelihood, view.sigma2), [*notes, "replayed"]
+
+
+def frontier(start: Point, loss: float, likelihood: str, sigma2: float = 1.0) -> float:
+    """D*(loss) from the run's own starting predictions, in the units of the geodesic distance (§5)."""
+    if likelihood == "gaussian":
+        assert start.residual is not None
+        width = start.residual.shape[1]
+        constant = 0.5 * width * np.log(2 * np.pi * sigma2)
+        now = np.sqrt(np.einsum("ij,ij->", start.residual, start.residual) / start.examples)
+        if loss < constant:
+            raise InputError(f"target loss {loss} lies below the least possible, {constant:.6g}")
+        return gaussian_frontier_distance(float(now), float(np.sqrt(2 * (loss - constant))))
+    assert start.log_amplitude_y is not None
+    rows = len(start.log_amplitude_y)  # several Bernoulli outputs an example: distances and losses add over them
+    scale = start.examples / rows
+    return float(log_frontier_distance(np.minimum(2 * start.log_amplitude_y, 0.0), loss * scale) / np.sqrt(scale))

@@ -1,0 +1,173 @@
+"""Predictions of a run: as they were recorded, or replayed by putting recorded weights into the model.
+
+Nothing a run directory contains is executed: the architecture comes from the user (``package.module:factory``), from
+this package's own demo models, or from the `transformers` library by the class name in a checkpoint's config.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from thermo_opt.errors import InputError
+from thermo_opt.manifold import Point, embed
+from thermo_opt.runs import Probe, Run, load_run
+from thermo_opt.runs.probing import predict
+
+
+@dataclass
+class RecordedPredictions:
+    """Predictions found in the run's snapshots (``probe/logits``). Reopens the run by path in another process."""
+
+    run: Run
+    likelihood: str
+    sigma2: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.steps = [s.step for s in self.run.snapshots]
+        self.targets = targets_of(self.run.probe)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "run": (self.run.path, self.run.format)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        path, kind = state["run"]
+        self.__dict__.update({**state, "run": load_run(path, format=kind)})
+
+    def point(self, index: int) -> Point:
+        """The embedded predictions of snapshot ``index``."""
+        snapshot = self.run.snapshots[index]
+        outputs = snapshot.load("probe/logits")
+        return _embed(outputs, self.targets, self.likelihood, self.sigma2, f"{snapshot.path}")
+
+
+@dataclass
+class ReplayedPredictions:
+    """Predictions made again from recorded weights: one evaluation-mode forward pass on the probe a snapshot."""
+
+    run: Run
+    model: nn.Module
+    probe: Probe
+    likelihood: str
+    sigma2: float = 1.0
+    steps: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.probe.inputs is None:
+            raise InputError(f"{self.run.path}: replay needs the probe's inputs: give a file of inputs with --probe")
+        self.steps = [s.step for s in self.run.snapshots]
+        self.targets = targets_of(self.probe)
+
+    __getstate__ = RecordedPredictions.__getstate__
+    __setstate__ = RecordedPredictions.__setstate__
+
+    def point(self, index: int) -> Point:
+        """The embedded predictions of snapshot ``index``."""
+        load_weights(self.model, self.run, index)
+        assert self.probe.inputs is not None
+        try:
+            outputs = predict(self.model, self.probe.inputs)
+        except InputError:
+            raise
+        except Exception as error:  # whatever a user's forward raises on inputs it wasn't made for
+            raise InputError(
+                f"the model can't be run on the probe's inputs ({type(error).__name__}: {error}): "
+                "check their shape and dtype"
+            ) from error
+        return _embed(outputs, self.targets, self.likelihood, self.sigma2, "the probe")
+
+
+def targets_of(probe: Probe | None) -> np.ndarray | None:
+    """The probe's targets as an array, or None."""
+    return None if probe is None or probe.targets is None else probe.targets.numpy()
+
+
+def _embed(outputs: Tensor, targets: np.ndarray | None, likelihood: str, sigma2: float, source: str) -> Point:
+    values = outputs.detach()
+    array = (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()
+    try:
+        return embed(array, targets, likelihood=likelihood, sigma2=sigma2)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+
+
+def build_model(run: Run, spec: str | nn.Module | None = None) -> nn.Module:
+    """The architecture whose weights the run recorded, from ``spec``, the run's own note of it, or a Hugging Face config.
+
+    ``spec``: a module, or ``package.module:factory`` naming a callable that takes nothing and returns one. Without it,
+    a factory of this package named in the record, or the `transformers` class named in ``config.json``, is used; any
+    other name found in a run directory is not imported. Raises InputError saying what is missing.
+    """
+    if isinstance(spec, nn.Module):
+        return spec
+    if spec is not None:
+        return _call_factory(spec)
+    recorded = run.info.model
+    if recorded is not None and recorded.startswith("thermo_opt."):
+        return _call_factory(recorded)
+    if run.info.hf_config_path is not None:
+        return _from_transformers(run.info.hf_config_path)
+    hint = f"; the record names {recorded}, which is only imported on request" if recorded else ""
+    raise InputError(f"{run.path}: the model is unknown{hint}: pass --model package.module:factory")
+
+
+def _call_factory(spec: str) -> nn.Module:
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise InputError(f"--model {spec!r} isn't of the form package.module:factory")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as `python -m` would: a factory in the user's working directory
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"--model {spec!r} can't be imported ({error})") from None
+    try:
+        model = factory() if not isinstance(factory, nn.Module) else factory
+    except Exception as error:
+        raise InputError(f"--model {spec!r} failed when called without arguments ({error})") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"--model {spec!r} returned {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _from_transformers(config_path: Path) -> nn.Module:
+    try:
+        import transformers
+    except ImportError:
+        raise InputError(f"{config_path}: replay needs transformers: pip install 'thermo-opt[transformers]'") from None
+    config = transformers.AutoConfig.from_pretrained(str(config_path.parent), trust_remote_code=False)
+    names = getattr(config, "architectures", None) or []
+    architecture = getattr(transformers, names[0], None) if names else None
+    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
+        raise InputError(f"{config_path}: architecture {names} isn't one of transformers' own: pass --model")
+    model: nn.Module = architecture._from_config(config)
+    return model
+
+
+def load_weights(model: nn.Module, run: Run, index: int) -> None:
+    """Put snapshot ``index``'s weights and buffers into ``model``. Raises InputError naming what doesn't fit."""
+    snapshot = run.snapshots[index]
+    recorded = snapshot.load_group("params")
+    if snapshot.has_group("buffers"):
+        recorded |= snapshot.load_group("buffers")
+    own = model.state_dict()
+    stored = set(recorded) | set(run.info.tied)
+    missing = sorted(name for name, _ in model.named_parameters() if name not in stored)
+    unknown = sorted(set(recorded) - set(own) - {name for name, _ in model.named_buffers()})
+    unknown = [name for name in unknown if name in {p["name"] for p in run.info.parameters or []}]
+    if missing or unknown:
+        said = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, unknown to the model"
+        raise InputError(f"{snapshot.path} {said}: the model isn't the one that was recorded")
+    for name, tensor in recorded.items():
+        if name in own and own[name].shape != tensor.shape:
+            raise InputError(
+                f"{snapshot.path}: {name} has shape {tuple(tensor.shape)} but the model's is {tuple(own[name].shape)}"
+            )
+    model.load_state_dict({k: v for k, v in recorded.items() if k in own}, strict=False)

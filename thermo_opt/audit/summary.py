@@ -1,0 +1,133 @@
+"""From per-interval scalars to an audit of one lens: the summary's arithmetic, the same for every lens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from thermo_opt import thermodynamics as td
+from thermo_opt.audit.results import Landmarks, LensAudit
+
+
+@dataclass
+class Seen:
+    """What a lens saw of a run, before any thermodynamics. Arrays over K audited intervals; losses in nats.
+
+    ``step``, ``step_end``, ``tau``, ``a``, ``d``; ``delta_lower``/``delta_upper`` bracket Δ; ``loss``/``loss_end`` at each
+    interval's ends; ``geodesic`` D and ``frontier`` D* (None when unknown). ``nats`` False when the metric's scale is
+    unknown: ratios are reported, quantities in nats are not. ``chords`` (see `outputs.Walk`) makes the coarse curves.
+    """
+
+    step: np.ndarray
+    step_end: np.ndarray
+    tau: np.ndarray
+    a: np.ndarray
+    d: np.ndarray
+    delta_lower: np.ndarray
+    delta_upper: np.ndarray
+    loss: np.ndarray
+    loss_end: np.ndarray
+    geodesic: float
+    frontier: float | None = None
+    nats: bool = True
+    notes: list[str] = field(default_factory=list)
+    chords: dict[int, list[tuple[int, int, float]]] = field(default_factory=dict)
+    landmarks: Landmarks | None = None
+    attribution: pd.DataFrame | None = None
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def lens_audit(seen: Seen, run: str, lens: str, clock: str) -> LensAudit:
+    """The tidy table, summary and coarse curves of what a lens saw. Every figure is arithmetic of §2-5."""
+    q = td.dissipation(seen.a, seen.tau)
+    parts = td.decompose(seen.a, seen.tau, seen.geodesic)
+    lower, upper = td.alignment_bracket(seen.a, seen.d, seen.delta_lower, seen.delta_upper)
+    known = np.isfinite(lower)
+    low = td.mean_alignment(lower, q)
+    high = td.mean_alignment(upper, q)
+    # a point value only where the bracket is narrow enough to print as one number
+    point = None if low is None or high is None or high - low > 0.1 else 0.5 * (low + high)
+    notes = list(seen.notes)
+    if known.any() and not known.all():
+        notes.append(f"alignment is undefined in {int((~known).sum())} of {len(known)} intervals (nothing moved)")
+
+    def nats(value: float | None) -> float | None:
+        return value if seen.nats else None
+
+    steps = pd.DataFrame(
+        {
+            "step": seen.step,
+            "step_end": seen.step_end,
+            "tau": seen.tau,
+            "a": seen.a if seen.nats else np.nan,
+            "d": seen.d,
+            "delta_lower": seen.delta_lower if seen.nats else np.nan,
+            "delta_upper": seen.delta_upper if seen.nats else np.nan,
+            "alignment_lower": lower,
+            "alignment_upper": upper,
+            "dissipation": q if seen.nats else np.nan,
+            "loss": seen.loss,
+            "loss_end": seen.loss_end,
+            **seen.extra,
+        }
+    )
+    summary = {
+        "run": run,
+        "lens": lens,
+        "clock": clock,
+        "stride": float(np.median(seen.step_end - seen.step)),
+        "steps": len(steps),
+        "duration": parts.duration,
+        "loss_start": _number(seen.loss[0]),
+        "loss_end": _number(seen.loss_end[-1]),
+        "dissipation": nats(parts.dissipation),
+        "length": nats(parts.length),
+        "geodesic": nats(parts.geodesic),
+        "frontier": nats(seen.frontier),
+        "irreducible": nats(parts.irreducible),
+        "detour": nats(parts.detour),
+        "pacing": nats(parts.pacing),
+        "straightness": parts.straightness,
+        "steadiness": parts.steadiness,
+        "efficiency": parts.efficiency,
+        "alignment": point,
+        "alignment_lower": low,
+        "alignment_upper": high,
+        "notes": notes,
+    }
+    points = _coarse_points(seen)
+    scale = 1.0 if seen.nats else np.nan
+    coarse = pd.DataFrame(
+        {
+            "stride": [p.stride for p in points],
+            "stride_steps": [p.stride * summary["stride"] for p in points],
+            "length": [p.length * scale for p in points],
+            "dissipation": [p.dissipation * scale for p in points],
+            "a_mean": [p.a_mean * scale for p in points],
+        }
+    )
+    return LensAudit(lens, steps, summary, coarse, td.hurst_exponent(points), seen.attribution, seen.landmarks)
+
+
+def _coarse_points(seen: Seen) -> list[td.CoarsePoint]:
+    elapsed = np.concatenate([[0.0], np.cumsum(seen.tau)])
+    points = []
+    for m, chords in sorted(seen.chords.items()):
+        first, last, a = (np.array(column) for column in zip(*chords, strict=True))
+        # guard the difference of cumulative sums against rounding below a single interval's τ
+        tau = seen.tau[first] if m == 1 else elapsed[last] - elapsed[first]
+        points.append(td.coarse_point(m, a, tau, whole=last - first == m))
+    return points
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def loss_columns(losses: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Losses at K+1 snapshots as columns at the start and the end of each of the K intervals."""
+    values = np.asarray(losses, dtype=np.float64)
+    return values[:-1], values[1:]
