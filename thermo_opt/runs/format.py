@@ -175,6 +175,11 @@ def link(snapshots: list[tuple[int, Path, Any]]) -> list[Snapshot]:
     return result
 
 
+def recognise(path: Path) -> bool:
+    """Whether a folder holds a run of ours."""
+    return (path / RUN_FILE).is_file()
+
+
 def read_own(path: Path) -> Run:
     """Open a run that `Recorder` wrote. Tensors and probe are read when asked for."""
     content = read_run_file(path)

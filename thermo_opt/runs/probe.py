@@ -36,7 +36,7 @@ def make_probe(inputs: Inputs | None, targets: Tensor | None) -> Probe:
     digest = hashlib.sha256()
     for name, tensor in sorted(probe_tensors(inputs, targets).items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return Probe(inputs, targets, digest.hexdigest())
 
 

@@ -161,6 +161,11 @@ def install(model: nn.Module, snapshot: Snapshot, tied: Mapping[str, str] | None
         if name in stored:
             stored.setdefault(alias, stored[name])
     own = dict(model.named_parameters())
+    prefix = (
+        next(iter(stored), "").split(".")[0] + "."
+    )  # wrappers (Lightning, DDP, compile) put the model under one name
+    if not own.keys() & stored.keys() and all(name.startswith(prefix) for name in stored):
+        stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
     aliases = dict(model.named_parameters(remove_duplicate=False))
     persistent = model.state_dict(keep_vars=True)
     for alias, parameter in aliases.items():  # a shared parameter may have been stored under another of its names

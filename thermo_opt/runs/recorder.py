@@ -32,6 +32,7 @@ from thermo_opt.runs.format import (
     write_atomically,
     write_tensors,
 )
+from thermo_opt.runs.optimizer_state import adam_moments, optimizer_settings
 from thermo_opt.runs.probe import make_probe, probe_tensors
 from thermo_opt.runs.probing import check_predictions, predict
 from thermo_opt.runs.run import CLOCKS, LIKELIHOODS, Inputs, Likelihood
@@ -128,7 +129,7 @@ class Recorder:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "name": name,
             "optimizer": type(optimizer).__name__,
-            "settings": optimizer_settings(optimizer),
+            "settings": optimizer_settings(optimizer.param_groups),
             "clock": clock,
             "likelihood": likelihood,
             "sigma2": sigma2,
@@ -422,62 +423,6 @@ class _Writer:
                     write_tensors(*item)
                 except BaseException as error:  # handed to the training thread, which warns
                     self.error = error
-
-
-def adam_moments(
-    optimizer: torch.optim.Optimizer, names: Mapping[int, str]
-) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Adam's raw moments ``exp_avg/<name>`` and ``exp_avg_sq/<name>`` with their step and betas; nothing if there
-    are none.
-
-    ``names``: id of a parameter → its name. Parameters whose own step count differs from the most advanced are left
-    out: their bias correction would be another. Moments that aren't of the parameter's shape (factored, quantised)
-    are left out too.
-    """
-    found: list[tuple[int, str, Tensor, Tensor, tuple[float, float]]] = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            first, second = state.get("exp_avg"), state.get("exp_avg_sq")
-            if not isinstance(first, Tensor) or not isinstance(second, Tensor) or id(parameter) not in names:
-                continue
-            if first.shape != parameter.shape or second.shape != parameter.shape or "betas" not in group:
-                continue
-            betas = float(group["betas"][0]), float(group["betas"][1])
-            found.append((int(state.get("step", group.get("step", 0))), names[id(parameter)], first, second, betas))
-    if not found:
-        return {}, None
-    step = max(entry[0] for entry in found)
-    tensors = {}
-    for own, name, first, second, _ in found:
-        if own == step:
-            tensors[f"exp_avg/{name}"], tensors[f"exp_avg_sq/{name}"] = first, second
-    return tensors, {"step": step, "betas": found[0][4]}
-
-
-def optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's JSON-able settings: those all groups share, and ``groups`` with the others where there are
-    several groups.
-    """
-    groups = [
-        {key: plain for key, value in group.items() if key != "params" and (plain := _setting(value)) is not None}
-        for group in optimizer.param_groups
-    ]
-    shared = {key: value for key, value in groups[0].items() if all(group.get(key) == value for group in groups)}
-    if len(groups) > 1:
-        shared["groups"] = [{key: value for key, value in group.items() if key not in shared} for group in groups]
-    return shared
-
-
-def _setting(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, tuple | list):
-        parts = [_setting(part) for part in value]
-        return None if any(part is None for part in parts) else parts
-    if isinstance(value, bool | int | str):
-        return value
-    return value if isinstance(value, float) and math.isfinite(value) else None
 
 
 def _plain(value: Any) -> Any:

@@ -206,6 +206,12 @@ class Run:
             return make_probe(None, self.snapshots[0].load("probe/targets"))
         return None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the run's files itself: nothing but the path is sent."""
+        from thermo_opt.runs import load_run
+
+        return load_run, (self.path, self.format)
+
     def clock_readings(self, clock: str, steps: np.ndarray | Sequence[int]) -> np.ndarray:
         """Cumulative reading of ``clock`` at these step numbers (THEORY §1), float64, shape (K,).
 

@@ -48,8 +48,8 @@ def checksum(tensor: Tensor) -> str:
     whole = data.nbytes // (8 * _ROW) * (8 * _ROW)
     crc = zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     if whole:
-        crc = zlib.crc32(np.add.reduce(data[:whole].view(np.uint64).reshape(-1, _ROW), axis=0), crc)
-    return f"{zlib.crc32(data[whole:], crc):08x}"
+        crc = zlib.crc32(np.add.reduce(data[:whole].view(np.uint64).reshape(-1, _ROW), axis=0).tobytes(), crc)
+    return f"{zlib.crc32(data[whole:].tobytes(), crc):08x}"
 
 
 class SafetensorsFile:
