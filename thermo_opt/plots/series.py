@@ -1,0 +1,205 @@
+"""What each figure shows, taken out of an audit once for both drawing libraries: arrays, finite values only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+
+from thermo_opt.audit.results import LENSES, Audit, LensAudit
+
+CURVE_POINTS = 1500
+"""More points than this on a curve can't be told apart on a screen; curves are thinned to about this many."""
+
+MAX_LAYERS = 32
+"""Rows of the heat map; when a model has more layers, the least dissipating ones are summed into one row."""
+
+
+def as_list(audits: Audit | Iterable[Audit]) -> list[Audit]:
+    """One audit or several, as a list."""
+    return [audits] if isinstance(audits, Audit) else list(audits)
+
+
+def thin(x: np.ndarray, y: np.ndarray, points: int = CURVE_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """Keep the least and the largest y of each of ``points/2`` equal slices, and both ends: the drawn outline stays."""
+    if len(x) <= points:
+        return x, y
+    edges = np.linspace(0, len(x), points // 2 + 1).astype(int)
+    keep = {0, len(x) - 1}
+    for start, stop in pairwise(edges):
+        keep |= {start + int(np.argmin(y[start:stop])), start + int(np.argmax(y[start:stop]))}
+    index = np.array(sorted(keep))
+    return x[index], y[index]
+
+
+def finite(*columns: Iterable[float]) -> tuple[np.ndarray, ...]:
+    """The columns as float64, without the rows where any of them is not finite."""
+    arrays = [np.asarray(column, dtype=np.float64) for column in columns]
+    keep = np.logical_and.reduce([np.isfinite(array) for array in arrays])
+    return tuple(array[keep] for array in arrays)
+
+
+def loss_curve(audit: Audit) -> tuple[np.ndarray, np.ndarray, str]:
+    """Steps, loss in nats per example, and where measured: "probe" if recorded predictions give it, else "training"."""
+    lens = audit.headline
+    if lens.steps["loss"].notna().any():
+        step = np.append(lens.steps["step"].to_numpy(), lens.steps["step_end"].to_numpy()[-1:])
+        loss = np.append(lens.steps["loss"].to_numpy(), lens.steps["loss_end"].to_numpy()[-1:])
+        return *thin(*finite(step, loss)), "probe"
+    if "loss" in audit.curve:
+        return *thin(*finite(audit.curve.index, audit.curve["loss"])), "training"
+    return np.empty(0), np.empty(0), "training"
+
+
+def cumulative_dissipation(lens: LensAudit) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and Q spent up to each; empty where the lens doesn't know its scale in nats."""
+    if lens.summary["dissipation"] is None or lens.steps.empty:
+        return np.empty(0), np.empty(0)
+    step = np.append(lens.steps["step"].to_numpy()[:1], lens.steps["step_end"].to_numpy())
+    spent = np.append(0.0, np.nancumsum(lens.steps["dissipation"].to_numpy(dtype=np.float64)))
+    return thin(*finite(step, spent))
+
+
+@dataclass(frozen=True)
+class AlignmentSeries:
+    """Alignment of one run: mid-interval steps and bounds; an open side of the bracket is NaN."""
+
+    lens: str
+    step: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    kind: str  # "bracket", "value" or "lower bound"
+
+
+def alignment_series(audit: Audit) -> AlignmentSeries | None:
+    """Alignment from the lens that knows it best: parameters, then outputs, then optimizer state; None if none does."""
+    for name in ("parameters", "outputs", "optimizer-state"):
+        lens = audit.lenses.get(name)
+        if lens is None:
+            continue
+        steps = lens.steps
+        lower = steps["alignment_lower"].to_numpy(dtype=np.float64)
+        upper = steps["alignment_upper"].to_numpy(dtype=np.float64)
+        keep = np.isfinite(lower)
+        if not keep.any():
+            continue
+        step = (steps["step"].to_numpy(dtype=np.float64) + steps["step_end"].to_numpy(dtype=np.float64)) / 2
+        step, lower, upper = step[keep], lower[keep], upper[keep]
+        if not np.isfinite(upper).all():
+            kind = "lower bound"
+        elif np.allclose(lower, upper, rtol=1e-9, atol=1e-12):
+            kind = "value"
+        else:
+            kind = "bracket"
+        if len(step) > CURVE_POINTS:
+            index = np.linspace(0, len(step) - 1, CURVE_POINTS).astype(int)
+            step, lower, upper = step[index], lower[index], upper[index]
+        return AlignmentSeries(name, step, lower, upper, kind)
+    return None
+
+
+def parts(lens: LensAudit) -> dict[str, float] | None:
+    """Irreducible, detour and pacing in the units of Q, or None where the lens lacks one of them."""
+    values = {key: lens.summary[key] for key in ("irreducible", "detour", "pacing")}
+    return None if any(value is None for value in values.values()) else values
+
+
+def bar_lens(audit: Audit) -> LensAudit | None:
+    """The first lens that knows all three parts, or None."""
+    return next((audit.lenses[n] for n in LENSES if n in audit.lenses and parts(audit.lenses[n]) is not None), None)
+
+
+def coarse_curves(lens: LensAudit) -> pd.DataFrame:
+    """Rows of the coarse-graining table that can be drawn on log axes."""
+    if lens.summary["dissipation"] is None or lens.coarse.empty:
+        return lens.coarse.iloc[:0]
+    table = lens.coarse[["stride", "stride_steps", "length", "dissipation"]]
+    return table[(table > 0).all(axis=1) & np.isfinite(table).all(axis=1)]
+
+
+@dataclass(frozen=True)
+class Heat:
+    """Layers × intervals dissipation: ``values`` (layers, intervals), ``step`` the middle of each interval."""
+
+    layers: list[str]
+    step: np.ndarray
+    values: np.ndarray
+
+
+def heat(audit: Audit) -> Heat | None:
+    """Dissipation summed over each layer's parameters (``fc.weight`` and ``fc.bias`` are layer ``fc``), or None."""
+    lens = next((lens for lens in audit.lenses.values() if lens.attribution is not None), None)
+    if lens is None or lens.attribution is None or lens.attribution.empty:
+        return None
+    table = lens.attribution
+    layers = [str(name).rpartition(".")[0] or str(name) for name in table.columns]
+    summed = table.T.groupby(layers, sort=False).sum().T
+    if summed.shape[1] > MAX_LAYERS:
+        largest = set(summed.sum().nlargest(MAX_LAYERS - 1).index)
+        rest = [name for name in summed.columns if name not in largest]
+        summed = summed.drop(columns=rest).assign(**{f"{len(rest)} other layers": summed[rest].sum(axis=1)})
+    step = (lens.steps["step"].to_numpy(dtype=np.float64) + lens.steps["step_end"].to_numpy(dtype=np.float64)) / 2
+    return Heat([str(c) for c in summed.columns], step, summed.to_numpy(dtype=np.float64).T)
+
+
+def realised(audit: Audit) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Per interval: step, predicted ½a and realised KL (nats, positive ones), or None where no lens measured the KL."""
+    for lens in audit.lenses.values():
+        if "kl_realised" not in lens.steps:
+            continue
+        step, predicted, measured = finite(lens.steps["step"], lens.steps["a"] / 2, lens.steps["kl_realised"])
+        keep = (predicted > 0) & (measured > 0)
+        if keep.any():
+            return step[keep], predicted[keep], measured[keep]
+    return None
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One run on the map: index among the audits drawn, (K, 2) coordinates, steps (K,), loss (K,)."""
+
+    index: int
+    xy: np.ndarray
+    step: np.ndarray
+    loss: np.ndarray
+
+
+@dataclass(frozen=True)
+class TrajectoryMap:
+    """Runs on one map, the share of the spread it explains, and the runs that were recorded on another probe."""
+
+    trajectories: list[Trajectory]
+    explained: float
+    left_out: list[str]
+
+
+def trajectory_series(audits: Sequence[Audit]) -> TrajectoryMap | None:
+    """Map of the runs recorded on the first one's probe, or None; other probes' predictions can't share a picture."""
+    from thermo_opt import manifold
+
+    found = []
+    for index, audit in enumerate(audits):
+        landmarks = next((lens.landmarks for lens in audit.lenses.values() if lens.landmarks is not None), None)
+        if landmarks is not None and len(landmarks.steps) > 1:
+            found.append((index, landmarks))
+    if not found:
+        return None
+    first, reference = found[0]
+    same = [
+        (index, marks)
+        for index, marks in found
+        if audits[index].probe == audits[first].probe and marks.amplitudes.shape[1:] == reference.amplitudes.shape[1:]
+    ]
+    coordinates, explained = manifold.trajectory_map([marks.amplitudes for _, marks in same])
+    drawn = {index for index, _ in same}
+    return TrajectoryMap(
+        [
+            Trajectory(index, np.asarray(xy)[:, :2], np.asarray(marks.steps), np.asarray(marks.loss, dtype=np.float64))
+            for (index, marks), xy in zip(same, coordinates, strict=True)
+        ],
+        float(explained),
+        [audits[index].run for index, _ in found if index not in drawn],
+    )

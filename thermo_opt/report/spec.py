@@ -1,0 +1,111 @@
+"""Pieces of a plotly.js specification shared by the page's figures: lines, axes, layouts, labels.
+
+A colour written ``"@name"`` (or ``"@name:0.2"``, with opacity) is looked up in the page's style sheet when the
+figure is drawn, so that one figure serves light and dark mode. A run's traces carry ``meta.run``, its position among the audits.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from thermo_opt.audit.results import Audit
+from thermo_opt.plots.palette import look
+from thermo_opt.report.quantities import number
+
+Spec = dict[str, Any]
+
+
+def line(index: int, audit: Audit, x: np.ndarray, y: np.ndarray, words: str, where: str = "step %{x}") -> Spec:
+    """A run's line; ``where`` and ``words`` are what it says under the pointer, below the run's name."""
+    style = look(index)
+    body = "<br>".join(part for part in (where, words) if part)
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": escape(audit.run),
+        "meta": {"run": index},
+        "x": numbers(x),
+        "y": numbers(y),
+        "line": {"color": f"@{style.colour}", "width": 2, "dash": style.dash},
+        "hovertemplate": f"<b>%{{fullData.name}}</b><br>{body}<extra></extra>",
+    }
+
+
+def axis(title: str, **options: Any) -> Spec:
+    """An axis with a quiet grid and its title."""
+    base: Spec = {
+        "title": {"text": title, "standoff": 10, "font": {"size": 13}},
+        "automargin": True,
+        "gridcolor": "@grid",
+        "linecolor": "@rule",
+        "tickcolor": "@rule",
+        "ticks": "outside",
+        "ticklen": 4,
+        "zeroline": False,
+        "zerolinecolor": "@muted",
+        "showline": True,
+    }
+    return base | options
+
+
+def log_axis(title: str, values: np.ndarray, **options: Any) -> Spec:
+    """A logarithmic axis over positive ``values`` whose ticks are few and written in full."""
+    low, high = float(np.min(values)), float(np.max(values))
+    low, high = (low / 1.5, high * 1.5) if high < 2 * low else (low / 1.15, high * 1.15)
+    decades = np.log10(high / low)
+    factors = (1, 2, 5) if decades < 2.2 else (1,)
+    spacing = max(1, int(np.ceil(decades / 7)))
+    ticks = [
+        f * 10.0**e
+        for e in range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1, spacing)
+        for f in factors
+    ]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    return axis(
+        title,
+        type="log",
+        range=[float(np.log10(low)), float(np.log10(high))],
+        tickvals=ticks,
+        ticktext=[number(tick, 1) for tick in ticks],
+        **options,
+    )
+
+
+def layout(**options: Any) -> Spec:
+    """What all figures share; the page's own key stands in for a legend."""
+    base: Spec = {
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"color": "@text", "size": 12},
+        "hoverlabel": {
+            "bgcolor": "@card",
+            "bordercolor": "@rule",
+            "font": {"color": "@text", "size": 13},
+            "align": "left",
+        },
+        "hovermode": "closest",
+        "showlegend": False,
+        "margin": {"l": 8, "r": 12, "t": 8, "b": 46},
+    }
+    return base | options
+
+
+def label(text: str, length: int) -> str:
+    """Shortened in the middle, where names of runs and layers differ least, and escaped for plotly's markup."""
+    if len(text) > length:
+        half = (length - 1) // 2
+        text = f"{text[:half]}…{text[-(length - 1 - half) :]}"
+    return escape(text)
+
+
+def null(value: float) -> float | None:
+    """JSON has no NaN: None instead."""
+    return float(value) if np.isfinite(value) else None
+
+
+def numbers(values: Any) -> list[float | None]:
+    """A column as JSON."""
+    return [null(v) for v in np.asarray(values, dtype=np.float64)]
