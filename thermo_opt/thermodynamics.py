@@ -120,41 +120,42 @@ class Decomposition:
     ``dissipation = irreducible + detour + pacing`` (nats per unit time): the least any path between the same end
     predictions could cost in the same time; the price of not going straight; the price of not going steadily.
     ``straightness = D²/ℒ²``, ``steadiness = ℒ²/(2QT)``, ``efficiency = D²/(2QT)``, their product; None for a path that
-    went nowhere (0/0).
+    went nowhere (0/0), and wherever the geodesic is unknown.
     """
 
     dissipation: float
     length: float
-    geodesic: float
+    geodesic: float | None
     duration: float
-    irreducible: float
-    detour: float
+    irreducible: float | None
+    detour: float | None
     pacing: float
     straightness: float | None
     steadiness: float | None
     efficiency: float | None
 
 
-def decompose(a: ArrayLike, tau: ArrayLike, geodesic: float) -> Decomposition:
+def decompose(a: ArrayLike, tau: ArrayLike, geodesic: float | None) -> Decomposition:
     """Split a path's dissipation ``Q = D²/2T + (ℒ²-D²)/2T + (Q-ℒ²/2T)`` into irreducible, detour and pacing (§4).
 
     ``a`` (K,) squared lengths; ``tau`` (K,) or a scalar, durations; ``geodesic`` D, the Fisher-Rao distance between the
-    two ends in the same units. Raises ValueError when D exceeds ℒ by more than rounding: then a and D do not belong to
+    two ends in the same units; None when unknown, which leaves only pacing and steadiness known. Raises ValueError when D exceeds ℒ by more than rounding: then a and D do not belong to
     the same path. Cost O(K).
     """
     a, tau = np.broadcast_arrays(np.atleast_1d(_nonnegative(a, "a")), _nonnegative(tau, "tau"))
-    geodesic = float(_nonnegative(geodesic, "geodesic"))
     q = float(dissipation(a, tau).sum())
     path = length(a)
     time = float(tau.sum())
+    steady = min(path * path / (2 * time), q) if time > 0 else 0.0  # Cauchy-Schwarz: below q but for rounding
+    moved = path > 0
+    steadiness = steady / q if moved else None
+    if geodesic is None:
+        return Decomposition(q, path, None, time, None, None, q - steady, None, steadiness, None)
+    geodesic = float(_nonnegative(geodesic, "geodesic"))
     if geodesic > path * (1 + _ROUNDING):
         raise ValueError(f"the geodesic distance {geodesic:.9g} exceeds the path's length {path:.9g}")
     geodesic = min(geodesic, path)
-    if time == 0:  # then a is zero too: nothing moved
-        return Decomposition(q, path, geodesic, time, 0.0, 0.0, 0.0, None, None, None)
-    steady = min(path * path / (2 * time), q)  # Cauchy-Schwarz: below q but for rounding
-    irreducible = min(geodesic * geodesic / (2 * time), steady)
-    moved = path > 0
+    irreducible = min(geodesic * geodesic / (2 * time), steady) if time > 0 else 0.0
     return Decomposition(
         dissipation=q,
         length=path,
@@ -164,7 +165,7 @@ def decompose(a: ArrayLike, tau: ArrayLike, geodesic: float) -> Decomposition:
         detour=steady - irreducible,
         pacing=q - steady,
         straightness=irreducible / steady if moved else None,
-        steadiness=steady / q if moved else None,
+        steadiness=steadiness,
         efficiency=irreducible / q if moved else None,
     )
 

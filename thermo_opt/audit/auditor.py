@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 from thermo_opt.audit.optimizer_state import look_at_optimizer_state
 from thermo_opt.audit.outputs import look_at_outputs
@@ -34,6 +34,9 @@ def audit(
     batch_size: int | None = None,
     steps: slice | Sequence[int] | None = None,
     jobs: int = 1,
+    quadrature: Literal["start", "trapezoid"] = "start",
+    damping: float | None = None,
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> Audit:
     """Audit a recorded run: how much its path dissipated, how much of it was unavoidable, where the rest went (§2-5, §9).
@@ -43,7 +46,9 @@ def audit(
     of τ (step, flow, wall, examples, tokens). ``stride``: audit every ``stride``-th snapshot (and the last): coarser
     audits give lower bounds. ``model`` (a module, or ``package.module:factory``) and ``probe`` (a file, or a `Probe`)
     replay predictions from recorded weights. ``batch_size`` gives the optimizer-state lens its nats. ``steps``: the
-    audited intervals the parameter lens looks at, all by default. ``jobs``: processes.
+    audited intervals the parameter lens looks at, all by default; ``quadrature``: its values at each step's start, or
+    averaged over both ends; ``damping``: its λ, by default 1e-3 of the Fisher's mean eigenvalue at the start; ``device``:
+    where it computes, by default a GPU if there is one. ``jobs``: processes. ``progress``: see `Progress`.
 
     Raises InputError for a run that can't be read, a clock it has no data for, or a lens asked for by name that it
     does not support. Cost: outputs lens O(snapshots x probe); optimizer-state O(bytes of the snapshots).
@@ -58,7 +63,7 @@ def audit(
             "record more often (every=)"
         )
     given = probe if isinstance(probe, Probe) or probe is None else load_probe(probe)
-    view = View(run, clock, stride, model, given, batch_size, steps, jobs, progress)
+    view = View(run, clock, stride, model, given, batch_size, steps, jobs, quadrature, damping, device, progress)
     lenses: dict[str, LensAudit] = {}
     missing: dict[str, str] = {}
     for name in wanted:

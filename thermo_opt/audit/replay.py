@@ -10,7 +10,6 @@ import importlib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +17,13 @@ from torch import Tensor, nn
 
 from thermo_opt.errors import InputError
 from thermo_opt.manifold import Point, embed
-from thermo_opt.runs import Probe, Run, load_run
-from thermo_opt.runs.probing import predict
+from thermo_opt.runs import Probe, Run
+from thermo_opt.runs.probing import install, predict
 
 
 @dataclass
 class RecordedPredictions:
-    """Predictions found in the run's snapshots (``probe/logits``). Reopens the run by path in another process."""
+    """Predictions found in the run's snapshots (``probe/logits``)."""
 
     run: Run
     likelihood: str
@@ -33,13 +32,6 @@ class RecordedPredictions:
     def __post_init__(self) -> None:
         self.steps = [s.step for s in self.run.snapshots]
         self.targets = targets_of(self.run.probe)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "run": (self.run.path, self.run.format)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        path, kind = state["run"]
-        self.__dict__.update({**state, "run": load_run(path, format=kind)})
 
     def point(self, index: int) -> Point:
         """The embedded predictions of snapshot ``index``."""
@@ -65,12 +57,9 @@ class ReplayedPredictions:
         self.steps = [s.step for s in self.run.snapshots]
         self.targets = targets_of(self.probe)
 
-    __getstate__ = RecordedPredictions.__getstate__
-    __setstate__ = RecordedPredictions.__setstate__
-
     def point(self, index: int) -> Point:
         """The embedded predictions of snapshot ``index``."""
-        load_weights(self.model, self.run, index)
+        install(self.model, self.run.snapshots[index], self.run.info.tied)
         assert self.probe.inputs is not None
         try:
             outputs = predict(self.model, self.probe.inputs)
@@ -149,25 +138,3 @@ def _from_transformers(config_path: Path) -> nn.Module:
         raise InputError(f"{config_path}: architecture {names} isn't one of transformers' own: pass --model")
     model: nn.Module = architecture._from_config(config)
     return model
-
-
-def load_weights(model: nn.Module, run: Run, index: int) -> None:
-    """Put snapshot ``index``'s weights and buffers into ``model``. Raises InputError naming what doesn't fit."""
-    snapshot = run.snapshots[index]
-    recorded = snapshot.load_group("params")
-    if snapshot.has_group("buffers"):
-        recorded |= snapshot.load_group("buffers")
-    own = model.state_dict()
-    stored = set(recorded) | set(run.info.tied)
-    missing = sorted(name for name, _ in model.named_parameters() if name not in stored)
-    unknown = sorted(set(recorded) - set(own) - {name for name, _ in model.named_buffers()})
-    unknown = [name for name in unknown if name in {p["name"] for p in run.info.parameters or []}]
-    if missing or unknown:
-        said = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, unknown to the model"
-        raise InputError(f"{snapshot.path} {said}: the model isn't the one that was recorded")
-    for name, tensor in recorded.items():
-        if name in own and own[name].shape != tensor.shape:
-            raise InputError(
-                f"{snapshot.path}: {name} has shape {tuple(tensor.shape)} but the model's is {tuple(own[name].shape)}"
-            )
-    model.load_state_dict({k: v for k, v in recorded.items() if k in own}, strict=False)

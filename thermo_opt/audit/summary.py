@@ -18,7 +18,7 @@ class Seen:
 
     ``step``, ``step_end``, ``tau``, ``a``, ``d``; ``delta_lower``/``delta_upper`` bracket Δ; ``loss``/``loss_end`` at each
     interval's ends; ``geodesic`` D and ``frontier`` D* (None when unknown). ``nats`` False when the metric's scale is
-    unknown: ratios are reported, quantities in nats are not. ``chords`` (see `outputs.Walk`) makes the coarse curves.
+    unknown: ratios are reported, quantities in nats are not. ``a_alignment``: a in Δ's metric, where it isn't ``a``'s. ``chords`` (see `outputs.Walk`) makes the coarse curves.
     """
 
     step: np.ndarray
@@ -30,8 +30,9 @@ class Seen:
     delta_upper: np.ndarray
     loss: np.ndarray
     loss_end: np.ndarray
-    geodesic: float
+    geodesic: float | None
     frontier: float | None = None
+    a_alignment: np.ndarray | None = None
     nats: bool = True
     notes: list[str] = field(default_factory=list)
     chords: dict[int, list[tuple[int, int, float]]] = field(default_factory=dict)
@@ -44,7 +45,8 @@ def lens_audit(seen: Seen, run: str, lens: str, clock: str) -> LensAudit:
     """The tidy table, summary and coarse curves of what a lens saw. Every figure is arithmetic of §2-5."""
     q = td.dissipation(seen.a, seen.tau)
     parts = td.decompose(seen.a, seen.tau, seen.geodesic)
-    lower, upper = td.alignment_bracket(seen.a, seen.d, seen.delta_lower, seen.delta_upper)
+    a_alignment = seen.a if seen.a_alignment is None else seen.a_alignment
+    lower, upper = td.alignment_bracket(a_alignment, seen.d, seen.delta_lower, seen.delta_upper)
     known = np.isfinite(lower)
     low = td.mean_alignment(lower, q)
     high = td.mean_alignment(upper, q)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Literal
 
 import numpy as np
+import torch
 from torch import nn
 
 from thermo_opt import thermodynamics as td
@@ -35,6 +36,9 @@ class View:
         batch_size: int | None = None,
         intervals: slice | Sequence[int] | None = None,
         jobs: int = 1,
+        quadrature: Literal["start", "trapezoid"] = "start",
+        damping: float | None = None,
+        device: str | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.run, self.clock, self.jobs = run, clock, jobs
@@ -46,6 +50,12 @@ class View:
         if self.indices[-1] != len(run.snapshots) - 1:
             self.indices.append(len(run.snapshots) - 1)
         self.intervals = intervals
+        if quadrature not in ("start", "trapezoid"):
+            raise InputError(f"quadrature {quadrature!r} is unknown: use 'start' or 'trapezoid'")
+        if damping is not None and not damping > 0:
+            raise InputError(f"damping must be positive, not {damping}")
+        self.quadrature, self.damping = quadrature, damping
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.probe_given = probe is not None
         self._probe, self._model, self._progress = probe, model, progress
 

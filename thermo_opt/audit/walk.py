@@ -114,7 +114,7 @@ def _segment(
             rows = max(1, _LANDMARK_FLOATS // point.u.shape[1])
             out.landmarks.append((k, point.u[:rows].astype(np.float32)))
         if previous is None:
-            held = {m: (k, point) for m in strides[1:]}
+            held = dict.fromkeys(strides[1:], (k, point))
         else:
             step = move(previous, point, source.likelihood)
             out.a.append(step.a)
