@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from thermo_opt.audit.quantities import cost_unit, number, percent
 from thermo_opt.audit.results import Audit
+from thermo_opt.audit.words import LENS_WORDS
 from thermo_opt.plots import series
 from thermo_opt.plots.palette import PARTS, look
-from thermo_opt.report.quantities import cost_unit, number, percent
 from thermo_opt.report.spec import Spec, axis, label, layout, line, log_axis, null, numbers
-from thermo_opt.report.words import LENS_WORDS
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from thermo_opt import __version__
+from thermo_opt.audit import words
+from thermo_opt.audit.quantities import DEFINED, PER_STEP, QUANTITIES, number, percent, unit
 from thermo_opt.audit.results import Audit, summaries_json
 from thermo_opt.errors import InputError
 from thermo_opt.plots.palette import PARTS, look
 from thermo_opt.plots.series import as_list
-from thermo_opt.report import words
 from thermo_opt.report.figures import figures
-from thermo_opt.report.quantities import DEFINED, PER_STEP, QUANTITIES, number, percent, unit
 
 
 def write_report(audits: Audit | Iterable[Audit], path: str | PathLike[str]) -> Path:

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from thermo_opt.audit.quantities import number
 from thermo_opt.audit.results import Audit
 from thermo_opt.plots.palette import look
-from thermo_opt.report.quantities import number
 
 Spec = dict[str, Any]
 

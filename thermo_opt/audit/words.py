@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from thermo_opt.audit.quantities import cost_unit, number, percent
 from thermo_opt.audit.results import Audit, LensAudit
-from thermo_opt.report.quantities import cost_unit, number, percent
 
 Summary = Mapping[str, Any]
 

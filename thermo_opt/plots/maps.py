@@ -1,0 +1,97 @@
+"""Figures of where: the decomposition's bars, the trajectory map, the heat map of layers and steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from thermo_opt.audit.quantities import cost_unit, number
+from thermo_opt.audit.results import Audit
+from thermo_opt.plots import series
+from thermo_opt.plots.axes import given_or_new, quiet, say_nothing_known
+from thermo_opt.plots.curves import units
+from thermo_opt.plots.palette import PARTS, look
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def decomposition_bars(audits: Audit | Iterable[Audit], ax: Axes | None = None) -> Axes:
+    """One bar a run, Q = irreducible + detour + pacing (nats; THEORY §4), in three tints of the run's colour."""
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import Patch
+
+    audits = series.as_list(audits)
+    rows = [(i, audit, lens.summary) for i, audit in enumerate(audits) if (lens := series.bar_lens(audit)) is not None]
+    ax = given_or_new(ax, height=1.4 + 0.55 * len(rows))
+    if not rows:
+        say_nothing_known(ax, "No lens knows how these runs' dissipation divides.")
+        return ax
+    for row, (i, audit, summary) in enumerate(rows):
+        left = 0.0
+        for part, opacity in PARTS.items():
+            ax.barh(row, summary[part], 0.42, left=left, color=to_rgba(look(i).hex, opacity), edgecolor=look(i).hex)
+            left += summary[part]
+        text = f"{audit.run}  {number(summary['dissipation'])} {cost_unit(summary['clock'])}"
+        ax.text(0, row - 0.27, text, va="bottom", ha="left", fontsize="small", parse_math=False)
+    quiet(ax, "Where the dissipation went")
+    ax.grid(False, axis="y")
+    ax.set_yticks([])
+    ax.set_ylim(len(rows) - 0.6, -0.75)
+    ax.set_xlabel(f"dissipation Q ({units(audits)})")
+    patches = [Patch(facecolor=to_rgba("0.35", o), edgecolor="0.35", label=part) for part, o in PARTS.items()]
+    ax.legend(
+        handles=patches, frameon=False, fontsize="small", ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0
+    )
+    return ax
+
+
+def trajectory_map(audits: Audit | Iterable[Audit], ax: Axes | None = None) -> Axes:
+    """The runs' recorded predictions on one plane of intensive principal components (`manifold.trajectory_map`).
+
+    Open marker: start; filled marker: end. Runs recorded on another probe than the first are named in the title.
+    """
+    audits = series.as_list(audits)
+    ax = given_or_new(ax, height=4.8)
+    found = series.trajectory_series(audits)
+    if found is None:
+        say_nothing_known(ax, "No recorded predictions to map.")
+        return ax
+    for run in found.trajectories:
+        style = look(run.index)
+        ax.plot(*run.xy.T, style.linestyle, color=style.hex, marker=".", markersize=4, label=audits[run.index].run)
+        ax.plot(*run.xy[0], style.marker, color=style.hex, markerfacecolor="none", markersize=8)
+        ax.plot(*run.xy[-1], style.marker, color=style.hex, markersize=8)
+    left_out = f"; on another probe: {', '.join(found.left_out)}" if found.left_out else ""
+    quiet(ax, f"Paths of the predictions ({found.explained:.0%} of the spread{left_out})")
+    ax.set_aspect("equal", adjustable="datalim")
+    ax.set_xlabel("first intensive component")
+    ax.set_ylabel("second intensive component")
+    if len(audits) > 1:
+        ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def dissipation_heatmap(audit: Audit, ax: Axes | None = None) -> Axes:
+    """Dissipation of each layer and interval (nats, logarithmic colours); blank where a layer's part is not positive."""
+    from matplotlib.colors import LogNorm
+
+    found = series.heat(audit)
+    ax = given_or_new(ax, height=1.5 + 0.25 * (0 if found is None else len(found.layers)))
+    if found is None or not (found.values > 0).any():
+        say_nothing_known(ax, "No lens attributes this run's dissipation to layers.")
+        return ax
+    values = np.ma.masked_less_equal(found.values, 0)
+    top = float(values.max())
+    norm = LogNorm(max(float(values.min()), top * 1e-6), top)
+    rows = np.arange(len(found.layers))
+    image = ax.pcolormesh(found.step, rows, values, norm=norm, cmap="viridis", shading="nearest", rasterized=True)
+    ax.set_yticks(rows, found.layers, fontsize="small", parse_math=False)
+    ax.invert_yaxis()
+    ax.set_xlabel("training step")
+    ax.set_title(f"Which layers dissipated: {audit.run}", loc="left", fontsize="medium", fontweight="bold")
+    if (figure := ax.get_figure()) is not None:
+        figure.colorbar(image, ax=ax, label=f"dissipation ({units([audit])})", pad=0.02)
+    return ax
