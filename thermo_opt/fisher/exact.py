@@ -12,18 +12,32 @@ Forward mode needs no double-backward and vice versa, so each stands in for the 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from thermo_opt.errors import InputError
-from thermo_opt.fisher.metric import Metric, dot
+from thermo_opt.fisher.decomposed import DecomposedMetric
+from thermo_opt.fisher.krylov import Shifted, bracket, conjugate_gradient, preconditioned
+from thermo_opt.fisher.likelihoods import Likelihood
+from thermo_opt.fisher.low_rank import ENTRIES_LIMIT, decompose, row_count
+from thermo_opt.fisher.metric import Bracket, Metric, axpy, dot, flatten, unflatten
 from thermo_opt.fisher.predictor import Part, Predictor, materialise
+from thermo_opt.fisher.scores import Targets, score_rows
 
 Curvature = Literal["true", "empirical"]
+
+
+class Preconditioner(Protocol):
+    """What `JacobianMetric.dual_norm` asks of an approximate metric M = F̂+λI."""
+
+    def inverse_root(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """M^{-1/2}v, symmetric in v."""
+
+    def largest(self) -> float:
+        """An upper bound of ‖M‖ (its largest eigenvalue, λ included)."""
 
 
 class Linearization:
@@ -56,14 +70,18 @@ class JacobianMetric(Metric):
     """Products with F = (1/n) Σ JᵀΛJ for the true Λ, or Λ = r rᵀ with the data's residual r (empirical Fisher)."""
 
     def __init__(
-        self, predictor: Predictor, curvature: Curvature = "true", damping: float = 0.0, cache: bool = True
+        self, predictor: Predictor, curvature: Curvature = "true", damping: float = 0.0, *, cache: bool = True
     ) -> None:
         super().__init__(predictor.names, predictor.values, damping)
         if curvature == "empirical":
             predictor.require_targets("the empirical Fisher")
+        self.kind = "exact" if curvature == "true" else "empirical"
         self.predictor, self.curvature = predictor, curvature
         self.notes = predictor.notes
+        self._cacheable = cache
         self._cache = cache and len(predictor.parts) == 1
+        self._dual: DecomposedMetric | None = None
+        self._double: JacobianMetric | None = None
         self._linear: Linearization | None = None
         self._forward = True  # until an operation without forward-mode derivative is met
         self._asked = 0
@@ -80,7 +98,10 @@ class JacobianMetric(Metric):
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
         """F_λ v. Cost: forward + backward + J v per microbatch; once linearised, about four forward passes in all."""
         v = self.vector(v)
-        total = [self.damping * t for t in v]
+        return axpy(self.damping, v, self._undamped(v))
+
+    def _undamped(self, v: Sequence[Tensor]) -> list[Tensor]:
+        total = self.zeros()
         for part in self.predictor.parts:
             linear = self._linearization(part, reuse=True)
             if linear is not None:
@@ -112,7 +133,9 @@ class JacobianMetric(Metric):
                 if not _unsupported(error):
                     raise
                 self._cache = False
-                self._note(f"no second derivative for this model ({_first_line(error)}): forward mode used throughout")
+                self.predictor.note(
+                    f"no second derivative for this model ({_first_line(error)}): forward mode used throughout"
+                )
         return self._linear
 
     def _jvp(self, part: Part, v: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -123,7 +146,9 @@ class JacobianMetric(Metric):
                 if not _unsupported(error):
                     raise
                 self._forward = False
-                self._note(f"no forward-mode derivative for this model ({_first_line(error)}): double-backward used")
+                self.predictor.note(
+                    f"no forward-mode derivative for this model ({_first_line(error)}): double-backward used"
+                )
         try:
             linear = Linearization(self.predictor, part)
             return linear.outputs, linear.jvp(v)
@@ -135,19 +160,115 @@ class JacobianMetric(Metric):
                 "use kind 'low-rank' or 'kfac', which need one backward pass only"
             ) from error
 
-    def _note(self, text: str) -> None:
-        if text not in self.notes:
-            self.notes.append(text)
-            warnings.warn(text, stacklevel=4)
+    def solve(self, g: Sequence[Tensor], rtol: float = 1e-10, max_iterations: int = 10_000) -> list[Tensor]:
+        """F_λ⁻¹g by conjugate gradients in float64 to a certified relative error ``rtol`` (or what rounding allows: see
+        ``notes``); with λ = 0, F⁺g through the score matrix, which raises `InputError` where that is too large."""
+        if self.damping == 0:
+            return self._decomposed("the pseudo-inverse").solve(g)
+        precise = self._precise()
+        x, error = conjugate_gradient(
+            precise._flat_product, self._flat(g), self.damping, rtol=rtol, max_iterations=max_iterations
+        )
+        if error > rtol:
+            self.predictor.note(
+                f"solve stopped at relative error ≤ {error:.1e} (asked for {rtol:.1e}); use more damping"
+            )
+        return unflatten(x.to(self.dtype), self.shapes)
 
-    def solve(self, g: Sequence[Tensor]) -> list[Tensor]:
-        raise InputError("")
+    def dual_norm(
+        self,
+        g: Sequence[Tensor],
+        rtol: float = 0.1,
+        max_iterations: int = 100,
+        preconditioner: Preconditioner | None = None,
+    ) -> Bracket:
+        """A certified bracket of gᵀF_λ⁻¹g of relative width ≤ ``rtol``, or the tightest in ``max_iterations`` products.
+
+        Lanczos in float64 (THEORY §5, `thermo_opt.fisher.krylov`), whatever the model's dtype, because λ is often below
+        float32's resolution of F. ``preconditioner``: a K-FAC or other metric M of the same damping, offering ``inverse_root``
+        and ``largest``; the bracket stays certified. With λ = 0: the point gᵀF⁺g through the score matrix.
+        """
+        if self.damping == 0:
+            return self._decomposed("the undamped dual norm").dual_norm(g)
+        precise, b = self._precise(), self._flat(g)
+        problem = Shifted(precise._flat_product, self.damping, 1.0)
+        if preconditioner is not None:
+            approximate = preconditioner
+
+            def root(x: Tensor) -> Tensor:
+                return flatten([t.double() for t in approximate.inverse_root(unflatten(x, self.shapes))])
+
+            problem = preconditioned(precise._flat_product, self.damping, root, approximate.largest())
+            b = root(b)
+        return bracket(
+            problem.operator,
+            b,
+            problem.damping,
+            rtol=rtol,
+            max_iterations=max_iterations,
+            roundoff=precise._roundoff,
+            amplification=problem.amplification,
+        )
 
     def split(self, g: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        raise InputError("")
+        """Range and null components through the score matrix; `InputError` where that is too large."""
+        return self._decomposed("the null space").split(g)
 
     def diagnostics(self) -> dict[str, Any]:
-        raise InputError("")
+        """``trace`` of F exactly, from the score rows; ``rank`` and ``condition`` where the score matrix is small enough."""
+        if self._small():
+            return self._decomposed("the spectrum").diagnostics()
+        rows = score_rows(self.predictor, self._targets)
+        trace = sum(float(block.double().square().sum()) for block in rows) / self.predictor.count
+        return {
+            "rank": None,
+            "condition": None,
+            "trace": trace,
+            "reason": "rank and condition need a decomposition; the score matrix is too large for this batch",
+        }
+
+    @property
+    def _targets(self) -> Targets:
+        return "exact" if self.curvature == "true" else "empirical"
+
+    def _small(self) -> bool:
+        return row_count(self.predictor, self._targets) * self.size <= ENTRIES_LIMIT
+
+    def _decomposed(self, what: str) -> DecomposedMetric:
+        if self._dual is None:
+            if not self._small():
+                raise InputError(
+                    f"{what} of a matrix-free Fisher needs its score matrix, too large here "
+                    f"({row_count(self.predictor, self._targets)} × {self.size}); give damping > 0 or a smaller batch"
+                )
+            self._dual = decompose(self.predictor, self.damping, self._targets)
+        return self._dual
+
+    def _precise(self) -> JacobianMetric:
+        """This metric in float64, or itself where it already is or the model can't run in float64."""
+        if self._double is None:
+            self._double = self
+            if self.dtype != torch.float64:
+                double = JacobianMetric(self.predictor.double(), self.curvature, self.damping, cache=self._cacheable)
+                try:
+                    double.matvec(self.zeros())
+                    self._double = double
+                except RuntimeError as error:
+                    self.predictor.note(
+                        f"the model doesn't run in float64 ({_first_line(error)}): {self.dtype} products used"
+                    )
+        return self._double
+
+    def _flat_product(self, x: Tensor) -> Tensor:
+        """F x (without λ) on flat float64 vectors."""
+        return flatten(self._undamped(unflatten(x.to(self.dtype), self.shapes))).double()
+
+    def _flat(self, g: Sequence[Tensor]) -> Tensor:
+        return flatten([t.double() for t in self.vector(g, "g", cast=False)])
+
+    @property
+    def _roundoff(self) -> float:
+        return torch.finfo(self.dtype).eps
 
 
 def _unsupported(error: Exception) -> bool:
@@ -169,5 +290,18 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def exact(model: Any, batch: Any, *, likelihood: Any = "categorical", damping: float = 0.0, **options: Any) -> Any:
-    return JacobianMetric(Predictor(model, batch, likelihood, **options), "true", damping)
+def exact(
+    model: nn.Module,
+    batch: Any,
+    *,
+    likelihood: str | Likelihood = "categorical",
+    damping: float = 0.0,
+    cache: bool = True,
+    **options: Any,
+) -> JacobianMetric:
+    """The exact true Fisher as a matrix-free operator, for any number of parameters.
+
+    ``cache``: keep the linearisation of a batch that is processed whole (about the memory of two training steps), so that
+    further products don't run the model. With ``microbatch`` < n nothing is kept and memory doesn't depend on n.
+    """
+    return JacobianMetric(Predictor(model, batch, likelihood, **options), "true", damping, cache=cache)

@@ -7,7 +7,6 @@ the last axis; (n,) is read as (n, 1) where a single number describes the distri
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 
 import torch
@@ -51,6 +50,10 @@ class Likelihood(ABC):
     def mask(self, y: Tensor) -> Tensor | None:
         """Which predictions count, a bool tensor of the leading shape; None when all do."""
         return None
+
+    def suspicious(self, f: Tensor) -> bool:
+        """Whether the outputs look like something other than what this family reads."""
+        return False
 
     @abstractmethod
     def nll(self, f: Tensor, y: Tensor) -> Tensor:
@@ -96,12 +99,6 @@ class Categorical(Likelihood):
             raise InputError(
                 "the categorical likelihood needs at least two classes; for one logit use likelihood='bernoulli'"
             )
-        values = f.detach()
-        if bool((values >= 0).all()) and bool(((values.sum(-1) - 1).abs() < 1e-3).all()):
-            warnings.warn(
-                "the outputs look like probabilities (non-negative, rows sum to one); give logits, that is remove the softmax",
-                stacklevel=2,
-            )
         return f
 
     def targets(self, f: Tensor, y: Tensor) -> Tensor:
@@ -120,6 +117,9 @@ class Categorical(Likelihood):
                 f"class targets must lie in 0 … {f.shape[-1] - 1} (or be −100), got {int(counted.min())} … {int(counted.max())}"
             )
         return y
+
+    def suspicious(self, f: Tensor) -> bool:
+        return bool((f >= 0).all()) and bool(((f.sum(-1) - 1).abs() < 1e-3).all())
 
     def mask(self, y: Tensor) -> Tensor | None:
         counted = y != IGNORED

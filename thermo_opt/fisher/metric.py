@@ -90,15 +90,19 @@ class Metric(ABC):
             columns.append(flatten(self.matvec(unflatten(unit, self.shapes))).double())
         return torch.stack(columns, dim=1)
 
-    def vector(self, v: Sequence[Tensor], name: str = "v") -> list[Tensor]:
-        """``v`` checked against the parameters' shapes and brought to their dtype and device."""
+    def vector(self, v: Sequence[Tensor], name: str = "v", cast: bool = True) -> list[Tensor]:
+        """``v`` checked against the parameters' shapes and brought to their device and, with ``cast``, their dtype."""
         v = list(v)
         if len(v) != len(self.shapes):
             raise InputError(f"{name} has {len(v)} tensors but the model has {len(self.shapes)} trainable parameters")
         for tensor, shape, label in zip(v, self.shapes, self.names, strict=True):
             if tuple(tensor.shape) != shape:
                 raise InputError(f"{name} has shape {tuple(tensor.shape)} for parameter {label!r}; it must be {shape}")
-        return [t.detach().to(dtype=self.dtype, device=self.device) for t in v]
+        return [t.detach().to(dtype=self.dtype if cast else t.dtype, device=self.device) for t in v]
+
+    def zeros(self) -> list[Tensor]:
+        """The zero vector."""
+        return [torch.zeros(shape, dtype=self.dtype, device=self.device) for shape in self.shapes]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(kind={self.kind!r}, parameters={self.size}, damping={self.damping:g})"
@@ -140,11 +144,6 @@ def axpy(alpha: float, x: Sequence[Tensor], y: Sequence[Tensor]) -> list[Tensor]
 def scale(alpha: float, x: Sequence[Tensor]) -> list[Tensor]:
     """αx as new tensors."""
     return [alpha * a for a in x]
-
-
-def zeros(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """The zero vector of these shapes."""
-    return [torch.zeros(tuple(shape), dtype=dtype, device=device) for shape in shapes]
 
 
 def flatten(v: Sequence[Tensor]) -> Tensor:

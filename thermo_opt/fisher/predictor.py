@@ -7,8 +7,9 @@ duration of the call, because Dropout and training-mode BatchNorm don't define o
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from thermo_opt.errors import InputError
-from thermo_opt.fisher.likelihoods import Likelihood, likelihood as named_likelihood
+from thermo_opt.fisher.likelihoods import Likelihood
+from thermo_opt.fisher.likelihoods import likelihood as named_likelihood
 
 _STOCHASTIC = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
@@ -93,18 +95,17 @@ class Predictor:
         self._fixed = {name: _copy(value, state[name]) for name, value in given.items()}
         self.device, self.dtype = self.values[0].device, self.values[0].dtype
 
-        self.batch = _to_device(Batch.of(batch), self.device)
+        self.batch = map_batch(Batch.of(batch), lambda t: t.to(self.device))
         self.examples = _examples(self.batch.inputs)
         if microbatch is not None and microbatch < 1:
             raise InputError(f"microbatch must be at least 1, got {microbatch}")
         self.microbatch = min(microbatch or self.examples, self.examples)
         frozen = sorted({type(m).__name__ for m in model.modules() if m.training and isinstance(m, _STOCHASTIC)})
         if frozen:
-            note = f"{', '.join(frozen)} evaluated in evaluation mode; the model's own mode is left as it was"
-            self.notes.append(note)
-            warnings.warn(note, stacklevel=3)
+            self.note(f"{', '.join(frozen)} evaluated in evaluation mode; the model's own mode is left as it was")
+        self.vmappable = True  # until the model is found not to be
         self._parts: list[Part] | None = None
-        self.count = 0
+        self._count = 0
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -121,7 +122,7 @@ class Predictor:
     def _checked(self) -> Iterator[Part]:
         count = 0
         for start in range(0, self.examples, self.microbatch):
-            inputs = _slice(self.batch.inputs, start, start + self.microbatch, self.examples)
+            inputs = slice_inputs(self.batch.inputs, start, start + self.microbatch, self.examples)
             with torch.no_grad(), self.evaluation():
                 f = self.call(self.values, inputs)
             if f.shape[0] != min(self.microbatch, self.examples - start):
@@ -131,6 +132,10 @@ class Predictor:
                 )
             if not bool(torch.isfinite(f).all()):
                 raise InputError(self._blame(inputs))
+            if start == 0 and self.likelihood.suspicious(f):
+                self.note(
+                    "the outputs look like probabilities (non-negative rows that sum to one); give logits: drop the softmax"
+                )
             y, mask = self.batch.targets, None
             if y is not None:
                 if y.shape[:1] != (self.examples,):
@@ -139,7 +144,36 @@ class Predictor:
                 mask = self.likelihood.mask(y)
             count += f.shape[:-1].numel() if mask is None else int(mask.sum())
             yield Part(inputs, y, mask)
-        self.count = count
+        self._count = count
+
+    @property
+    def count(self) -> int:
+        """n, the number of counted predictions (positions of sequences; not those with an ignored target)."""
+        return self._count if self.parts else 0
+
+    def note(self, text: str) -> None:
+        """Remember, and warn of once, something approximated or fallen back on."""
+        if text not in self.notes:
+            self.notes.append(text)
+            warnings.warn(text, stacklevel=3)
+
+    def double(self) -> Predictor:
+        """The same predictor with parameters, buffers, inputs and continuous targets in float64."""
+
+        def widen(t: Tensor) -> Tensor:
+            return t.double() if t.is_floating_point() else t
+
+        twin = copy.copy(self)
+        state = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        rest = {name: t.detach() for name, t in state.items() if name not in self.names} | self._fixed
+        twin._fixed = {name: widen(t) for name, t in rest.items()}
+        twin.values, twin.dtype = [v.double() for v in self.values], torch.float64
+        twin.batch = map_batch(self.batch, widen)
+        twin._parts = [
+            Part(map_tensors(p.inputs, widen), None if p.targets is None else widen(p.targets), p.mask)
+            for p in self.parts
+        ]
+        return twin
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -326,12 +360,13 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [t for child in children for t in _tensors(child)]
 
 
-def _map(tree: Any, function: Any) -> Any:
+def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Inputs of the same structure with every tensor replaced."""
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, Mapping):
-        return {key: _map(value, function) for key, value in tree.items()}
-    return type(tree)(_map(value, function) for value in tree) if isinstance(tree, tuple | list) else tree
+        return {key: map_tensors(value, function) for key, value in tree.items()}
+    return type(tree)(map_tensors(value, function) for value in tree) if isinstance(tree, tuple | list) else tree
 
 
 def _examples(inputs: Any) -> int:
@@ -343,10 +378,17 @@ def _examples(inputs: Any) -> int:
     return int(sized[0].shape[0])
 
 
-def _slice(inputs: Any, start: int, stop: int, examples: int) -> Any:
-    return _map(inputs, lambda t: t[start:stop] if t.dim() > 0 and t.shape[0] == examples else t)
+def is_batched(tensor: Tensor, examples: int) -> bool:
+    """Whether the tensor's first dimension counts the examples; other tensors are passed whole to every microbatch."""
+    return tensor.dim() > 0 and tensor.shape[0] == examples
 
 
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    targets = None if batch.targets is None else batch.targets.to(device)
-    return Batch(_map(batch.inputs, lambda t: t.to(device)), targets)
+def slice_inputs(inputs: Any, start: int, stop: int, examples: int) -> Any:
+    """Examples start … stop of the inputs."""
+    return map_tensors(inputs, lambda t: t[start:stop] if is_batched(t, examples) else t)
+
+
+def map_batch(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with every tensor replaced."""
+    targets = None if batch.targets is None else function(batch.targets)
+    return Batch(map_tensors(batch.inputs, function), targets)

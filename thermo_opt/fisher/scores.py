@@ -1,0 +1,116 @@
+"""Score rows: the matrix S whose Gram matrix is the Fisher, F = SᵀS/n (THEORY §7).
+
+A prediction contributes rows BᵀJ_i, where the columns of B (c × m) satisfy B Bᵀ = Λ_i ("exact": all classes, m = c), or are the
+residual of the data's target ("empirical", m = 1) or of m targets drawn from the model ("sampled", divided by √m).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from thermo_opt.errors import InputError
+from thermo_opt.fisher.predictor import Part, Predictor, is_batched, map_tensors, materialise, slice_inputs
+
+Targets = Literal["exact", "empirical", "sampled"]
+
+ENTRIES = 2**25
+"""Most numbers in the score rows computed at once (256 MB in float64)."""
+
+
+def check_targets(predictor: Predictor, targets: str) -> None:
+    """Raise `InputError` for an unknown kind of targets, and for the empirical Fisher of a batch without targets."""
+    if targets not in get_args(Targets):
+        raise InputError(f"targets must be one of {', '.join(get_args(Targets))}, got {targets!r}")
+    if targets == "empirical":
+        predictor.require_targets("the empirical Fisher")
+
+
+def cotangents(
+    predictor: Predictor, part: Part, f: Tensor, targets: Targets, samples: int, generator: torch.Generator | None
+) -> Tensor:
+    """The columns B of every prediction, shape (…, c, m); zero where a prediction isn't counted."""
+    family = predictor.likelihood
+    if targets == "exact":
+        columns = family.factor(f)
+    elif targets == "empirical":
+        assert part.targets is not None
+        columns = family.residual(f, part.targets).unsqueeze(-1)
+    else:
+        draws = [family.residual(f, family.sample(f, generator)) for _ in range(samples)]
+        columns = torch.stack(draws, dim=-1) / samples**0.5
+    return columns if part.mask is None else columns * part.mask[..., None, None]
+
+
+def score_rows(
+    predictor: Predictor, targets: Targets = "exact", samples: int = 1, seed: int | None = None
+) -> Iterator[Tensor]:
+    """Blocks (rows, P) of S, in order, examples × positions × columns; rows of uncounted predictions are zero.
+
+    Per-example gradients by ``vmap`` over ``vjp``; where the model can't be traced by ``torch.func`` (control flow that
+    depends on the data), by one backward pass a row, which a note says. Cost: c·m backward passes per example at most.
+    """
+    generator = None if seed is None else torch.Generator(device=predictor.device).manual_seed(seed)
+    size = sum(p.numel() for p in predictor.values)
+    for part in predictor.parts:
+        with torch.no_grad(), predictor.evaluation():
+            f = predictor.call(predictor.values, part.inputs)
+        columns = cotangents(predictor, part, f, targets, samples, generator)
+        rows_each = columns[0].numel() // f.shape[-1]
+        chunk = max(1, ENTRIES // max(1, size * rows_each))
+        for start in range(0, f.shape[0], chunk):
+            stop = min(start + chunk, f.shape[0])
+            piece = slice_inputs(part.inputs, start, stop, f.shape[0])
+            yield _rows(predictor, piece, _spread(columns[start:stop]))
+
+
+def _spread(columns: Tensor) -> Tensor:
+    """Cotangents of one example's whole output, (examples, rows, …, c), from per-prediction columns (examples, …, c, m)."""
+    examples, m = columns.shape[0], columns.shape[-1]
+    flat = columns.reshape(examples, -1, *columns.shape[-2:])  # examples, positions, c, m
+    positions, c = flat.shape[1], flat.shape[2]
+    eye = torch.eye(positions, dtype=columns.dtype, device=columns.device)
+    spread = torch.einsum("st,etcm->esmtc", eye, flat)
+    return spread.reshape(examples, positions * m, *columns.shape[1:-2], c)
+
+
+def _rows(predictor: Predictor, inputs: Any, spread: Tensor) -> Tensor:
+    examples = spread.shape[0]
+    if predictor.vmappable:
+        try:
+            blocks = _vmapped(predictor, inputs, spread)
+            return torch.cat([b.reshape(examples * spread.shape[1], -1) for b in blocks], dim=1)
+        except RuntimeError as error:
+            predictor.vmappable = False
+            reason = (str(error).strip().splitlines() or ["unknown reason"])[0][:160]
+            predictor.note(
+                f"torch.func can't vectorise this model over examples ({reason}): one backward pass a row used"
+            )
+    rows = []
+    for i in range(examples):
+        one = Part(slice_inputs(inputs, i, i + 1, examples), None, None)
+        f, leaves = predictor.graph(one)
+        for u in spread[i]:
+            gradients = torch.autograd.grad(f, leaves, u.unsqueeze(0), retain_graph=True, allow_unused=True)
+            rows.append(torch.cat([g.reshape(-1) for g in materialise(gradients, leaves)]))
+    return torch.stack(rows)
+
+
+def _vmapped(predictor: Predictor, inputs: Any, spread: Tensor) -> tuple[Tensor, ...]:
+    examples = spread.shape[0]
+    values = tuple(predictor.values)
+    batched: list[Tensor] = []
+    map_tensors(inputs, lambda t: batched.append(t) if is_batched(t, examples) else None)
+
+    def one(tensors: tuple[Tensor, ...], u: Tensor) -> tuple[Tensor, ...]:
+        queue = iter(tensors)
+        single = map_tensors(inputs, lambda t: next(queue).unsqueeze(0) if is_batched(t, examples) else t)
+        pull = vjp(lambda *p: predictor.call(p, single)[0], *values)[1]
+        return vmap(pull)(u)
+
+    with torch.no_grad(), predictor.evaluation():
+        return vmap(one)(tuple(batched), spread)
