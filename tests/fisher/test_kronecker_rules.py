@@ -117,10 +117,10 @@ def test_scale_rows_give_autograds_gradient(case):
     g = torch.randn_like(module(x))
     rule = rule_for(module)
     assert isinstance(rule, ScaleRule)
-    rows = rule.rows(module, x, g)
+    rows = rule.rows(module, rule.normalised(module, x), g)
     for i, reference in enumerate(_gradients_one_by_one(module, x, g)):
         torch.testing.assert_close(rows[i], torch.cat([t.flatten() for t in reference]), rtol=1e-10, atol=1e-12)
-    positions = rule.rows(module, x, g, "expand")
+    positions = rule.rows(module, rule.normalised(module, x), g, "expand")
     torch.testing.assert_close(positions.sum(0), rows.sum(0))
 
 
@@ -129,7 +129,7 @@ def test_a_frozen_scale_leaves_only_the_shift():
     module.weight.requires_grad_(False)
     rule = rule_for(module)
     x, g = torch.randn(3, 4), torch.randn(3, 4)
-    torch.testing.assert_close(rule.rows(module, x, g), g)
+    torch.testing.assert_close(rule.rows(module, rule.normalised(module, x), g), g)
 
 
 def test_a_subclass_keeps_the_rule_only_with_the_parents_forward():

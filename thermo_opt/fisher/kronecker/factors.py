@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thermo_opt.fisher.kronecker.rules import KroneckerRule, Layer, Setting
+from thermo_opt.fisher.kronecker.rules import KroneckerRule, Module, Setting
 
 
 @dataclass
@@ -38,8 +38,9 @@ class Moment:
         self.rows += other.rows
 
 
-def outer(rows: Tensor, ones: bool = False, dtype: torch.dtype | None = None) -> Tensor:
-    """``Σ rows rowsᵀ``: (…, rows, k) → (…, k, k); with ``ones``, a last column of ones joins in.
+def outer(rows: Tensor, ones: bool = False, dtype: torch.dtype | None = None, diagonal: bool = False) -> Tensor:
+    """``Σ rows rowsᵀ``: (…, rows, k) → (…, k, k), or its diagonal (…, k); with ``ones``, a last column of ones joins
+    in.
 
     The column costs a column sum rather than a copy of the rows. Half precision is accumulated in float32.
     """
@@ -47,9 +48,12 @@ def outer(rows: Tensor, ones: bool = False, dtype: torch.dtype | None = None) ->
         dtype = torch.float32
     if dtype is not None:
         rows = rows.to(dtype)
+    count, k = rows.shape[-2:]
+    if diagonal:
+        total = rows.square().sum(-2)
+        return torch.cat([total, total.new_full((*total.shape[:-1], 1), count)], -1) if ones else total
     if not ones:
         return rows.mT @ rows
-    count, k = rows.shape[-2:]
     total = rows.new_empty(*rows.shape[:-2], k + 1, k + 1)
     total[..., :k, :k] = rows.mT @ rows
     sums = rows.sum(-2)
@@ -67,48 +71,87 @@ def flatten(samples: Tensor, setting: Setting, mean: bool) -> Tensor:
 
 
 def input_moment(
-    rule: KroneckerRule, module: Layer, x: Tensor, setting: Setting = "expand", dtype: torch.dtype | None = None
+    rule: KroneckerRule,
+    module: Module,
+    x: Tensor,
+    setting: Setting = "expand",
+    dtype: torch.dtype | None = None,
+    diagonal: bool = False,
 ) -> Moment:
-    """Sum for the input factor A of one use of ``module``, bias column included; its ``mean`` is A.
+    """Sum for the input factor A of one use of ``module``, bias column included; its ``mean`` is A. Cost O(rows · in²).
 
-    One-hot rules give token counts (vocabulary,), a diagonal A. Cost O(rows · in²).
+    One-hot rules give token counts (vocabulary,), a diagonal A; ``diagonal`` asks for no more than that of any rule.
     """
-    bias = rule.covers(module, "bias")
+    samples = rule.inputs(module, x) if rule.covers(module, "weight") else x
+    return samples_moment(rule, module, samples, setting, dtype, diagonal)
+
+
+def samples_moment(
+    rule: KroneckerRule,
+    module: Module,
+    samples: Tensor,
+    setting: Setting = "expand",
+    dtype: torch.dtype | None = None,
+    diagonal: bool = False,
+) -> Moment:
+    """`input_moment` from samples that ``rule.inputs`` has already made."""
     if rule.one_hot:
-        indices = rule.inputs(module, x).flatten()
-        size = rule.shape(module)[2]
-        kind = dtype or module.weight.dtype
-        return Moment(torch.bincount(indices, minlength=size).to(kind), indices.numel())
+        indices = samples.flatten()
+        counts = torch.bincount(indices, minlength=rule.shape(module)[2])
+        return Moment(counts.to(dtype or module.weight.dtype), indices.numel())
     if not rule.covers(module, "weight"):
         groups = rule.shape(module)[0]
-        kind = dtype or module.bias.dtype
-        shape = (groups, 1, 1) if groups > 1 else (1, 1)
-        return Moment(torch.ones(shape, dtype=kind, device=x.device), 1)
-    rows = flatten(rule.inputs(module, x), setting, mean=True)
-    return Moment(outer(rows, ones=bias, dtype=dtype), rows.shape[-2])
+        shape = (1,) if diagonal else (1, 1)
+        one = torch.ones((groups, *shape) if groups > 1 else shape, dtype=dtype or module.bias.dtype)
+        return Moment(one.to(module.bias.device), 1)
+    rows = flatten(samples, setting, mean=True)
+    return Moment(outer(rows, rule.covers(module, "bias"), dtype, diagonal), rows.shape[-2])
 
 
 def gradient_moment(
     rule: KroneckerRule,
-    module: Layer,
+    module: Module,
     x: Tensor,
     g: Tensor,
     setting: Setting = "expand",
     dtype: torch.dtype | None = None,
+    diagonal: bool = False,
 ) -> Tensor:
-    """Sum for the output factor G of one use: ``Σ g gᵀ`` (…, out, out). Cost O(rows · out²).
+    """Sum for the output factor G of one use: ``Σ g gᵀ`` (…, out, out), or its diagonal. Cost O(rows · out²).
 
     Divide by M for unaveraged g, multiply by M for g of the mean loss.
     """
-    samples = rule.gradients(module, x, g)
-    return outer(flatten(samples, "expand" if rule.one_hot else setting, mean=False), dtype=dtype)
+    rows = flatten(rule.gradients(module, x, g), "expand" if rule.one_hot else setting, mean=False)
+    return outer(rows, dtype=dtype, diagonal=diagonal)
 
 
 def example_gradients(a: Tensor, g: Tensor, ones: bool = False) -> Tensor:
     """Per-example gradient matrices ``Σ_r g_r a_rᵀ``: a (…, n, r, in), g (…, n, r, out) → (…, n, out, in[+1]).
 
-    Either side may already be projected on an eigenbasis (then ``a`` has its ones column folded in). Cost O(n · r ·
-    out · in).
+    Cost O(n · r · out · in).
     """
     grads = g.mT @ a
     return torch.cat([grads, g.sum(-2).unsqueeze(-1)], dim=-1) if ones else grads
+
+
+def squared_example_gradients(a: Tensor, g: Tensor, limit: int = 1 << 24) -> Tensor:
+    """``Σ_n (Σ_r g_r a_rᵀ)²`` elementwise, (…, out, in); with both sides projected on an eigenbasis, EKFAC's
+    eigenvalues.
+
+    One matrix product where nothing is shared (r = 1); otherwise examples in turn, at most ``limit`` elements at a
+    time.
+    """
+    if a.shape[-2] == 1:
+        return g.squeeze(-2).square().mT @ a.squeeze(-2).square()
+    size = g.shape[-1] * a.shape[-1] * a.shape[:-3].numel()
+    chunk = max(1, limit // size)
+    pieces = zip(a.split(chunk, dim=-3), g.split(chunk, dim=-3), strict=True)
+    return torch.stack([example_gradients(x, y).square().sum(-3) for x, y in pieces]).sum(0)
+
+
+def squared_one_hot_gradients(indices: Tensor, g: Tensor, size: int) -> Tensor:
+    """`squared_example_gradients` for one-hot inputs: indices (n, r), g (n, r, out) → (out, size). O(n · r · out)."""
+    keys = (indices + size * torch.arange(len(indices), device=indices.device)[:, None]).flatten()
+    unique, where = keys.unique(return_inverse=True)
+    sums = g.new_zeros(len(unique), g.shape[-1]).index_add_(0, where, g.flatten(0, 1))
+    return g.new_zeros(size, g.shape[-1]).index_add_(0, unique % size, sums.square()).mT

@@ -22,7 +22,7 @@ Setting = str
 """Weight sharing: "expand" (every position counts as an example) or "reduce" (positions are summed first)."""
 SETTINGS = ("expand", "reduce")
 
-Layer = Any
+Module = Any
 """A ``torch.nn.Module`` whose own attributes (``weight``, ``stride``, …) the rule reads by name."""
 
 
@@ -31,12 +31,12 @@ class Rule:
 
     names: tuple[str, ...] = ("weight", "bias")
 
-    def parameters(self, module: Layer) -> list[tuple[str, nn.Parameter]]:
+    def parameters(self, module: Module) -> list[tuple[str, nn.Parameter]]:
         """The covered parameters that require grad, as (local name, parameter)."""
         own = module._parameters
         return [(k, p) for k in self.names if (p := own.get(k)) is not None and p.requires_grad]
 
-    def covers(self, module: Layer, name: str) -> bool:
+    def covers(self, module: Module, name: str) -> bool:
         """Whether parameter ``name`` of the module is present and trainable."""
         p = module._parameters.get(name)
         return p is not None and p.requires_grad
@@ -53,26 +53,26 @@ class KroneckerRule(Rule):
     """True when the inputs are indices, so that A is the diagonal of token frequencies."""
 
     @abstractmethod
-    def inputs(self, module: Layer, x: Tensor) -> Tensor:
+    def inputs(self, module: Module, x: Tensor) -> Tensor:
         """Input samples (…, n, r, in) without the bias column; for a one-hot rule the indices (n, r)."""
 
     @abstractmethod
-    def gradients(self, module: Layer, x: Tensor, g: Tensor) -> Tensor:
+    def gradients(self, module: Module, x: Tensor, g: Tensor) -> Tensor:
         """Output-gradient samples (…, n, r, out), in the order of `inputs`."""
 
     @abstractmethod
-    def weight_matrix(self, module: Layer, weight: Tensor) -> Tensor:
+    def weight_matrix(self, module: Module, weight: Tensor) -> Tensor:
         """The weight as a matrix (…, out, in)."""
 
     @abstractmethod
-    def weight_tensor(self, module: Layer, matrix: Tensor) -> Tensor:
+    def weight_tensor(self, module: Module, matrix: Tensor) -> Tensor:
         """The inverse of `weight_matrix`."""
 
     @abstractmethod
-    def shape(self, module: Layer) -> tuple[int, int, int]:
+    def shape(self, module: Module) -> tuple[int, int, int]:
         """(groups, out, in), a trainable bias column counted in; with groups = 1 matrices have no group axis."""
 
-    def to_matrix(self, module: Layer, tensors: Sequence[Tensor]) -> Tensor:
+    def to_matrix(self, module: Module, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors aligned with `parameters(module)` as one matrix (…, out, in[+1]): a view where there is no bias."""
         parts = []
         rest = list(tensors)
@@ -84,7 +84,7 @@ class KroneckerRule(Rule):
             parts.append(bias.reshape(groups, out, 1) if groups > 1 else bias.reshape(out, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def from_matrix(self, module: Layer, matrix: Tensor) -> list[Tensor]:
+    def from_matrix(self, module: Module, matrix: Tensor) -> list[Tensor]:
         """The inverse of `to_matrix` (views of ``matrix`` where the layout allows)."""
         out = []
         bias = self.covers(module, "bias")
@@ -98,19 +98,19 @@ class KroneckerRule(Rule):
 class LinearRule(KroneckerRule):
     """``torch.nn.Linear``: any leading dimensions; the first is the example, the others share the weight."""
 
-    def inputs(self, module: Layer, x: Tensor) -> Tensor:
+    def inputs(self, module: Module, x: Tensor) -> Tensor:
         return _positions(x, x.shape[-1])
 
-    def gradients(self, module: Layer, x: Tensor, g: Tensor) -> Tensor:
+    def gradients(self, module: Module, x: Tensor, g: Tensor) -> Tensor:
         return _positions(g, g.shape[-1])
 
-    def weight_matrix(self, module: Layer, weight: Tensor) -> Tensor:
+    def weight_matrix(self, module: Module, weight: Tensor) -> Tensor:
         return weight
 
-    def weight_tensor(self, module: Layer, matrix: Tensor) -> Tensor:
+    def weight_tensor(self, module: Module, matrix: Tensor) -> Tensor:
         return matrix
 
-    def shape(self, module: Layer) -> tuple[int, int, int]:
+    def shape(self, module: Module) -> tuple[int, int, int]:
         out, inputs = self.weight_matrix(module, module.weight).shape
         return 1, out, inputs * self.covers(module, "weight") + self.covers(module, "bias")
 
@@ -118,10 +118,10 @@ class LinearRule(KroneckerRule):
 class TransposedLinearRule(LinearRule):
     """A linear layer that stores its weight as (in, out), such as the ``Conv1D`` of GPT-2 in transformers."""
 
-    def weight_matrix(self, module: Layer, weight: Tensor) -> Tensor:
+    def weight_matrix(self, module: Module, weight: Tensor) -> Tensor:
         return weight.mT
 
-    def weight_tensor(self, module: Layer, matrix: Tensor) -> Tensor:
+    def weight_tensor(self, module: Module, matrix: Tensor) -> Tensor:
         return matrix.mT
 
 
@@ -132,25 +132,25 @@ class ConvRule(KroneckerRule):
     channels; `weight_matrix` follows the same order. One matrix a group.
     """
 
-    def inputs(self, module: Layer, x: Tensor) -> Tensor:
+    def inputs(self, module: Module, x: Tensor) -> Tensor:
         return patches(module, x)
 
-    def gradients(self, module: Layer, x: Tensor, g: Tensor) -> Tensor:
+    def gradients(self, module: Module, x: Tensor, g: Tensor) -> Tensor:
         groups = module.groups
         if groups == 1:
             return g.flatten(2).mT
         return g.unflatten(1, (groups, -1)).flatten(3).permute(1, 0, 3, 2)
 
-    def weight_matrix(self, module: Layer, weight: Tensor) -> Tensor:
+    def weight_matrix(self, module: Module, weight: Tensor) -> Tensor:
         rows = weight.movedim(1, -1).flatten(1)
         groups = module.groups
         return rows if groups == 1 else rows.unflatten(0, (groups, -1))
 
-    def weight_tensor(self, module: Layer, matrix: Tensor) -> Tensor:
+    def weight_tensor(self, module: Module, matrix: Tensor) -> Tensor:
         out, channels, *kernel = module.weight.shape
         return matrix.reshape(out, *kernel, channels).movedim(-1, 1)
 
-    def shape(self, module: Layer) -> tuple[int, int, int]:
+    def shape(self, module: Module) -> tuple[int, int, int]:
         groups = module.groups
         inputs = module.weight[0].numel() * self.covers(module, "weight") + self.covers(module, "bias")
         return groups, module.weight.shape[0] // groups, inputs
@@ -166,22 +166,22 @@ class EmbeddingRule(KroneckerRule):
     names = ("weight",)
     one_hot = True
 
-    def inputs(self, module: Layer, x: Tensor) -> Tensor:
+    def inputs(self, module: Module, x: Tensor) -> Tensor:
         return x.reshape(x.shape[0] if x.dim() else 1, -1)
 
-    def gradients(self, module: Layer, x: Tensor, g: Tensor) -> Tensor:
+    def gradients(self, module: Module, x: Tensor, g: Tensor) -> Tensor:
         padding = module.padding_idx
         if padding is not None:
             g = g.masked_fill((x == padding).unsqueeze(-1), 0)
         return g.reshape(x.shape[0] if x.dim() else 1, -1, g.shape[-1])
 
-    def weight_matrix(self, module: Layer, weight: Tensor) -> Tensor:
+    def weight_matrix(self, module: Module, weight: Tensor) -> Tensor:
         return weight.mT
 
-    def weight_tensor(self, module: Layer, matrix: Tensor) -> Tensor:
+    def weight_tensor(self, module: Module, matrix: Tensor) -> Tensor:
         return matrix.mT
 
-    def shape(self, module: Layer) -> tuple[int, int, int]:
+    def shape(self, module: Module) -> tuple[int, int, int]:
         vocabulary, dim = module.weight.shape
         return 1, dim, vocabulary
 
@@ -197,7 +197,7 @@ class ScaleRule(Rule):
     axes: str
     batched_statistics: bool = False
 
-    def normalised(self, module: Layer, x: Tensor) -> Tensor:
+    def normalised(self, module: Module, x: Tensor) -> Tensor:
         """x̂, the module's output without its scale and shift (BatchNorm: with the statistics of its current mode)."""
         if isinstance(module, nn.LayerNorm):
             return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
@@ -214,11 +214,11 @@ class ScaleRule(Rule):
             return F.batch_norm(x, mean, var, None, None, use_batch, 0.0, module.eps)
         return F.rms_norm(x, list(module.normalized_shape), None, module.eps)
 
-    def rows(self, module: Layer, x: Tensor, g: Tensor, setting: Setting = "reduce") -> Tensor:
+    def rows(self, module: Module, normalised: Tensor, g: Tensor, setting: Setting = "reduce") -> Tensor:
         """Gradients of (scale, shift), flattened to (rows, k): a row an example ("reduce") or a position ("expand")."""
         parts = []
         for name, _ in self.parameters(module):
-            sample = g * self.normalised(module, x) if name == "weight" else g
+            sample = g * normalised if name == "weight" else g
             if self.axes == "channel":
                 sample = sample.flatten(2) if sample.dim() > 2 else sample.unsqueeze(-1)
                 sample = sample.sum(-1) if setting == "reduce" else sample.mT.flatten(0, 1)
@@ -264,7 +264,7 @@ def register(module_type: type[nn.Module], rule: Rule) -> None:
     RULES[module_type] = rule
 
 
-def rule_for(module: Layer) -> Rule | None:
+def rule_for(module: Module) -> Rule | None:
     """The rule of a module, or None: its parameters then get a diagonal block."""
     kind: Any = type(module)
     for parent in kind.__mro__:
@@ -277,7 +277,7 @@ def rule_for(module: Layer) -> Rule | None:
     return None
 
 
-def patches(module: Layer, x: Tensor) -> Tensor:
+def patches(module: Module, x: Tensor) -> Tensor:
     """Input patches of a convolution, (n, positions, kernel·channels); with groups (groups, n, positions, …/groups).
 
     One padded channels-last copy of x and one copy into patches; cost O(n · positions · kernel · channels).

@@ -1,0 +1,183 @@
+"""K-FAC and EKFAC as metrics computed once on a batch (THEORY §1, §7)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from thermo_opt.errors import InputError
+from thermo_opt.fisher import spectral
+from thermo_opt.fisher.kronecker.blocks import Block
+from thermo_opt.fisher.kronecker.columns import Columns
+from thermo_opt.fisher.kronecker.estimate import estimate
+from thermo_opt.fisher.kronecker.placement import Placed
+from thermo_opt.fisher.kronecker.rules import SETTINGS
+from thermo_opt.fisher.likelihoods import Likelihood
+from thermo_opt.fisher.metric import Metric, check_dense, dot
+from thermo_opt.fisher.predictor import Predictor
+from thermo_opt.fisher.scores import Targets
+
+
+class KroneckerMetric(Metric):
+    """A block-diagonal metric whose blocks know their eigenbasis, so every operation is exact for it.
+
+    ``rtol``, ``atol``: with λ = 0 eigenvalues below ``max(rtol·σ_max, atol)`` count as null, σ_max over all blocks (the
+    products ``a_i g_j`` for Kronecker blocks). Products cost O(out · in · (out + in)) a layer; the first `solve`,
+    `split`, `dual_norm` or `diagnostics` decomposes the factors, O(out³ + in³), once.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        names: Sequence[str],
+        like: Sequence[Tensor],
+        blocks: Sequence[Placed],
+        damping: float = 0.0,
+        rtol: float | None = None,
+        atol: float = 0.0,
+    ) -> None:
+        super().__init__(names, like, damping)
+        self.kind = kind
+        self.blocks = tuple(blocks)
+        self._rtol, self._atol = rtol, atol
+        self._cut: float | None = None
+
+    @property
+    def cut(self) -> float:
+        """The eigenvalue at and below which a direction counts as null."""
+        if self._cut is None:
+            values = [placed.block.eigenvalues for placed in self.blocks]
+            largest = max(float(v.max()) for v in values if v.numel())
+            rtol = self._rtol
+            if rtol is None:
+                rtol = spectral.default_rtol(max(max(v.shape[-2:]) for v in values), values[0].dtype)
+            self._cut = spectral.threshold(largest, rtol, self._atol)
+        return self._cut
+
+    def _apply(self, v: Sequence[Tensor], operation: Callable[[Block, Tensor], Tensor]) -> list[Tensor]:
+        out: list[Tensor] = [torch.empty(0)] * len(self.shapes)
+        for placed in self.blocks:
+            result = placed.scatter(operation(placed.block, placed.take(v)))
+            for i, tensor in zip(placed.positions, result, strict=True):
+                out[i] = tensor.reshape(self.shapes[i])
+        return out
+
+    def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
+        v = self.vector(v)
+        product = self._apply(v, lambda block, x: block.matvec(x))
+        return product if self.damping == 0 else [p.add(t, alpha=self.damping) for p, t in zip(product, v, strict=True)]
+
+    def solve(self, g: Sequence[Tensor]) -> list[Tensor]:
+        cut = self.cut if self.damping == 0 else 0.0
+        return self._apply(self.vector(g, "g"), lambda block, x: block.solve(x, self.damping, cut))
+
+    def split(self, g: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        g = self.vector(g, "g")
+        null = self._apply(g, lambda block, x: block.split(x, self.cut)[1])
+        return [t - n for t, n in zip(g, null, strict=True)], null
+
+    def quadratic_by_block(self, v: Sequence[Tensor]) -> dict[str, float]:
+        """Each block's share of ``vᵀF_λv``; the shares sum to `quadratic`."""
+        v = self.vector(v)
+        shares = {}
+        for placed in self.blocks:
+            damped = self.damping * dot([v[i] for i in placed.positions], [v[i] for i in placed.positions])
+            shares[placed.name] = float(placed.block.quadratic(placed.take(v))) + damped
+        return shares
+
+    def diagnostics(self) -> dict[str, Any]:
+        """``rank``, ``condition`` (σ_max over the least kept σ), ``trace`` of F; ``blocks``: name, type, shape, notes."""
+        rank, least, largest = 0, math.inf, 0.0
+        for placed in self.blocks:
+            values = placed.block.eigenvalues
+            kept = values[values > self.cut]
+            rank += kept.numel()
+            if kept.numel():
+                least, largest = min(least, float(kept.min())), max(largest, float(kept.max()))
+        return {
+            "rank": rank,
+            "condition": largest / least if rank else None,
+            "trace": math.fsum(placed.block.trace for placed in self.blocks),
+            **({} if rank else {"reason": "F = 0 on this batch"}),
+            "blocks": [
+                {
+                    "name": placed.name,
+                    "type": type(placed.block).__name__,
+                    "shape": tuple(placed.block.eigenvalues.shape),
+                    "notes": placed.block.notes,
+                }
+                for placed in self.blocks
+            ],
+        }
+
+    def dense(self) -> Tensor:
+        """F_λ as a (P, P) float64 matrix, assembled block by block; for P ≤ `DENSE_LIMIT`."""
+        check_dense(self.size)
+        full = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.device)
+        numbers = torch.arange(self.size, device=self.device).split([math.prod(s) for s in self.shapes])
+        index = [t.reshape(s) for t, s in zip(numbers, self.shapes, strict=True)]
+        for placed in self.blocks:
+            at = placed.take(index).flatten()
+            full[at[:, None], at] = placed.block.dense().double()
+        return full + self.damping * torch.eye(self.size, dtype=torch.float64, device=self.device)
+
+
+def kfac(model: nn.Module, batch: Any, **options: Any) -> KroneckerMetric:
+    """K-FAC: one block ``A ⊗ G`` a layer (weight and bias joined), F's own block where A and G are independent.
+
+    Options: those of `kronecker_metric`. Martens & Grosse 2015; Grosse & Martens 2016; Eschenhagen et al. 2023.
+    """
+    return kronecker_metric("kfac", model, batch, **options)
+
+
+def ekfac(model: nn.Module, batch: Any, **options: Any) -> KroneckerMetric:
+    """EKFAC: K-FAC's eigenbasis, with eigenvalues re-estimated from per-example gradients in a second pass.
+
+    Options: those of `kronecker_metric`. Tied weights keep K-FAC's eigenvalues. George et al. 2018.
+    """
+    return kronecker_metric("ekfac", model, batch, **options)
+
+
+def kronecker_metric(
+    kind: Literal["kfac", "ekfac"],
+    model: nn.Module,
+    batch: Any,
+    *,
+    likelihood: str | Likelihood = "categorical",
+    damping: float = 0.0,
+    setting: str = "expand",
+    targets: Targets = "exact",
+    samples: int = 1,
+    seed: int = 0,
+    rtol: float | None = None,
+    atol: float = 0.0,
+    max_side: int = 8192,
+    **options: Any,
+) -> KroneckerMetric:
+    """The block-diagonal metric of a model on a batch.
+
+    ``setting``: how positions that share a weight enter, "expand" or "reduce" (see
+    `thermo_opt.fisher.kronecker.factors`). ``targets``: whose Fisher: "exact" (all classes, c backward passes),
+    "sampled" (``samples`` draws from the model) or "empirical" (the data's). ``seed``: of those draws, and of the
+    signs that keep the loss terms of a sequence apart. ``max_side``: a wider side of a block keeps only the diagonal
+    of its factor. Other options: those of `Predictor`.
+
+    Embeddings: diagonal A (token frequencies); normalisation layers: one dense block of scale and shift (above 1024
+    parameters one small block a channel); tied weights: the nearest Kronecker product of the sum over their uses;
+    parameters without a rule: a diagonal block, named once in a warning. Raises `InputError` for unknown settings or
+    targets and for a batch that disagrees with the likelihood.
+    """
+    if setting not in SETTINGS:
+        raise InputError(f"setting {setting!r} is not one of {', '.join(SETTINGS)}")
+    predictor = Predictor(model, batch, likelihood, **options)
+    result = estimate(predictor, Columns(predictor, targets, samples, seed), setting, kind == "ekfac", max_side)
+    metric = KroneckerMetric(kind, predictor.names, predictor.values, result.blocks, damping, rtol, atol)
+    metric.notes = [*predictor.notes, *result.notes]
+    if result.diagonal:
+        warnings.warn(result.diagonal, stacklevel=4)
+    return metric
