@@ -36,8 +36,8 @@ class Quantity:
 QUANTITIES = (
     Quantity("lens", "", "Lens", "", "What the audit looked at: predictions, weights, or the optimizer's own state."),
     Quantity("clock", "", "Clock", "", "What counts as time: steps, learning rate, seconds, or data seen."),
-    Quantity("stride", "m", "Stride", "", "The audit used every m-th recorded snapshot."),
-    Quantity("steps", "", "Optimizer steps", "", "Steps between the first and the last snapshot audited."),
+    Quantity("stride", "", "Stride", "steps", "Optimizer steps between audited snapshots (their median)."),
+    Quantity("steps", "", "Intervals", "", "Audited intervals: pairs of successive snapshots."),
     Quantity("duration", "T", "Duration", "clock", "Time the run took, on its clock.", "T = Σ τ"),
     Quantity("loss_start", "L(0)", "Loss at the start", "nats", "Mean negative log-likelihood of an example."),
     Quantity("loss_end", "L(T)", "Loss at the end", "nats", "Mean negative log-likelihood of an example."),

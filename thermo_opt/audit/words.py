@@ -135,14 +135,14 @@ def _shares(summary: Summary) -> tuple[str, str, str] | None:
 
 def _alignment(summary: Summary) -> str | None:
     value, lower, upper = summary["alignment"], summary.get("alignment_lower"), summary.get("alignment_upper")
-    if value is None:
-        value = lower if lower is not None and upper is None else None
-    if value is None:
+    if value is None and lower is None:
         return None
-    if value < 0:
+    if max(v for v in (value, lower, upper) if v is not None) < 0:
         return "On the whole its steps went against the natural gradient: the loss was predicted to rise."
-    if lower is not None and upper is None:
+    if value is None and upper is None:
         return f"At least {percent(max(lower, 0.0))} of the dissipation lay along the natural gradient."
+    if value is None:
+        return f"Between {percent(lower)} and {percent(upper)} of the dissipation lay along the natural gradient."
     between = ""
     if lower is not None and upper is not None and upper - lower > 0.005:
         between = f" (certified between {percent(lower)} and {percent(upper)})"

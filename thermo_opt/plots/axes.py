@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from thermo_opt.audit.quantities import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+KEY: dict[str, Any] = {"framealpha": 0.85, "edgecolor": "none", "fontsize": "small"}
+"""How a legend looks."""
 
 
 def given_or_new(ax: Axes | None, width: float = 6.4, height: float = 4.0) -> Axes:
@@ -37,6 +43,23 @@ def stacked(ax: Axes, title: str = "") -> tuple[Axes, Axes]:
     quiet(upper, title)
     quiet(lower)
     return upper, lower
+
+
+def log_ticks(ax: Axes) -> None:
+    """Logarithmic axes with few ticks, written in full where they are powers of ten times 1, 2 or 5."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 150 * low else (1,), numticks=8))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 1)))
+        axis.set_minor_locator(NullLocator())
+
+
+def plain(text: str) -> str:
+    """Text that Matplotlib doesn't take for mathematics."""
+    return text.replace("$", r"\$")
 
 
 def say_nothing_known(ax: Axes, what: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from thermo_opt.audit.quantities import cost_unit
 from thermo_opt.audit.results import Audit
 from thermo_opt.plots import series
-from thermo_opt.plots.axes import given_or_new, quiet, say_nothing_known, stacked
+from thermo_opt.plots.axes import KEY, given_or_new, log_ticks, plain, quiet, say_nothing_known, stacked
 from thermo_opt.plots.palette import look
 
 if TYPE_CHECKING:
@@ -31,11 +31,14 @@ def loss_and_dissipation(audits: Audit | Iterable[Audit], ax: Axes | None = None
         style = look(i)
         step, loss, _ = series.loss_curve(audit)
         if len(step):
-            upper.plot(step, loss, style.linestyle, color=style.hex, label=audit.run)
+            upper.plot(step, loss, style.linestyle, color=style.hex, label=plain(audit.run))
         step, spent = series.cumulative_dissipation(audit.headline)
         if len(step):
             lower.plot(step, spent, style.linestyle, color=style.hex)
-    upper.set_ylabel("loss (nats / example)")
+    if not lower.lines:
+        lower.text(0.5, 0.5, "scale in nats unknown", ha="center", va="center", color="0.4", transform=lower.transAxes)
+        lower.set_yticks([])
+    upper.set_ylabel("loss (nats)")
     lower.set_ylabel(f"Q so far ({units(audits)})")
     lower.set_xlabel("training step")
     _key(upper, audits)
@@ -53,7 +56,7 @@ def alignment(audits: Audit | Iterable[Audit], ax: Axes | None = None) -> Axes:
             continue
         drawn = True
         style = look(i)
-        name = f"{audit.run} ({found.kind})"
+        name = plain(f"{audit.run} ({found.kind})")
         if found.kind == "bracket":
             ax.fill_between(found.step, found.lower, found.upper, color=style.hex, alpha=0.25, linewidth=0, label=name)
             ax.plot(found.step, (found.lower + found.upper) / 2, style.linestyle, color=style.hex)
@@ -66,7 +69,7 @@ def alignment(audits: Audit | Iterable[Audit], ax: Axes | None = None) -> Axes:
     ax.axhline(0, color="0.6", linewidth=0.8)
     ax.set_xlabel("training step")
     ax.set_ylabel("alignment ε")
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend(**KEY)
     return ax
 
 
@@ -82,7 +85,9 @@ def coarse_graining(audits: Audit | Iterable[Audit], ax: Axes | None = None) -> 
     upper, lower = stacked(ax, "Coarse-graining")
     for i, audit, table in tables:
         style = look(i)
-        name = audit.run if audit.headline.hurst is None else f"{audit.run}, H = {audit.headline.hurst:.2f}"
+        name = plain(audit.run)
+        if audit.headline.hurst is not None:
+            name += f", H = {audit.headline.hurst:.2f}"
         for panel, column in ((upper, "length"), (lower, "dissipation")):
             panel.plot(
                 table["stride_steps"],
@@ -94,13 +99,11 @@ def coarse_graining(audits: Audit | Iterable[Audit], ax: Axes | None = None) -> 
                 label=name,
             )
     for panel in (upper, lower):
-        panel.set_xscale("log")
-        panel.set_yscale("log")
-    upper.tick_params(which="both", labelbottom=False)
+        log_ticks(panel)
     upper.set_ylabel("length ℒ (√nats)")
     lower.set_ylabel(f"Q ({units(audits)})")
     lower.set_xlabel("sampling stride (optimizer steps)")
-    upper.legend(frameon=False, fontsize="small")
+    upper.legend(**KEY)
     return ax
 
 
@@ -114,7 +117,7 @@ def predicted_vs_realised(audits: Audit | Iterable[Audit], ax: Axes | None = Non
             continue
         _, predicted, measured = found
         style = look(i)
-        ax.scatter(predicted, measured, s=18, color=style.hex, marker=style.marker, alpha=0.75, label=audit.run)
+        ax.scatter(predicted, measured, s=18, color=style.hex, marker=style.marker, alpha=0.75, label=plain(audit.run))
         both = np.concatenate([predicted, measured])
         span = np.array([min(span[0], both.min()), max(span[1], both.max())])
     if span[0] > span[1]:
@@ -122,14 +125,13 @@ def predicted_vs_realised(audits: Audit | Iterable[Audit], ax: Axes | None = Non
         return ax
     quiet(ax, "Predicted and realised dissipation")
     ax.plot(span, span, "--", color="0.5", linewidth=1)
-    ax.set_xscale("log")
-    ax.set_yscale("log")
+    log_ticks(ax)
     ax.set_xlabel("predicted ½a (nats)")
     ax.set_ylabel("realised KL (nats)")
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend(**KEY)
     return ax
 
 
 def _key(ax: Axes, audits: list[Audit]) -> None:
     if len(audits) > 1:
-        ax.legend(frameon=False, fontsize="small")
+        ax.legend(**KEY)

@@ -10,7 +10,7 @@ import numpy as np
 from thermo_opt.audit.quantities import cost_unit, number
 from thermo_opt.audit.results import Audit
 from thermo_opt.plots import series
-from thermo_opt.plots.axes import given_or_new, quiet, say_nothing_known
+from thermo_opt.plots.axes import KEY, given_or_new, plain, quiet, say_nothing_known
 from thermo_opt.plots.curves import units
 from thermo_opt.plots.palette import PARTS, look
 
@@ -39,12 +39,10 @@ def decomposition_bars(audits: Audit | Iterable[Audit], ax: Axes | None = None) 
     quiet(ax, "Where the dissipation went")
     ax.grid(False, axis="y")
     ax.set_yticks([])
-    ax.set_ylim(len(rows) - 0.6, -0.75)
+    ax.set_ylim(max(len(rows), 2.5) - 0.6, -1.05)
     ax.set_xlabel(f"dissipation Q ({units(audits)})")
     patches = [Patch(facecolor=to_rgba("0.35", o), edgecolor="0.35", label=part) for part, o in PARTS.items()]
-    ax.legend(
-        handles=patches, frameon=False, fontsize="small", ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0
-    )
+    ax.legend(handles=patches, ncols=3, loc="upper right", **KEY)
     return ax
 
 
@@ -61,16 +59,18 @@ def trajectory_map(audits: Audit | Iterable[Audit], ax: Axes | None = None) -> A
         return ax
     for run in found.trajectories:
         style = look(run.index)
-        ax.plot(*run.xy.T, style.linestyle, color=style.hex, marker=".", markersize=4, label=audits[run.index].run)
+        ax.plot(
+            *run.xy.T, style.linestyle, color=style.hex, marker=".", markersize=4, label=plain(audits[run.index].run)
+        )
         ax.plot(*run.xy[0], style.marker, color=style.hex, markerfacecolor="none", markersize=8)
         ax.plot(*run.xy[-1], style.marker, color=style.hex, markersize=8)
-    left_out = f"; on another probe: {', '.join(found.left_out)}" if found.left_out else ""
+    left_out = plain(f"; on another probe: {', '.join(found.left_out)}") if found.left_out else ""
     quiet(ax, f"Paths of the predictions ({found.explained:.0%} of the spread{left_out})")
     ax.set_aspect("equal", adjustable="datalim")
     ax.set_xlabel("first intensive component")
     ax.set_ylabel("second intensive component")
     if len(audits) > 1:
-        ax.legend(frameon=False, fontsize="small")
+        ax.legend(**KEY)
     return ax
 
 
@@ -91,7 +91,7 @@ def dissipation_heatmap(audit: Audit, ax: Axes | None = None) -> Axes:
     ax.set_yticks(rows, found.layers, fontsize="small", parse_math=False)
     ax.invert_yaxis()
     ax.set_xlabel("training step")
-    ax.set_title(f"Which layers dissipated: {audit.run}", loc="left", fontsize="medium", fontweight="bold")
+    ax.set_title(f"Which layers dissipated: {plain(audit.run)}", loc="left", fontsize="medium", fontweight="bold")
     if (figure := ax.get_figure()) is not None:
         figure.colorbar(image, ax=ax, label=f"dissipation ({units([audit])})", pad=0.02)
     return ax

@@ -103,7 +103,7 @@ def _cards(audits: list[Audit]) -> list[dict[str, Any]]:
                 "index": index,
                 "run": audit.run,
                 "look": look(index),
-                "context": ", ".join(filter(None, [audit.optimizer, f"{number(summary['steps'])} steps"])),
+                "context": ", ".join(filter(None, [audit.optimizer, f"{number(_span(audit))} steps"])),
                 "efficiency": "–" if efficiency is None else percent(efficiency),
                 "efficiency_words": "efficiency unknown" if efficiency is None else "efficient",
                 "shares": shares,
@@ -112,6 +112,11 @@ def _cards(audits: list[Audit]) -> list[dict[str, Any]]:
             }
         )
     return cards
+
+
+def _span(audit: Audit) -> int:
+    """Optimizer steps between the first and the last snapshot audited."""
+    return int(audit.steps["step_end"].iloc[-1] - audit.steps["step"].iloc[0])
 
 
 def _rows(audits: list[Audit]) -> list[dict[str, Any]]:

@@ -1,0 +1,292 @@
+"""The command line: parse, call, print. Torch and the rest are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from thermo_opt.errors import InputError
+
+if TYPE_CHECKING:
+    from thermo_opt.audit import Audit
+    from thermo_opt.runs import Run
+
+ELSEWHERE: dict[str, tuple[str, str]] = {}
+"""Commands defined in other modules: name → ("package.module:function", one-line help). Imported only when called."""
+
+RunPath = Annotated[Path, typer.Argument(help="Folder or file that a training run left on disk.", show_default=False)]
+RunPaths = Annotated[list[Path], typer.Argument(help="Recorded runs.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Html = Annotated[Path | None, typer.Option(help="Also write a report page, one file that opens offline.")]
+Lens = Annotated[
+    list[str] | None, typer.Option(help="outputs, parameters or optimizer-state; may be repeated. Default: all.")
+]
+Clock = Annotated[str, typer.Option(help="What counts as time: step, flow, wall, examples or tokens.")]
+Stride = Annotated[int, typer.Option(help="Use every M-th snapshot.", metavar="M")]
+Model = Annotated[str | None, typer.Option(help="Architecture, as package.module:factory, to replay weights with.")]
+Probe = Annotated[Path | None, typer.Option(help="Inputs and targets to replay on (safetensors, npz, parquet).")]
+Format = Annotated[str | None, typer.Option(help="Layout of the run, where its files don't tell.")]
+BatchSize = Annotated[int | None, typer.Option(help="Examples in a minibatch; the optimizer-state lens needs it.")]
+Steps = Annotated[str | None, typer.Option(help="Intervals the parameter lens looks at.", metavar="A:B:C")]
+Jobs = Annotated[int, typer.Option(help="Processes.")]
+Output = Annotated[Path, typer.Option(help="Where to write the report page.")]
+
+
+def audit(
+    run: RunPath,
+    json: Json = False,
+    html: Html = None,
+    lens: Lens = None,
+    clock: Clock = "step",
+    stride: Stride = 1,
+    model: Model = None,
+    probe: Probe = None,
+    format: Format = None,
+    batch_size: BatchSize = None,
+    steps: Steps = None,
+    jobs: Jobs = 1,
+) -> None:
+    """Audit a recorded run: what its path dissipated, how much was unavoidable, where the rest went."""
+    audits = _audits([run], format, _options(lens, clock, stride, model, probe, batch_size, steps, jobs))
+    from thermo_opt.report import terminal
+
+    if not json:
+        terminal.print_audit(audits[0])
+    _finish(audits, json, html)
+
+
+def compare(
+    runs: RunPaths,
+    json: Json = False,
+    html: Html = None,
+    lens: Lens = None,
+    clock: Clock = "step",
+    stride: Stride = 1,
+    model: Model = None,
+    probe: Probe = None,
+    format: Format = None,
+    batch_size: BatchSize = None,
+    steps: Steps = None,
+    jobs: Jobs = 1,
+) -> None:
+    """Audit several runs and compare them, the most efficient first."""
+    audits = _audits(runs, format, _options(lens, clock, stride, model, probe, batch_size, steps, jobs))
+    _compare(audits, json, html)
+
+
+def info(run: RunPath, json: Json = False, format: Format = None) -> None:
+    """Say what a run's record holds, without auditing it."""
+    import json as encoder
+
+    from thermo_opt.report import terminal
+    from thermo_opt.runs import load_run
+
+    facts = _facts(load_run(run, format=format))
+    if json:
+        terminal.print_json(encoder.dumps({"runs": [facts]}, indent=2, allow_nan=False))
+    else:
+        terminal.print_info(facts)
+
+
+def demo(output: Output = Path("report.html"), jobs: Jobs = 1) -> None:
+    """Audit the recorded runs that come with thermo-opt, compare them, and write a report page."""
+    if output.exists() and not _is_report(output):
+        raise InputError(f"{output} exists and is no thermo-opt report: name another file with --output.")
+    _compare(_audits(demo_runs(), None, {"jobs": jobs}), False, output)
+
+
+def demo_runs() -> list[Path]:
+    """The runs recorded for the demo: package data in an installed wheel, ``data/`` in a checkout."""
+    package = Path(__file__).parent
+    for folder in (package / "demo_data", package.parent / "data"):
+        runs = sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith((".", "_")))
+        if runs:
+            return runs
+    raise InputError(
+        f"{package.parent / 'data'} holds no recorded runs: reinstall thermo-opt, or pass runs to `compare`."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0 done, 2 bad input (a sentence on stderr), 1 our bug."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _app(arguments)(args=arguments, prog_name="thermo-opt")
+    except SystemExit as status:
+        return status.code if isinstance(status.code, int) else int(status.code is not None)
+    except InputError as error:
+        return _refuse(str(error))
+    except OSError as error:
+        if error.filename is None:
+            return _confess()
+        return _refuse(f"{error.filename}: {error.strerror}")
+    except Exception:
+        return _confess()
+    return 0
+
+
+def _app(arguments: list[str]) -> typer.Typer:
+    app = typer.Typer(
+        help="Thermodynamics of training runs: what a path through predictions cost, and what no path could have saved.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_top)
+    for command in (audit, compare, info, demo):
+        app.command()(command)
+    for name, (target, summary) in ELSEWHERE.items():
+        function = _import(target) if arguments[:1] == [name] else _stub
+        app.command(name, help=summary)(function)
+    return app
+
+
+def _top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from thermo_opt import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def _stub() -> None:
+    """Stands in for a command that isn't the one called."""
+
+
+def _import(target: str) -> Callable[..., Any]:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _options(
+    lens: list[str] | None,
+    clock: str,
+    stride: int,
+    model: str | None,
+    probe: Path | None,
+    batch_size: int | None,
+    steps: str | None,
+    jobs: int,
+) -> dict[str, Any]:
+    return {
+        "lens": lens or None,
+        "clock": clock,
+        "stride": stride,
+        "model": model,
+        "probe": probe,
+        "batch_size": batch_size,
+        "steps": None if steps is None else _slice(steps),
+        "jobs": jobs,
+    }
+
+
+def _slice(text: str) -> slice:
+    try:
+        parts = [int(part) if part else None for part in text.split(":")]
+    except ValueError:
+        parts = []
+    if not 2 <= len(parts) <= 3 or parts[2:] == [0]:
+        raise InputError(
+            f"--steps {text}: write A:B or A:B:C, whole numbers as in a Python slice, for example 0:100:10."
+        )
+    return slice(*parts)
+
+
+def _audits(paths: Sequence[Path], format: str | None, options: dict[str, Any]) -> list[Audit]:
+    from thermo_opt.audit import audit as look
+    from thermo_opt.report.terminal import Bars
+    from thermo_opt.runs import load_run
+
+    audits = []
+    with Bars() as bars:
+        for path in paths:
+            run = load_run(path, format=format)
+            bars.named(run.name)
+            audits.append(look(run, progress=bars, **options))
+    return audits
+
+
+def _compare(audits: list[Audit], json: bool, html: Path | None) -> None:
+    from thermo_opt.audit import compare as tabulate
+    from thermo_opt.report import terminal
+
+    table = tabulate(audits)
+    order = {run: position for position, run in reversed(list(enumerate(table["run"])))}
+    audits = sorted(audits, key=lambda audit: order[audit.run])
+    if not json:
+        terminal.print_comparison(audits, table)
+    _finish(audits, json, html)
+
+
+def _finish(audits: list[Audit], json: bool, html: Path | None) -> None:
+    from thermo_opt.audit import summaries_json
+    from thermo_opt.report import terminal, write_report
+
+    if html is not None:
+        written = write_report(audits, html)
+        if not json:
+            terminal.say(f"\nReport: {written.resolve()}")
+    if json:
+        terminal.print_json(summaries_json(audits))
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """What `info` says of a run; null where the record doesn't tell."""
+    snapshots = run.snapshots
+    settings = {str(k): v for k, v in run.info.settings.items() if isinstance(v, int | float | str | bool)}
+    parameters = run.info.parameters
+    groups = {name.split("/")[0]: None for name in snapshots[0].names()} if len(snapshots) else {}
+    return {
+        "run": run.name,
+        "path": str(run.path),
+        "format": run.format,
+        "optimizer": run.info.optimizer,
+        "settings": settings or None,
+        "likelihood": run.info.likelihood,
+        "batch_size": run.info.batch_size,
+        "snapshots": len(snapshots),
+        "first_step": snapshots[0].step if len(snapshots) else None,
+        "last_step": snapshots[-1].step if len(snapshots) else None,
+        "recorded": list(groups),
+        "logged": [str(column) for column in run.steps.columns],
+        "parameters": sum(_count(p) for p in parameters) if parameters else None,
+        "probe": run.info.probe_fingerprint,
+    }
+
+
+def _count(parameter: Any) -> int:
+    product = 1
+    for size in parameter["shape"]:
+        product *= int(size)
+    return product
+
+
+def _is_report(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b'name="generator" content="thermo-opt' in file.read(4096)
+
+
+def _refuse(sentence: str) -> int:
+    print(f"thermo-opt: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _confess() -> int:
+    traceback.print_exc()
+    print("thermo-opt: this is a bug of ours; please report it with the lines above.", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
