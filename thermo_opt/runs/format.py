@@ -24,7 +24,7 @@ from torch import Tensor
 
 from thermo_opt.errors import InputError
 from thermo_opt.runs.run import CLOCKS, LIKELIHOODS, Run, RunInfo, Snapshot
-from thermo_opt.runs.tensors import SafetensorsFile, checksum, opened
+from thermo_opt.runs.tensors import SafetensorsFile, checksum, metadata_checksum, opened
 
 SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
@@ -62,10 +62,17 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.close(folder)
 
 
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed `write_atomically` left in ``folder``."""
+    for file in folder.glob("*" + _TEMPORARY):
+        file.unlink(missing_ok=True)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write CPU tensors as safetensors with a checksum of each, atomically."""
-    checksums = json.dumps({name: checksum(tensor) for name, tensor in tensors.items()})
-    write_atomically(path, save(dict(tensors), {**(metadata or {}), "checksums": checksums}))
+    checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
+    checksums[""] = metadata_checksum(metadata or {})
+    write_atomically(path, save(dict(tensors), {**(metadata or {}), "checksums": json.dumps(checksums)}))
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
@@ -105,7 +112,7 @@ def read_steps(file: Path) -> pd.DataFrame:
             raise InputError(
                 f"{file}, line {number} isn't an object with a 'step'; restore the file or remove that line"
             ) from None
-        if not isinstance(step, int) or step < 0:
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise InputError(f"{file}, line {number}: step {step!r} isn't a whole number; restore the file")
         if rows and step <= last:
             how = "occurs twice" if step == last else f"comes after step {last}"

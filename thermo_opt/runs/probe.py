@@ -28,7 +28,7 @@ def probe_tensors(inputs: Inputs | None, targets: Tensor | None) -> dict[str, Te
         named |= {f"inputs/{i}": value for i, value in enumerate(inputs)}
     if targets is not None:
         named["targets"] = targets
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named.items()}
 
 
 def make_probe(inputs: Inputs | None, targets: Tensor | None) -> Probe:
@@ -113,7 +113,13 @@ def _read_parquet(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: reading parquet needs pyarrow; pip install 'thermo-opt[parquet]'") from None
     except Exception as error:  # pyarrow's errors share no base class with a damaged file
         raise InputError(f"{path} can't be read as parquet ({error}); write it again") from None
-    return {name: np.array([np.array(_nested(cell)) for cell in frame[name]]) for name in frame.columns}
+    columns = {}
+    for name in frame.columns:
+        try:
+            columns[name] = np.array([_nested(cell) for cell in frame[name]])
+        except ValueError:
+            raise InputError(f"{path}: the rows of {name!r} differ in shape; pad them to one") from None
+    return columns
 
 
 def _nested(cell: object) -> object:

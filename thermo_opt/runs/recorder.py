@@ -28,6 +28,7 @@ from thermo_opt.runs.format import (
     STEPS_FILE,
     read_own,
     read_steps,
+    remove_partial,
     snapshot_path,
     write_atomically,
     write_tensors,
@@ -176,10 +177,11 @@ class Recorder:
         self._entered = True
         continued = self._prepare_folder()
         try:
-            if not continued:
+            if not continued:  # first of all, so that from its first instant the folder is a readable run
                 write_atomically(
                     self.path / RUN_FILE, json.dumps(self._header, indent=2, ensure_ascii=False).encode() + b"\n"
                 )
+            (self.path / SNAPSHOT_FOLDER).mkdir(exist_ok=True)
             if self._probe is not None and not (self.path / PROBE_FILE).exists():
                 write_tensors(self.path / PROBE_FILE, probe_tensors(self._probe.inputs, self._probe.targets))
             tensors, metadata = self._capture()
@@ -255,18 +257,21 @@ class Recorder:
     def _prepare_folder(self) -> bool:
         """Make the folder ready; True if a recorded run is being continued."""
         try:
-            taken = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+            if self.path.exists() and not self.path.is_dir():
+                raise InputError(f"{self.path} is a file; record into a new folder")
+            self.path.mkdir(parents=True, exist_ok=True)
+            remove_partial(self.path)
+            taken = any(self.path.iterdir())
             if taken and self._resume is False:
                 raise InputError(
-                    f"{self.path} already holds something; record into a new folder, or continue this run with "
+                    f"{self.path} already holds something; record into a new folder, or continue its run with "
                     "resume=True"
                 )
-            continued = taken and (self.path / RUN_FILE).exists()
+            continued = (self.path / RUN_FILE).exists()
             if taken and not continued:
                 raise InputError(
-                    f"{self.path} holds no run that could be resumed ({RUN_FILE} is missing); record into a new folder"
+                    f"{self.path} holds no run to resume ({RUN_FILE} is missing); record into a new folder"
                 )
-            (self.path / SNAPSHOT_FOLDER).mkdir(parents=True, exist_ok=True)
             if continued:
                 self._continue()
         except OSError as error:
@@ -275,6 +280,7 @@ class Recorder:
 
     def _continue(self) -> None:
         run = read_own(self.path)
+        remove_partial(self.path / SNAPSHOT_FOLDER)
         if run.info.parameters != self._header["parameters"]:
             raise InputError(
                 f"{self.path} records a model with other parameters than this one; record into a new folder"

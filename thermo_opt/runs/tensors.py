@@ -52,6 +52,12 @@ def checksum(tensor: Tensor) -> str:
     return f"{zlib.crc32(data[whole:].tobytes(), crc):08x}"
 
 
+def metadata_checksum(metadata: Mapping[str, str]) -> str:
+    """CRC-32 of a file's metadata but for its ``checksums``, as hexadecimal."""
+    text = json.dumps(sorted((key, value) for key, value in metadata.items() if key != "checksums"))
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
 class SafetensorsFile:
     """One safetensors file, mapped. Its sizes are checked on opening; each tensor, where the file carries checksums,
     when loaded.
@@ -69,12 +75,18 @@ class SafetensorsFile:
         self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
         self._checksums: dict[str, str] | None = None
         if "checksums" in self.metadata:
-            try:
-                self._checksums = dict(json.loads(self.metadata["checksums"]))
-            except ValueError:
-                raise InputError(f"{path} has been altered: its checksums can't be read; {_REMEDY}") from None
-            if set(self._checksums) != set(self.shapes):
-                raise InputError(f"{path} has been altered: its tensors and checksums differ in name; {_REMEDY}")
+            self._checksums = self._read_checksums()
+
+    def _read_checksums(self) -> dict[str, str]:
+        try:
+            checksums = dict(json.loads(self.metadata["checksums"]))
+        except (ValueError, TypeError):
+            raise InputError(f"{self.path} is damaged: its checksums can't be read; {_REMEDY}") from None
+        if checksums.pop("", None) not in (None, metadata_checksum(self.metadata)) or set(checksums) != set(
+            self.shapes
+        ):
+            raise InputError(f"{self.path} is damaged: its header doesn't match its checksums; {_REMEDY}")
+        return checksums
 
     def load(self, name: str) -> Tensor:
         """The tensor ``name``, mapped; raises `InputError` when its bytes don't match the file's checksum."""
