@@ -8,6 +8,7 @@ nats.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ class StepScalars(NamedTuple):
         """Alignment of Adam's own direction m̂/√v̂ with the natural gradient of diag(v̂), ``(Σ m²/√v)² / (Σ m² · Σ
         m²/v)``.
 
-        In [0, 1]; None for m = 0.
+        In [0, 1]; None for m = 0, and where the sums were not asked for.
         """
         scale = self.gradient * self.dual
         return self.cross**2 / scale if scale > 0 else None
@@ -78,6 +79,7 @@ def step_scalars(
     batch_size: int | None = None,
     damping: float = 0.0,
     developed: Tensor | None = None,
+    own: bool = True,
 ) -> StepScalars:
     """The scalars (a, d, Δ) of the step δ = θ₁ − θ₀ in F_λ = F + λI, for one parameter tensor, in one pass over its
     memory.
@@ -91,6 +93,7 @@ def step_scalars(
     _check(theta0, theta1, m, v, developed, bias1, bias2, batch_size)
     kind = np.float64 if theta0.dtype == torch.float64 else np.float32
     arrays = [_flat(t) for t in (theta0, theta1, m, v)]
+    plain = batch_size is None and not damping
     path = None if developed is None else _flat(developed).numpy()
     buffers = np.empty((8, min(CHUNK, theta0.numel())), dtype=kind)
     scale = kind(1.0 / bias2 if batch_size is None else batch_size / bias2)
@@ -119,36 +122,37 @@ def step_scalars(
             if path is not None:
                 path[start:stop] += work
             d -= float(np.dot(mean, step))
-            ratio, lost = _divide(mean, root, step, work)
-            over_f += float(np.dot(ratio, ratio))
+            norm, lost = _divide(mean, root, step, work)
+            over_f += norm
             null -= lost
             squares += float(np.dot(mean, mean))
-            if batch_size is not None or damping:
+            if own and not plain:
                 np.sqrt(second, out=root)
-                ratio, _ = _divide(mean, root, step, work)
-                over_v += float(np.dot(ratio, ratio))
-            over_root += float(np.dot(mean, ratio))
+                norm, _ = _divide(mean, root, step, work)
+            over_v += norm
+            over_root += float(np.dot(mean, work))
     # Without B and λ the metric is v̂ itself; otherwise the second division was by the raw average v.
-    corrected = 1.0 if batch_size is None and not damping else bias2
+    corrected = 1.0 if plain else bias2
     return StepScalars(
         a=a,
         d=d / bias1,
         delta=over_f / bias1**2,
         null_decrease=null / bias1,
-        cross=over_root * corrected**0.5 / bias1**2,
+        cross=over_root * corrected**0.5 / bias1**2 if own or plain else math.nan,
         gradient=squares / bias1**2,
-        dual=(over_v if batch_size is not None or damping else over_f) * corrected / bias1**2,
+        dual=over_v * corrected / bias1**2 if own or plain else math.nan,
     )
 
 
-def _divide(mean: np.ndarray, root: np.ndarray, step: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, float]:
-    """mean/root with 0 where root = 0, and Σ mean·step over those places."""
+def _divide(mean: np.ndarray, root: np.ndarray, step: np.ndarray, out: np.ndarray) -> tuple[float, float]:
+    """``out`` = mean/root, 0 where root = 0; its squared norm, and Σ mean·step over those places."""
     np.divide(mean, root, out=out)
-    if np.isfinite(np.dot(out, out)):
-        return out, 0.0
+    norm = float(np.dot(out, out))
+    if math.isfinite(norm):
+        return norm, 0.0
     null = root == 0
     out[null] = 0
-    return out, float(np.dot(mean[null], step[null]))
+    return float(np.dot(out, out)), float(np.dot(mean[null], step[null]))
 
 
 def _flat(t: Tensor) -> Tensor:
