@@ -24,6 +24,9 @@ KINDS: dict[str, str] = {
     "diagonal": "thermo_opt.fisher.diagonal:diagonal",
     "low-rank": "thermo_opt.fisher.low_rank:low_rank",
     "dense": "thermo_opt.fisher.dense:dense",
+    "kfac": "thermo_opt.fisher.kronecker.metric:kfac",
+    "ekfac": "thermo_opt.fisher.kronecker.metric:ekfac",
+    "optimizer-state": "thermo_opt.fisher.optimizer_state:optimizer_state",
 }
 """Every kind of metric and where its builder lives, called as builder(model, batch, likelihood=…, damping=…, **options)."""
 
