@@ -19,8 +19,11 @@ Array = NDArray[np.float64]
 Likelihood = Literal["categorical", "bernoulli", "gaussian"]
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
 
-_BLOCK = 1 << 15
+_BLOCK = 1 << 17
 """Elements handled at a time, so that the temporaries of a row block stay in the processor's cache."""
+
+_SAFE = 150.0
+"""Halved logits within ± this neither overflow nor underflow when exponentiated and their squares summed unshifted."""
 
 
 class Move(NamedTuple):
@@ -38,7 +41,8 @@ class Point:
     """Embedded predictions. ``u`` (rows, width): unit amplitudes √p, or outputs in units of σ. ``examples``: n.
 
     ``log_amplitude_y`` (rows,): log √p(y), categorical and Bernoulli; ``residual`` (rows, width): (y - f)/σ, Gaussian;
-    both None without targets. ``loss`` (rows,): negative log-likelihood of each row (nats), or None.
+    both None without targets. ``loss`` (rows,): negative log-likelihood of each row (nats), or None. ``finite``: whether
+    every prediction, and every target's loss, is a number.
     """
 
     u: Array
@@ -46,16 +50,12 @@ class Point:
     log_amplitude_y: Array | None = None
     residual: Array | None = None
     loss: Array | None = None
+    finite: bool = True
 
     @property
     def mean_loss(self) -> float | None:
         """Mean negative log-likelihood per example (nats), or None without targets."""
         return None if self.loss is None else float(self.loss.sum() / self.examples)
-
-    @property
-    def finite(self) -> bool:
-        """Whether every prediction (and the loss of every target) is a number."""
-        return bool(np.isfinite(self.u).all()) and (self.loss is None or not np.isnan(self.loss).any())
 
 
 def embed(
@@ -94,11 +94,12 @@ def embed(
     if not sigma2 > 0:
         raise InputError(f"sigma2 must be positive, not {sigma2}")
     u = f.reshape(len(f), -1).astype(np.float64) / np.sqrt(sigma2)
+    finite = bool(np.isfinite(u).all())
     if y is None:
-        return Point(u, len(f))
+        return Point(u, len(f), finite=finite)
     residual = y.reshape(len(f), -1) / np.sqrt(sigma2) - u
     constant = 0.5 * u.shape[1] * np.log(2 * np.pi * sigma2)
-    return Point(u, len(f), None, residual, 0.5 * np.einsum("ij,ij->i", residual, residual) + constant)
+    return Point(u, len(f), None, residual, 0.5 * np.einsum("ij,ij->i", residual, residual) + constant, finite)
 
 
 def _embed_categorical(f: NDArray[Any], y: NDArray[Any] | None, kind: str, ignore_index: int) -> Point:
@@ -125,28 +126,34 @@ def _embed_categorical(f: NDArray[Any], y: NDArray[Any] | None, kind: str, ignor
     n = len(rows)
     u = np.empty((n, classes), dtype=np.float64)
     log_y = None if y is None else np.empty(n, dtype=np.float64)
+    finite = True
     block = max(1, _BLOCK // classes)
     for start in range(0, n, block):
         part = slice(start, min(start + block, n))
         z = u[part]
         if kind == "logits":
-            np.copyto(z, rows[part])
-            z -= z.max(axis=1, keepdims=True)
-            z *= 0.5
+            np.multiply(rows[part], 0.5, out=z)
+            # Shifting by the row's maximum is only needed where exp could overflow, and costs more than the exp.
+            if not (-_SAFE < z.min() and z.max() < _SAFE):
+                with np.errstate(invalid="ignore"):
+                    z -= z.max(axis=1, keepdims=True)
             shifted_y = None if y is None else z[np.arange(len(z)), y[part]]
             with np.errstate(invalid="ignore"):
                 np.exp(z, out=z)
             norm2 = np.einsum("ij,ij->i", z, z)
-            z /= np.sqrt(norm2)[:, None]
+            finite = finite and bool(np.isfinite(norm2).all())
+            with np.errstate(invalid="ignore"):
+                z /= np.sqrt(norm2)[:, None]
             if log_y is not None:
                 log_y[part] = shifted_y - 0.5 * np.log(norm2)
         else:
             p = _checked_probabilities(rows[part])
+            finite = finite and bool(np.isfinite(p).all())
             np.sqrt(p, out=z)
             if log_y is not None and y is not None:
                 with np.errstate(divide="ignore"):
                     log_y[part] = 0.5 * np.log(p[np.arange(len(p)), y[part]])
-    return Point(u, n, log_y, None, None if log_y is None else -2 * log_y)
+    return Point(u, n, log_y, None, None if log_y is None else -2 * log_y, finite)
 
 
 def _checked_probabilities(p: NDArray[Any]) -> Array:
@@ -169,17 +176,18 @@ def _embed_bernoulli(f: NDArray[Any], y: NDArray[Any] | None, kind: str) -> Poin
     else:
         log_u = -0.5 * np.stack([np.logaddexp(0, z), np.logaddexp(0, -z)], axis=1)
         u = np.exp(log_u)
+    finite = bool(np.isfinite(z).all())
     if y is None:
-        return Point(u, len(f))
+        return Point(u, len(f), finite=finite)
     y = y.reshape(-1)
     if not np.isin(y, (0, 1)).all():
         raise InputError("Bernoulli targets must be 0 or 1")
     log_y = log_u[np.arange(len(y)), y.astype(np.int64)]
-    return Point(u, len(f), log_y, None, -2 * log_y)
+    return Point(u, len(f), log_y, None, -2 * log_y, finite)
 
 
-def _angles(p: Point, q: Point) -> Array:
-    """Angle between the unit amplitudes of each row, from the chord: exact to rounding however close p and q are."""
+def _half_sines(p: Point, q: Point) -> Array:
+    """sin(θ/2) of each row's angle θ, from the chord between unit amplitudes: exact however close p and q are."""
     if p.u.shape != q.u.shape:
         raise InputError(f"predictions of shapes {p.u.shape} and {q.u.shape} can't be compared")
     chord2 = np.empty(len(p.u))
@@ -189,7 +197,7 @@ def _angles(p: Point, q: Point) -> Array:
         gap = p.u[part] - q.u[part]
         np.einsum("ij,ij->i", gap, gap, out=chord2[part])
     # Disjoint supports make the chord √2 but for rounding; nothing lies further apart on the octant.
-    return 2 * np.arcsin(np.sqrt(np.minimum(chord2, 2.0)) / 2)
+    return np.sqrt(np.minimum(chord2, 2.0)) / 2
 
 
 def row_distances(p: Point, q: Point, likelihood: str = "categorical") -> Array:
@@ -198,7 +206,7 @@ def row_distances(p: Point, q: Point, likelihood: str = "categorical") -> Array:
         if p.u.shape != q.u.shape:
             raise InputError(f"predictions of shapes {p.u.shape} and {q.u.shape} can't be compared")
         return np.linalg.norm(p.u - q.u, axis=1)
-    return 2 * _angles(p, q)
+    return 4 * np.arcsin(_half_sines(p, q))
 
 
 def move(p: Point, q: Point, likelihood: str = "categorical") -> Move:
@@ -214,15 +222,17 @@ def move(p: Point, q: Point, likelihood: str = "categorical") -> Move:
             return Move(a, np.nan, np.nan)
         d = float(np.einsum("ij,ij->", p.residual, gap) / p.examples)
         return Move(a, d, float(np.einsum("ij,ij->", p.residual, p.residual) / p.examples))
-    theta = _angles(p, q)
+    sine = _half_sines(p, q)
+    theta = 2 * np.arcsin(sine)
     a = float(4 * np.dot(theta, theta) / p.examples)
     if p.log_amplitude_y is None or q.log_amplitude_y is None:
         return Move(a, np.nan, np.nan)
-    ratio = np.divide(theta, np.sin(theta), out=np.ones_like(theta), where=theta > 0)
-    half = np.sin(theta / 2)
+    square = sine * sine
+    sin_theta = 2 * sine * np.sqrt(1 - square)
+    ratio = np.divide(theta, sin_theta, out=np.ones_like(theta), where=sin_theta > 0)
     with np.errstate(over="ignore", invalid="ignore"):
-        # √(q_y/p_y) - cos θ, each term near 1 for a small move: expm1 and 2 sin² keep the digits.
-        d = float(2 * np.dot(ratio, np.expm1(q.log_amplitude_y - p.log_amplitude_y) + 2 * half * half) / p.examples)
+        # √(q_y/p_y) - cos θ, each term near 1 for a small move: expm1 and 2 sin²(θ/2) keep the digits.
+        d = float(2 * np.dot(ratio, np.expm1(q.log_amplitude_y - p.log_amplitude_y) + 2 * square) / p.examples)
     return Move(a, d, _chi_squared(p.log_amplitude_y, p.examples))
 
 
