@@ -1,4 +1,8 @@
-"""Reader for a folder of safetensors files, one a checkpoint, with the step in each file's name."""
+"""Reader for a folder of safetensors files, one a checkpoint, with the step in each file's name.
+
+The tensors are a model's weights, or carry the group names of our own snapshots (``probe/logits``, ``params/…``): so
+predictions alone, written by any framework, can be audited.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from torch import Tensor
 
 from thermo_opt.errors import InputError
-from thermo_opt.runs.format import PROBE_FILE
-from thermo_opt.runs.readers.checkpoint import Checkpoint, open_run, step_in_name
-from thermo_opt.runs.run import Run
+from thermo_opt.runs.format import PROBE_FILE, OwnSnapshot, link
+from thermo_opt.runs.readers.checkpoint import Checkpoint, find_probe, open_run, step_in_name
+from thermo_opt.runs.run import Run, RunInfo
 from thermo_opt.runs.tensors import SafetensorsFile, opened
+
+GROUPS = frozenset({"params", "buffers", "probe", "grad", "exp_avg", "exp_avg_sq"})
+"""First parts of tensor names in our own snapshots."""
 
 
 def recognise(path: Path) -> bool:
@@ -27,6 +35,16 @@ def read(path: Path) -> Run:
     files = _files(path)
     if not files:
         raise InputError(f"{path} has no .safetensors files; give the folder of a recorded run")
+    if all(name.split("/")[0] in GROUPS for name in opened(files[0], SafetensorsFile).shapes):
+        return Run(
+            name=path.resolve().name,
+            path=path,
+            format="safetensors",
+            info=RunInfo(clock="step"),
+            steps=pd.DataFrame(index=pd.Index([], name="step", dtype="int64")),
+            snapshots=link([(step_in_name(file), file, OwnSnapshot(file)) for file in files]),
+            probe_path=find_probe(path),
+        )
     return open_run(
         path, "safetensors", [(step_in_name(file), SafetensorsCheckpoint(file)) for file in files], clock="step"
     )
