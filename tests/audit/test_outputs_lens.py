@@ -283,3 +283,9 @@ def test_json_is_strict_and_holds_one_summary_a_lens(adam_run, tmp_path):
     parsed = json.loads(text, parse_constant=lambda c: pytest.fail(f"not JSON: {c}"))
     assert [s["lens"] for s in parsed["runs"]] == list(audit.lenses)
     assert json.loads((tmp_path / "a.json").read_text()) == parsed
+
+
+def test_the_public_name_is_callable_whatever_was_imported_first(adam_run):
+    code = f"import thermo_opt.audit.walk, thermo_opt as to; print(to.audit({str(adam_run)!r}, lens='outputs').summary['steps'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=".")
+    assert done.stdout.strip() == "37", done.stderr

@@ -151,6 +151,7 @@ def look_at_parameters(view: View) -> Seen:
     inputs = _map(probe.inputs, lambda t: t.double() if t.is_floating_point() else t)
     probe = Probe(_map(inputs, lambda t: t.to(view.device)), probe.targets, probe.fingerprint)
     lens = ParameterLens(run, model, probe, likelihood, view.sigma2, 0.0, view.quadrature, None)
+    install(model, run.snapshots[view.indices[0]], run.info.tied)
     lens.microbatch = _microbatch(model, probe)
     pairs = list(zip(view.indices[:-1], view.indices[1:], strict=True))
     chosen = _subset(len(pairs), view.intervals)
