@@ -1,13 +1,115 @@
-"""The optimizer-state lens: Adam's moments as a diagonal metric, so that weights and state alone suffice (§9)."""
+"""The optimizer-state lens: Adam's moments as a diagonal metric, so that weights and state alone suffice (§9).
+
+The moments recorded after a step contain the gradient it used and scaled it: they are that step's metric. The metric being
+diagonal, the path can be developed coordinate by coordinate, ``u = Σ_k √F_k ∘ δ_k``; the straight line beside a path of length
+``ℒ = Σ √a_k`` is then ``D = |u| ≤ ℒ``. It needs one array the size of the weights, whatever the run's length.
+"""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
+import torch
+from torch import Tensor
 
 from thermo_opt.audit.summary import Seen
 from thermo_opt.audit.view import Unsupported, View
+from thermo_opt.errors import InputError
+from thermo_opt.fisher.metric import norm
+from thermo_opt.fisher.optimizer_state import StepScalars, step_scalars, total
+from thermo_opt.runs.run import Snapshot
 
 
 def look_at_optimizer_state(view: View) -> Seen:
-    """Placeholder until the metric lands."""
-    raise Unsupported("not built yet")
+    """Scalars of each interval in the metric of the moments at its end; nats only where the batch size is known.
+
+    Raises Unsupported when weights or moments are missing. Cost: one read of the snapshots, two arrays of memory.
+    """
+    run, notes = view.run, []
+    snapshots = [run.snapshots[i] for i in view.indices]
+    if not snapshots[0].has_group("params"):
+        raise Unsupported("it holds no weights: record them with params=True")
+    for group in ("exp_avg", "exp_avg_sq"):
+        if not snapshots[-1].has_group(group):
+            raise Unsupported(f"it holds no Adam moments: {snapshots[-1].absent(group)}")
+    moving = [name[len("exp_avg/") :] for name in snapshots[-1].names() if name.startswith("exp_avg/")]
+    position = snapshots[0].load_group("params")
+    still = sorted(set(position) - set(moving))
+    position = {name: position[name] for name in moving}
+    if still:
+        notes.append(f"{len(still)} parameters without moments (frozen, or not in the optimizer) are not seen: {still[0]} …")
+    if view.batch_size is None:
+        notes.append("batch size unknown: quantities in nats are not available (give --batch-size), their ratios are")
+    developed = {name: torch.zeros(t.shape, dtype=torch.float32) for name, t in position.items()}
+    advance = view.advance("optimizer-state lens", len(snapshots) - 1)
+    found: list[StepScalars] = []
+    with ThreadPoolExecutor() as pool:
+        for snapshot in snapshots[1:]:
+            scalars = _step(snapshot, position, developed, view.batch_size, pool)
+            if not np.isfinite(scalars.a + scalars.d):
+                if not found:
+                    raise InputError(
+                        f"{snapshot.path}: weights or moments are NaN or infinite at step {snapshot.step}, the first "
+                        "interval of the run: there is no path to audit"
+                    )
+                notes.append(f"weights or moments are NaN or infinite from step {snapshot.step}: only what precedes was audited")
+                break
+            found.append(scalars)
+            geodesic = norm(list(developed.values()))
+            if advance is not None:
+                advance(1)
+    steps = np.array([s.step for s in snapshots[: len(found) + 1]])
+    loss = view.training_loss(steps)
+    a, d, delta, null = (np.array([getattr(s, key) for s in found]) for key in ("a", "d", "delta", "null_decrease"))
+    notes.append("the metric is diagonal and the gradient Adam's running mean; losses are training losses")
+    if np.mean([s.dual for s in found]) > 0.5 * sum(t.numel() for t in position.values()):
+        notes.append("gradients hardly vary between batches (m̂² ≈ v̂): their moments say little about the Fisher")
+    length = float(np.sqrt(a).sum())
+    return Seen(
+        step=steps[:-1],
+        step_end=steps[1:],
+        tau=view.tau(steps),
+        a=a,
+        d=d - null,
+        delta_lower=delta,
+        delta_upper=delta,
+        loss=loss[:-1],
+        loss_end=loss[1:],
+        geodesic=min(geodesic, length),  # equal on a straight path, but for float32 rounding
+        nats=view.batch_size is not None,
+        notes=notes,
+        extra={
+            "null_decrease": null,
+            "adam_alignment": np.array([np.nan if s.adam_alignment is None else s.adam_alignment for s in found]),
+        },
+    )
+
+
+def _step(
+    snapshot: Snapshot,
+    position: dict[str, Tensor],
+    developed: dict[str, Tensor],
+    batch_size: int | None,
+    pool: ThreadPoolExecutor,
+) -> StepScalars:
+    """Scalars of the step to ``snapshot``; moves ``position`` there and develops the path."""
+    meta = snapshot.moments_meta()
+    bias1, bias2 = (1 - beta ** meta["step"] for beta in meta["betas"])
+
+    def one(name: str) -> StepScalars:
+        after = snapshot.load(f"params/{name}")
+        scalars = step_scalars(
+            position[name],
+            after,
+            snapshot.load(f"exp_avg/{name}"),
+            snapshot.load(f"exp_avg_sq/{name}"),
+            bias1=bias1,
+            bias2=bias2,
+            batch_size=batch_size,
+            developed=developed[name],
+        )
+        position[name] = after
+        return scalars
+
+    return total(list(pool.map(one, list(position))))

@@ -1,0 +1,117 @@
+"""The optimizer-state lens against a float64 computation from the recorded files, and its invariances (§9)."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import thermo_opt as to
+from thermo_opt import thermodynamics as td
+from thermo_opt.errors import InputError
+from thermo_opt.fisher.optimizer_state import step_scalars
+
+
+def flat(snapshot, group):
+    return np.concatenate([t.double().numpy().ravel() for _, t in sorted(snapshot.load_group(group).items())])
+
+
+def straightforward(run, batch_size, indices):
+    """Summary of the lens from dense float64 vectors, step by step as §9 writes it."""
+    shots = [run.snapshots[i] for i in indices]
+    theta = np.stack([flat(s, "params") for s in shots])
+    delta = np.diff(theta, axis=0)
+    b1, b2 = run.info.betas
+    t = np.array([s.step for s in shots[1:]])[:, None]
+    m = np.stack([flat(s, "exp_avg") for s in shots[1:]]) / (1 - b1**t)
+    v = np.stack([flat(s, "exp_avg_sq") for s in shots[1:]]) / (1 - b2**t)
+    metric = v if batch_size is None else batch_size * np.maximum(v - m**2, 0) + m**2
+    a, d = np.sum(metric * delta**2, axis=1), -np.sum(m * delta, axis=1)
+    dual = np.sum(np.divide(m**2, metric, out=np.zeros_like(m), where=metric > 0), axis=1)
+    tau = np.diff([s.step for s in shots]).astype(float)
+    q = a / (2 * tau)
+    geodesic = np.linalg.norm(np.sum(np.sqrt(metric) * delta, axis=0))
+    epsilon = d * np.abs(d) / (a * dual)
+    length, time = np.sum(np.sqrt(a)), tau.sum()
+    own = np.sum(m**2 / np.sqrt(v), axis=1) ** 2 / (np.sum(m**2, axis=1) * np.sum(m**2 / v, axis=1))
+    return {
+        "dissipation": q.sum(),
+        "length": length,
+        "geodesic": geodesic,
+        "irreducible": geodesic**2 / (2 * time),
+        "detour": (length**2 - geodesic**2) / (2 * time),
+        "pacing": q.sum() - length**2 / (2 * time),
+        "straightness": geodesic**2 / length**2,
+        "steadiness": length**2 / (2 * q.sum() * time),
+        "efficiency": geodesic**2 / (2 * q.sum() * time),
+        "alignment": np.average(epsilon, weights=q),
+    }, own
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_every_summary_key_against_dense_float64(adam_run, stride):
+    run = to.load_run(adam_run)
+    indices = sorted({*range(0, 38, stride), 37})
+    expected, own = straightforward(run, 20, indices)
+    got = to.audit(run, lens="optimizer-state", stride=stride)
+    for key, value in expected.items():
+        assert got.summary[key] == pytest.approx(value, rel=1e-6), key
+    assert np.allclose(got.steps["adam_alignment"], own, rtol=1e-5)
+    assert got.summary["geodesic"] <= got.summary["length"]
+    assert got.summary["frontier"] is None
+
+
+def test_without_a_batch_size_only_ratios_are_known(adam_run, tmp_path, make_run):
+    path = make_run(tmp_path / "unknown", batch_size=None)
+    run = to.load_run(path)
+    expected, _ = straightforward(run, None, range(38))
+    s = to.audit(run, lens="optimizer-state").summary
+    for key in ("straightness", "steadiness", "efficiency", "alignment"):
+        assert s[key] == pytest.approx(expected[key], rel=1e-6), key
+    for key in ("dissipation", "length", "geodesic", "irreducible", "detour", "pacing"):
+        assert s[key] is None, key
+    assert any("batch size unknown" in note for note in s["notes"])
+    known = to.audit(run, lens="optimizer-state", batch_size=20).summary
+    assert known["dissipation"] == pytest.approx(to.audit(adam_run, lens="optimizer-state").summary["dissipation"])
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1e3))
+def test_ratios_do_not_change_when_the_metric_is_scaled(seed, scale):
+    rng = np.random.default_rng(seed)
+    theta = torch.tensor(np.cumsum(rng.normal(size=(6, 30)), axis=0))
+    m, v = torch.tensor(rng.normal(size=(5, 30))), torch.tensor(rng.uniform(0.1, 2, size=(5, 30)))
+    ratios = []
+    for factor in (1.0, scale):
+        u = torch.zeros(30, dtype=torch.float64)
+        steps = [
+            step_scalars(theta[k], theta[k + 1], m[k], factor * v[k], bias1=1.0, bias2=1.0, developed=u) for k in range(5)
+        ]
+        a, d, delta = (np.array([getattr(s, key) for s in steps]) for key in ("a", "d", "delta"))
+        parts = td.decompose(a, 1.0, float(u.norm()))
+        ratios.append([parts.straightness, parts.steadiness, *td.alignment(a, d, delta)])
+    assert np.allclose(*ratios, rtol=1e-9)
+
+
+def test_sgd_has_no_moments_and_the_audit_says_so(sgd_run):
+    audit = to.audit(sgd_run)
+    assert "moments" in audit.missing["optimizer-state"]
+    with pytest.raises(InputError, match="moments"):
+        to.audit(sgd_run, lens="optimizer-state")
+
+
+def test_nan_weights_audit_what_precedes(tmp_path, make_run):
+    path = make_run(tmp_path / "run", steps=8)
+    for step in (5, 6, 7, 8):
+        file = path / "snapshots" / f"{step:08d}.safetensors"
+        tensors = load_file(file)
+        tensors["params/0.weight"][0, 0] = float("nan")
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as f:
+            metadata = {k: w for k, w in f.metadata().items() if k != "checksums"}
+        save_file(tensors, file, metadata)
+    s = to.audit(path, lens="optimizer-state").summary
+    assert s["steps"] == 4
+    assert any("from step 5" in note for note in s["notes"])
