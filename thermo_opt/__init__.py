@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from thermo_opt.errors import InputError as InputError
     from thermo_opt.manifold import fisher_rao as fisher_rao
     from thermo_opt.manifold import frontier_distance as frontier_distance
+    from thermo_opt.optim import NGDT as NGDT
     from thermo_opt.runs import Recorder as Recorder
     from thermo_opt.runs import Run as Run
     from thermo_opt.runs import load_run as load_run
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Audit": "audit",
     "InputError": "errors",
+    "NGDT": "optim",
     "Recorder": "runs",
     "Run": "runs",
     "audit": "audit",

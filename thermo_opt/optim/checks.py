@@ -1,0 +1,187 @@
+"""What NGDT refuses, in sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thermo_opt.errors import InputError
+from thermo_opt.optim.observer import Forward
+
+
+def options(given: Mapping[str, Any]) -> None:
+    """Refuse impossible settings of `NGDT`, by name."""
+    model = given["model"]
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"NGDT's first argument must be the model (a torch.nn.Module), got {type(model).__name__}; pass parameters as params=…"
+        )
+    for name in ("budget", "eta_max"):
+        _number(given[name], name, least=0.0, open_end=True)
+    _number(given["damping"] if given["damping"] is not None else 0.0, "damping", least=0.0)
+    for name in ("lr", "weight_decay", "eta_null", "atol"):
+        _number(given[name], name, least=0.0)
+    for name in ("momentum", "decay"):
+        if not 0 <= float(given[name]) < 1:
+            raise InputError(f"{name} must be in [0, 1), got {given[name]!r}")
+    choices = {
+        "metric": ("kfac", "ekfac", "exact", "dense", "low-rank", "diagonal"),
+        "null_space": ("damped", "none", "hybrid"),
+        "setting": ("expand", "reduce"),
+    }
+    for name, known in choices.items():
+        if given[name] not in known:
+            raise InputError(f"{name} {given[name]!r} is not one of {', '.join(known)}")
+    for name in ("refresh_every", "rows", "calibration_examples"):
+        if given[name] is not None and int(given[name]) < 1:
+            raise InputError(f"{name} must be at least 1, got {given[name]!r}")
+    if given["calibrate"] is not None and int(given["calibrate"]) < 0:
+        raise InputError(f"calibrate must be at least 1, or 0 for never, got {given['calibrate']!r}")
+    if given["null_space"] == "damped" and given["damping"] == 0:
+        raise InputError(
+            "damping=0 needs null_space='none' or 'hybrid': without damping the inverse exists only off the null space"
+        )
+
+
+def _number(value: Any, name: str, least: float, open_end: bool = False) -> None:
+    if callable(value):
+        return
+    number = float(value)
+    if not math.isfinite(number) or number < least or (open_end and number == least):
+        raise InputError(f"{name} must be a finite number {'>' if open_end else '≥'} {least:g}, got {value!r}")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module under ``torch.compile`` and DistributedDataParallel."""
+    inner: Any = model
+    while True:
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        else:
+            module: nn.Module = inner
+            return module
+
+
+def model(module: nn.Module) -> None:
+    """Refuse a model without trainable parameters, or with complex ones."""
+    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise InputError("the model has no parameters that require grad: there is nothing to train")
+    for name, p in trainable:
+        if p.is_complex():
+            raise InputError(f"parameter {name!r} is complex; NGDT trains real parameters only")
+
+
+def groups(module: nn.Module, params: Iterable[Any] | None, per_layer: bool) -> list[dict[str, Any]]:
+    """Parameter groups from what the user gave, restricted to parameters that require grad."""
+    owned = {id(p): name for name, p in module.named_parameters()}
+    given = list(module.parameters() if params is None else params)
+    found = [dict(g) for g in given] if given and isinstance(given[0], dict) else [{"params": given}]
+    kept = []
+    for group in found:
+        members = group["params"]
+        members = [members] if isinstance(members, Tensor) else list(members)
+        members = [p[1] if isinstance(p, tuple) else p for p in members]
+        for p in members:
+            if id(p) not in owned:
+                raise InputError(
+                    f"params holds a tensor of shape {tuple(p.shape)} that is no parameter of the model; "
+                    "give the module that owns it as (part of) the model"
+                )
+        group["params"] = [p for p in members if p.requires_grad]
+        if group["params"]:
+            kept.append(group)
+    if not kept:
+        raise InputError("none of the given params requires grad: there is nothing to train")
+    return kept
+
+
+def pools(param_groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float]]:
+    """(pool of each parameter, fraction of the budget of each pool): pool 0 is for groups without a share of their own."""
+    shares, numbers = [1.0], []
+    for group in param_groups:
+        share = group.get("share")
+        number = 0
+        if share is not None:
+            _number(share, "share", 0.0, open_end=True)
+            number = len(shares)
+            shares.append(float(share))
+        numbers += [number] * len(group["params"])
+    shares[0] = 1.0 - sum(shares[1:])
+    if shares[0] < -1e-9:
+        raise InputError(f"the groups' shares of the budget sum to {sum(shares[1:]):g}; they must not exceed 1")
+    shares[0] = max(shares[0], 0.0)
+    if shares[0] == 0.0 and 0 in numbers:
+        raise InputError(
+            "the groups' shares sum to 1, which leaves nothing for the groups without a share; give all a share"
+        )
+    return numbers, shares
+
+
+class Unchanged:
+    """Notices a model whose layers, dtypes or devices changed after the optimizer was made."""
+
+    def __init__(self, module: nn.Module, params: Sequence[nn.Parameter]) -> None:
+        wanted = {id(p) for p in params}
+        self._slots = [
+            (owner, local, p, f"{name}.{local}" if name else local)
+            for name, owner in module.named_modules()
+            for local, p in owner._parameters.items()
+            if p is not None and id(p) in wanted
+        ]
+        self._children = [
+            (owner, local, child)
+            for owner in module.modules()
+            for local, child in owner._modules.items()
+            if child is not None
+        ]
+        self._kinds = [(p.dtype, p.device) for _, _, p, _ in self._slots]
+
+    def check(self) -> None:
+        """Raise `InputError` if something changed."""
+        for owner, local, child in self._children:
+            if owner._modules.get(local) is not child:
+                raise InputError(
+                    f"module {local!r} was replaced after NGDT was made; make the optimizer after changing the model"
+                )
+        for (owner, local, p, name), (dtype, device) in zip(self._slots, self._kinds, strict=True):
+            now = owner._parameters.get(local)
+            if now is not p:
+                raise InputError(
+                    f"parameter {name!r} was replaced after NGDT was made; make the optimizer after changing the model"
+                )
+            if now.dtype != dtype or now.device != device:
+                raise InputError(
+                    f"parameter {name!r} moved from {dtype} on {device} to {now.dtype} on {now.device}; "
+                    "move the model before making NGDT"
+                )
+
+
+def passes(seen: Sequence[Forward], gradients: Sequence[Tensor | None]) -> None:
+    """Refuse a step without gradients, with sparse ones, or accumulated over parts of unequal size."""
+    if all(g is None for g in gradients):
+        raise InputError("step() found no gradients: call loss.backward() first")
+    if any(g is not None and g.layout != torch.strided for g in gradients):
+        raise InputError("a parameter has a sparse gradient; NGDT needs dense ones (nn.Embedding(..., sparse=False))")
+    sizes = {one.examples for one in seen}
+    if len(sizes) > 1:
+        raise InputError(
+            f"gradients were accumulated over passes of different batch sizes ({', '.join(map(str, sorted(sizes)))}); "
+            "NGDT needs parts of equal size, each loss divided by their number"
+        )
+
+
+def mean_loss(seen: Sequence[Forward], scale: float) -> None:
+    """Refuse a summed cross-entropy: its output gradients add up to far more than a mean's, which is at most 2."""
+    for one in seen:
+        if one.terms >= 8 and one.total > 4.0 * scale:
+            raise InputError(
+                f"the loss looks summed over its {one.terms} terms (output gradients add up to {one.total / scale:.3g}, a mean's to "
+                "at most 2): use reduction='mean'"
+            )

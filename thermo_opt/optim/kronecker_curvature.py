@@ -1,0 +1,355 @@
+"""The Kronecker-factored metric in training: running factors from the ordinary passes, refreshed in turn (THEORY §7).
+
+A step pays for: the captures of the layers whose turn it is (a subsample of rows of one ordinary backward pass), their inverses, and for
+all layers two small products, F_λ⁻¹g. The length of the update, momentum included, needs inner products only: with b' = μb + F_λ⁻¹g,
+
+    b'ᵀF_λb' = μ² bᵀF_λb + 2μ gᵀb + gᵀF_λ⁻¹g
+
+exactly, while F_λ stays; a refreshed block's bᵀF_λb is computed anew.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from thermo_opt.errors import InputError
+from thermo_opt.fisher.kronecker import KroneckerRule, ScaleRule
+from thermo_opt.fisher.kronecker.layers import Cover, Layer, cover
+from thermo_opt.fisher.likelihoods import Likelihood
+from thermo_opt.fisher.predictor import _logits as logits_of
+from thermo_opt.optim.curvature import Curvature, Lengths, Recipe
+from thermo_opt.optim.distributed import Processes
+from thermo_opt.optim.observer import Forward, Tap, attach, on_gradient, quiet
+from thermo_opt.optim.schedule import Refresh
+from thermo_opt.optim.units import DiagonalUnit, KroneckerUnit, LayerUnit, ScaleUnit, Settings, Unit
+
+
+def make_units(model: nn.Module, plan: Cover, settings: Settings) -> list[Unit]:
+    """One unit a layer, one a weight that layers share, and a diagonal one for each parameter without a rule."""
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    units: list[Unit] = []
+    rest = set(plan.rest)
+    shared: dict[int, list[Layer]] = {}
+    for layer in plan.layers:
+        own = [i for _, i in layer.own]
+        if not plan.tied.intersection(own):
+            params = [trainable[i][1] for i in own]
+            kind = ScaleUnit if isinstance(layer.rule, ScaleRule) else None
+            units.append(kind(layer, params, settings) if kind else KroneckerUnit([layer], params, settings))
+            continue
+        for local, i in layer.own:
+            if i in plan.tied and local == "weight" and isinstance(layer.rule, KroneckerRule):
+                shared.setdefault(i, []).append(layer)
+            else:
+                rest.add(i)
+    for i, layers in shared.items():
+        rest.discard(i)
+        units.append(KroneckerUnit(layers, [trainable[i][1]], settings))
+    units += [DiagonalUnit(trainable[i][0], [trainable[i][1]], settings) for i in sorted(rest)]
+    return units
+
+
+class KroneckerCurvature(Curvature):
+    """Running K-FAC or EKFAC factors of a model, diagonal where no layer rule applies.
+
+    ``pools``: pool number of each parameter (`params`); a unit belongs to the pool of its first parameter. ``targets``: "empirical"
+    reads the factors from the user's own backward pass, "sampled" runs one more forward and backward pass with labels drawn from the
+    model on refresh steps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: list[nn.Parameter],
+        pools: Sequence[int],
+        likelihood: Likelihood,
+        settings: Settings,
+        refresh: Refresh,
+        targets: str,
+        processes: Processes,
+    ) -> None:
+        if targets not in ("empirical", "sampled"):
+            raise InputError(f"targets must be 'empirical' or 'sampled', got {targets!r}")
+        self.model, self.params, self.likelihood = model, params, likelihood
+        self.settings, self.schedule, self.processes = settings, refresh, processes
+        self.sampled = targets == "sampled"
+        self._place = {id(p): i for i, p in enumerate(params)}
+        self._pools, self._pool_count = list(pools), max(pools) + 1
+        plan = cover(model)
+        self.units = [u for u in make_units(model, plan, settings) if any(id(p) in self._place for p in u.params)]
+        if plan.unruled:
+            named = ", ".join(f"{name or 'the model itself'} ({kind})" for name, kind in plan.unruled)
+            warnings.warn(
+                f"no layer rule for {named}: a diagonal metric is used for their own parameters "
+                "(thermo_opt.fisher.kronecker.register adds a rule)",
+                stacklevel=4,
+            )
+        self._handles: list[RemovableHandle] = []
+        self._offset = 0
+        self._directions: list[tuple[Unit, Tensor, Tensor | None]] = []
+        self._recipe = Recipe(0.0, [], [], False)
+        self._fallback: list[str] = []
+        self._report: dict[str, float | None] = {}
+        self.failures = 0
+
+    # ---- capture
+
+    def due(self, step: int) -> list[int]:
+        """Numbers of the units whose turn it is; one that has no curvature yet always has its turn."""
+        count = len(self.units)
+        return [i for i, u in enumerate(self.units) if u.solver is None or self.schedule.due(step, i, count)]
+
+    @property
+    def hooked(self) -> bool:
+        return bool(self.due(self._offset))
+
+    def arm(self, step: int) -> None:
+        self._offset = step
+        if not self.sampled:
+            self._attach(self.due(step))
+
+    def _attach(self, numbers: Sequence[int]) -> None:
+        self._detach()
+        for i in numbers:
+            unit = self.units[i]
+            if isinstance(unit, LayerUnit):
+                for place, layer in enumerate(unit.layers):
+                    self._handles.append(attach(layer.module, Tap(self, "saw", (unit, place))))
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def saw(
+        self,
+        where: tuple[LayerUnit, int],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        """Called by a layer's tap in a training forward pass."""
+        unit, place = where
+        x = (args[0] if args else kwargs["input"]).detach()
+        on_gradient(output, lambda g: unit.capture(place, x, g, self._offset))
+
+    # ---- update
+
+    def update(
+        self, step: int, gradients: Sequence[Tensor], forward: Forward | None, terms: float, damping: float
+    ) -> None:
+        start = time.perf_counter()
+        self._detach()
+        numbers = self.due(step)
+        if self.sampled and forward is not None:
+            terms = self._sample(numbers, forward)
+        found: list[tuple[int, list[Tensor]]] = []
+        for i in numbers:
+            unit = self.units[i]
+            if isinstance(unit, DiagonalUnit):
+                place = self._place[id(unit.params[0])]
+                unit.see(gradients[place])
+            observed = unit.observed(terms)
+            if observed is not None:
+                found.append((i, observed))
+        self.processes.average([t for _, observed in found for t in observed])
+        refreshed = []
+        for i, observed in found:
+            if all(bool(torch.isfinite(t).all()) for t in observed):
+                self.units[i].fold(observed)
+                refreshed.append(self.units[i])
+            else:
+                self.units[i].discard()
+                self.failures += 1
+        self._fall_back(numbers, gradients, terms, damping)
+        for job, unit in enumerate(refreshed):
+            unit.refresh(damping, compute=self.processes.mine(job))
+        self.processes.hand_out([unit.shared() for unit in refreshed])
+        for unit in refreshed:
+            unit.finish()
+            self._measure(unit)
+            if unit.solver is not None and unit.solver.notes:
+                self.failures += 1
+        self._report = {
+            "refreshed": float(len(refreshed)),
+            "refresh_seconds": time.perf_counter() - start,
+            "solver_failures": float(self.failures),
+        }
+
+    def _sample(self, numbers: Sequence[int], forward: Forward) -> float:
+        """One more pass on the step's inputs with labels drawn from the model; the factors see that one."""
+        if not numbers:
+            return 1.0
+        self._attach(numbers)
+        with torch.enable_grad(), quiet(self.model, None):
+            f = self.likelihood.outputs(logits_of(self.model(*forward.args, **forward.kwargs)))
+            nll = self.likelihood.nll(f, self.likelihood.sample(f.detach()))
+            torch.autograd.grad(nll.mean(), [p for p in self.params if p.requires_grad], allow_unused=True)
+        self._detach()
+        return float(nll.numel())
+
+    def _fall_back(self, numbers: Sequence[int], gradients: Sequence[Tensor], terms: float, damping: float) -> None:
+        """Give a layer whose parameters have gradients although the layer was never seen a diagonal metric."""
+        lost = []
+        for i in numbers:
+            unit = self.units[i]
+            if unit.solver is None and isinstance(unit, LayerUnit) and not any(r.count for r in unit.running()):
+                places = [self._place[id(p)] for p in unit.params if id(p) in self._place]
+                if any(bool(gradients[j].any()) for j in places):
+                    lost.append(unit.name)
+        if lost:
+            warnings.warn(
+                f"{', '.join(lost)}: gradients arrive although the module's own forward was never seen (its weight is used elsewhere); "
+                "a diagonal metric is used for it",
+                stacklevel=5,
+            )
+            self._replace(lost)
+            fresh = [u for u in self.units if isinstance(u, DiagonalUnit) and u.solver is None]
+            for unit in fresh:
+                unit.see(gradients[self._place[id(unit.params[0])]])
+                observed = unit.observed(terms)
+                assert observed is not None
+                unit.fold(observed)
+                unit.refresh(damping)
+
+    def _replace(self, names: Sequence[str]) -> None:
+        units: list[Unit] = []
+        for unit in self.units:
+            if unit.name in names and not isinstance(unit, DiagonalUnit):
+                units += [DiagonalUnit(f"{unit.name}[{j}]", [p], self.settings) for j, p in enumerate(unit.params)]
+                self._fallback.append(unit.name)
+            else:
+                units.append(unit)
+        self.units = units
+
+    def _measure(self, unit: Unit) -> None:
+        """The lengths that `direction` carries along, from scratch in the refreshed metric."""
+        if unit.solver is None or unit.momentum is None:
+            return
+        image = unit.solver.matvec(unit.momentum)
+        unit.squared = max(float(torch.sum(unit.momentum * image)), 0.0)
+        decay = [
+            self._recipe.decay[self._place[id(p)]] if self._recipe.decay and id(p) in self._place else 0.0
+            for p in unit.params
+        ]
+        if any(decay):
+            w = unit.gather([rate * p.detach() for rate, p in zip(decay, unit.params, strict=True)]).to(image.dtype)
+            unit.crossed = float(torch.sum(w * image))
+            unit.decayed = max(float(torch.sum(w * unit.solver.matvec(w))), 0.0)
+
+    # ---- step
+
+    def direction(self, gradients: Sequence[Tensor], recipe: Recipe) -> Lengths:
+        self._recipe = recipe
+        work: list[tuple[Unit, Tensor, Tensor | None, bool]] = []
+        numbers: list[Tensor] = []
+        for unit in self.units:
+            if unit.solver is None:
+                continue
+            V = unit.gather(
+                [gradients[self._place[id(p)]] if id(p) in self._place else torch.zeros_like(p) for p in unit.params]
+            )
+            null = None
+            if recipe.null:
+                null = unit.solver.null(V)  # type: ignore[attr-defined]
+                V = V - null
+            U = unit.solver.solve(V.float() if V.dtype.itemsize < 4 else V)
+            flat = V.reshape(-1).to(U.dtype)
+            numbers.append(torch.dot(flat, U.reshape(-1)))
+            numbers.append(
+                torch.dot(flat, unit.momentum.reshape(-1)) if unit.momentum is not None else numbers[-1].new_zeros(())
+            )
+            decays = [recipe.decay[self._place[id(p)]] if id(p) in self._place else 0.0 for p in unit.params]
+            if any(decays):
+                w = unit.gather([rate * p.detach() for rate, p in zip(decays, unit.params, strict=True)])
+                numbers.append(torch.dot(flat, w.reshape(-1).to(U.dtype)))
+            else:
+                numbers.append(numbers[-1].new_zeros(()))
+            work.append((unit, U, null, any(decays)))
+        values = torch.stack(numbers).double().tolist() if numbers else []
+        lengths = Lengths(*([0.0] * self._pool_count for _ in range(3)))
+        if not all(map(math.isfinite, values)):
+            lengths.delta[0] = math.nan
+            return lengths
+        mu = recipe.momentum
+        self._directions = []
+        for k, (unit, U, null, decays_here) in enumerate(work):
+            delta, along, against = values[3 * k : 3 * k + 3]
+            first = next(self._place[id(p)] for p in unit.params if id(p) in self._place)
+            pool, weight = self._pools[first], recipe.weights[first]
+            if mu and unit.momentum is not None:
+                unit.momentum.mul_(mu).add_(U)
+                unit.squared = max(mu * mu * unit.squared + 2 * mu * along + delta, 0.0)
+                unit.crossed = mu * unit.crossed + against
+            else:
+                unit.momentum = U
+                unit.squared, unit.crossed, along = delta, against, 0.0
+            if decays_here and unit.decayed == 0.0:
+                self._measure(unit)
+            a = unit.squared + 2 * unit.crossed + unit.decayed
+            lengths.a[pool] += weight * weight * max(a, 0.0)
+            lengths.delta[pool] += delta
+            lengths.decrease[pool] += weight * (delta + mu * along + against)
+            self._directions.append((unit, unit.momentum, null))
+        return lengths
+
+    def apply(self, sizes: Sequence[float], null_size: float) -> None:
+        recipe = self._recipe
+        for unit, v, null in self._directions:
+            parts = unit.scatter(v)
+            nulls = unit.scatter(null) if null is not None and null_size else [None] * len(parts)
+            for p, part, lost in zip(unit.params, parts, nulls, strict=True):
+                i = self._place.get(id(p))
+                if i is None:
+                    continue
+                size = sizes[self._pools[i]] * recipe.weights[i]
+                if recipe.decay[i]:
+                    p.mul_(1 - size * recipe.decay[i])
+                p.add_(part if part.dtype == p.dtype else part.to(p.dtype), alpha=-size)
+                if lost is not None:
+                    p.add_(lost.to(p.dtype), alpha=-null_size * recipe.weights[i])
+
+    # ---- housekeeping
+
+    def discard(self) -> None:
+        for unit in self.units:
+            unit.discard()
+
+    def close(self) -> None:
+        self._detach()
+
+    def diagnostics(self) -> dict[str, float | None]:
+        ranks = [getattr(unit.solver, "rank", None) for unit in self.units]
+        known = [r for r in ranks if r is not None]
+        return {
+            **self._report,
+            "rank": float(sum(known)) if self.settings.spectral and len(known) == len(ranks) else None,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "fallback": list(self._fallback),
+            "failures": self.failures,
+            "units": {unit.name: unit.state_dict() for unit in self.units},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._replace([name for name in state["fallback"] if name not in self._fallback])
+        names = [unit.name for unit in self.units]
+        if sorted(names) != sorted(state["units"]):
+            different = sorted(set(names) ^ set(state["units"]))
+            raise InputError(
+                f"the saved optimizer state is of another model: {', '.join(different[:5])} on one side only"
+            )
+        for unit in self.units:
+            unit.load_state_dict(state["units"][unit.name])
+        self.failures = int(state["failures"])

@@ -1,0 +1,206 @@
+"""Hooks on the model: what went in and came out of it, and of the layers whose turn it is.
+
+Hooks are attached only for the steps that need them. They act on training passes alone (autograd on): a probe's forward pass under
+``no_grad`` is not seen. They hold the optimizer weakly and turn into nothing when the model is copied or pickled.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from thermo_opt.errors import InputError
+from thermo_opt.fisher.predictor import _logits as logits_of
+from thermo_opt.fisher.predictor import map_tensors
+
+
+class Tap:
+    """A forward hook that calls ``owner.method(place, …)`` while the owner lives, and nothing in a copy of the model."""
+
+    def __init__(self, owner: Any = None, method: str = "", place: Any = None) -> None:
+        self._owner = None if owner is None else weakref.ref(owner)
+        self._method, self._place = method, place
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        owner = None if self._owner is None else self._owner()
+        if owner is not None and torch.is_grad_enabled():
+            getattr(owner, self._method)(self._place, module, args, kwargs, output)
+
+    def __deepcopy__(self, memo: Any) -> Tap:
+        return Tap()
+
+    def __reduce__(self) -> tuple[type[Tap], tuple[()]]:
+        return Tap, ()
+
+
+class BeforeTap(Tap):
+    """The same for a forward pre-hook; its method takes nothing."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *_: Any) -> None:
+        owner = None if self._owner is None else self._owner()
+        if owner is not None and torch.is_grad_enabled():
+            getattr(owner, self._method)()
+
+    def __deepcopy__(self, memo: Any) -> BeforeTap:
+        return BeforeTap()
+
+    def __reduce__(self) -> tuple[type[Tap], tuple[()]]:
+        return BeforeTap, ()
+
+
+def attach(module: nn.Module, tap: Tap) -> RemovableHandle:
+    """Attach a tap as a forward hook."""
+    return module.register_forward_hook(tap, with_kwargs=True)
+
+
+def on_gradient(output: Any, receive: Callable[[Tensor], None]) -> bool:
+    """Call ``receive(g)`` when backward reaches this output; False when it takes no part in autograd."""
+    if not (isinstance(output, Tensor) and output.requires_grad):
+        return False
+
+    def hook(g: Tensor) -> None:
+        with torch.no_grad():
+            receive(g)
+
+    output.register_hook(hook)
+    return True
+
+
+_STOCHASTIC = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+
+
+def mixes_examples(model: nn.Module) -> bool:
+    """Whether an example's output depends on the others or on chance (Dropout, BatchNorm in training mode)."""
+    return any(m.training and isinstance(m, _STOCHASTIC) for m in model.modules())
+
+
+@contextmanager
+def quiet(model: nn.Module, random_state: Tensor | None) -> Iterator[None]:
+    """Run ``model`` once more without a trace: BatchNorm's running statistics and the random state stay as they were.
+
+    ``random_state``: the state before the pass to be repeated, so that Dropout draws the same masks.
+    """
+    norms = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats and m.training
+    ]
+    devices = [p.device for p in model.parameters() if p.is_cuda][:1]
+    with torch.random.fork_rng(devices):
+        if random_state is not None:
+            torch.random.set_rng_state(random_state)
+        for m in norms:
+            m.track_running_stats = False
+        try:
+            yield
+        finally:
+            for m in norms:
+                m.track_running_stats = True
+
+
+@dataclass
+class Forward:
+    """One training pass of the whole model: its arguments, its outputs (detached), and what backward showed of them.
+
+    ``terms``: predictions with a gradient. ``total``: Σ|∂loss/∂outputs|, at most 2 for a mean cross-entropy.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: Tensor
+    random_state: Tensor | None = None
+    terms: int = 0
+    total: float = 0.0
+    used: bool = False
+
+    @property
+    def examples(self) -> int:
+        """Length of the outputs' first dimension."""
+        return self.outputs.shape[0] if self.outputs.dim() else 1
+
+    def inputs(self) -> Any:
+        """The arguments in the form `thermo_opt.fisher.Batch` takes."""
+        if self.kwargs and self.args:
+            return {**{str(i): a for i, a in enumerate(self.args)}, **self.kwargs}
+        return dict(self.kwargs) if self.kwargs else self.args[0] if len(self.args) == 1 else tuple(self.args)
+
+    def again(self, model: nn.Module, most: int | None) -> tuple[Tensor, Tensor]:
+        """(old outputs, outputs of ``model`` now) on evenly spaced examples, at most ``most`` of them (None: all).
+
+        A model that mixes examples is always run on all of them, with the same random draws.
+        """
+        args: Any = self.args
+        kwargs, old, count = self.kwargs, self.outputs, self.examples
+        mixed = mixes_examples(model)
+        if most is not None and count > most and not mixed:
+            stride = -(-count // most)
+
+            def rows(t: Tensor) -> Tensor:
+                return t[::stride] if t.dim() and t.shape[0] == count else t
+
+            args, kwargs, old = map_tensors(args, rows), map_tensors(kwargs, rows), old[::stride]
+        with torch.no_grad(), quiet(model, self.random_state if mixed else None):
+            return old, logits_of(model(*args, **kwargs)).detach()
+
+
+class ModelObserver:
+    """Sees whole training passes of a model: `passes` since the last `clear`. Its two hooks are there while it is `armed`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.passes: list[Forward] = []
+        self._handles: list[RemovableHandle] = []
+        self._random_state: Tensor | None = None
+
+    @property
+    def armed(self) -> bool:
+        """Whether the hooks are attached."""
+        return bool(self._handles)
+
+    def arm(self) -> None:
+        """Attach the hooks."""
+        if not self._handles:
+            before = self.model.register_forward_pre_hook(BeforeTap(self, "starts"))
+            self._handles = [before, attach(self.model, Tap(self, "saw"))]
+
+    def disarm(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def starts(self) -> None:
+        """Called when a training pass begins."""
+        self._random_state = torch.random.get_rng_state() if mixes_examples(self.model) else None
+
+    def saw(self, _: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Called when a training pass ends."""
+        try:
+            outputs = logits_of(output)
+        except InputError:
+            return  # a pass that returns something else than predictions: nothing to calibrate on
+        seen = Forward(args, kwargs, outputs.detach(), self._random_state)
+
+        def receive(g: Tensor) -> None:
+            seen.used = True
+            sizes = g.abs().sum(-1) if g.dim() > 1 else g.abs()
+            seen.terms, seen.total = int((sizes != 0).sum()), float(sizes.sum(dtype=torch.float32))
+
+        if on_gradient(outputs, receive):
+            self.passes.append(seen)
+
+    @property
+    def used(self) -> list[Forward]:
+        """The passes that took part in a backward pass."""
+        return [seen for seen in self.passes if seen.used]
+
+    def clear(self) -> None:
+        """Forget all passes."""
+        self.passes = []
