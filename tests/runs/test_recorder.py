@@ -428,6 +428,9 @@ def test_a_parameter_trained_later_has_no_moments_until_it_has_caught_up(tmp_pat
         ({"probe": (data()[0], data()[1] + 1)}, "target 3 is outside"),
         ({"probe": (data()[0], torch.full((20,), -100))}, "every target is -100"),
         ({"probe": ((data()[0], data()[0][:3]), data()[1])}, "rows"),
+        ({"probe": (data()[0][:, :3], data()[1])}, "can't be evaluated"),
+        ({"probe": ({"x": data()[0]}, data()[1])}, "can't be evaluated"),
+        ({"probe": (None, data()[1])}, "inputs"),
         ({"notes": {"x": object()}}, "notes"),
         ({"likelihood": "gaussian"}, "gaussian targets"),
         ({"likelihood": "bernoulli", "probe": (data()[0], torch.full((20, 3), 1.5))}, r"\[0, 1\]"),
@@ -436,6 +439,7 @@ def test_a_parameter_trained_later_has_no_moments_until_it_has_caught_up(tmp_pat
 def test_arguments_that_do_not_fit(tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         record(tmp_path / "r", **change)
+    assert not (tmp_path / "r").exists()
 
 
 def test_gaussian_and_bernoulli_probes(tmp_path):

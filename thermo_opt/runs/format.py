@@ -14,7 +14,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +135,9 @@ class OwnSnapshot:
 
     path: Path
 
-    @cached_property
+    @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of each tensor by name."""
+        """Shape of each tensor by name; not kept, so that memory doesn't grow with the number of snapshots."""
         return self._file().shapes
 
     def load(self, name: str) -> Tensor:

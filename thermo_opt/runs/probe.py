@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def make_probe(inputs: Inputs | None, targets: Tensor | None) -> Probe:
     return Probe(inputs, targets, digest.hexdigest())
 
 
-def load_probe(path: str | Path) -> Probe:
+def load_probe(path: str | os.PathLike[str]) -> Probe:
     """Read a probe from safetensors, npz or parquet.
 
     Tensors (arrays, columns) are named ``inputs`` for ``model(inputs)``, ``inputs/0, inputs/1, …`` for

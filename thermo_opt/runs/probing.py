@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -72,10 +72,19 @@ def predict(model: nn.Module, inputs: Inputs, batch_size: int = 256) -> Tensor:
         raise InputError("probe: there are no inputs; give at least one example")
     device = _device(model)
     parts = []
-    with untouched(model), torch.autocast(device.type, enabled=False):
+    plain = (
+        torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+    )
+    with untouched(model), plain:
         for start in range(0, n, batch_size):
             batch = _rows(inputs, slice(start, start + batch_size), device)
-            outputs = outputs_of(_call(model, batch))
+            try:
+                outputs = outputs_of(_call(model, batch))
+            except (RuntimeError, IndexError, TypeError) as error:
+                raise InputError(
+                    f"probe: the model can't be evaluated on its inputs ({_first_line(error)}); check their shapes, "
+                    "types and names"
+                ) from error
             if outputs.ndim == 0 or len(outputs) != row_count(batch):
                 raise InputError(
                     f"probe: the model gives outputs of shape {tuple(outputs.shape)} for {row_count(batch)} inputs; "
@@ -209,6 +218,10 @@ def _device(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:

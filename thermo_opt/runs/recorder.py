@@ -120,7 +120,7 @@ class Recorder:
             raise InputError("nothing to record: give probe=(inputs, targets), or one of params, grads, moments")
         self._probe = None
         if probe is not None:
-            if not isinstance(probe, tuple) or len(probe) != 2:
+            if not isinstance(probe, tuple) or len(probe) != 2 or probe[0] is None:
                 raise InputError("probe must be a pair (inputs, targets)")
             self._probe = make_probe(*probe)
         self._names = {id(parameter): key for key, parameter in model.named_parameters()}
@@ -175,6 +175,7 @@ class Recorder:
         if self._entered:
             raise InputError("a Recorder can be entered once; make a new one, with resume=True to continue its run")
         self._entered = True
+        tensors, metadata = self._capture()  # before anything is written: a probe that doesn't fit leaves no trace
         continued = self._prepare_folder()
         try:
             if not continued:  # first of all, so that from its first instant the folder is a readable run
@@ -184,7 +185,8 @@ class Recorder:
             (self.path / SNAPSHOT_FOLDER).mkdir(exist_ok=True)
             if self._probe is not None and not (self.path / PROBE_FILE).exists():
                 write_tensors(self.path / PROBE_FILE, probe_tensors(self._probe.inputs, self._probe.targets))
-            tensors, metadata = self._capture()
+            if continued:
+                tensors, metadata = self._capture()
             target = snapshot_path(self.path, self._count)
             if target.exists():
                 self._check_same_state(target, tensors)
