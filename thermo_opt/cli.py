@@ -98,19 +98,12 @@ def demo(output: Output = Path("report.html"), jobs: Jobs = 1) -> None:
     """Audit the recorded runs that come with thermo-opt, compare them, and write a report page."""
     if output.exists() and not _is_report(output):
         raise InputError(f"{output} exists and is no thermo-opt report: name another file with --output.")
-    _compare(_audits(demo_runs(), None, {"jobs": jobs}), False, output)
+    from thermo_opt import demo as recorded
+    from thermo_opt.report.terminal import Bars
 
-
-def demo_runs() -> list[Path]:
-    """The runs recorded for the demo: package data in an installed wheel, ``data/`` in a checkout."""
-    package = Path(__file__).parent
-    for folder in (package / "demo_data", package.parent / "data"):
-        runs = sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith((".", "_")))
-        if runs:
-            return runs
-    raise InputError(
-        f"{package.parent / 'data'} holds no recorded runs: reinstall thermo-opt, or pass runs to `compare`."
-    )
+    with Bars() as bars:
+        audits = recorded.audits(bars, jobs)
+    _compare(audits, False, output)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

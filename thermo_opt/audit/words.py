@@ -139,7 +139,7 @@ def _alignment(summary: Summary) -> str | None:
         return None
     if max(v for v in (value, lower, upper) if v is not None) < 0:
         return "On the whole its steps went against the natural gradient: the loss was predicted to rise."
-    if value is None and upper is None:
+    if value is None and (upper is None or upper >= 1):
         return f"At least {percent(max(lower, 0.0))} of the dissipation lay along the natural gradient."
     if value is None:
         return f"Between {percent(lower)} and {percent(upper)} of the dissipation lay along the natural gradient."

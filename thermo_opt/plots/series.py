@@ -88,7 +88,7 @@ def alignment_series(audit: Audit) -> AlignmentSeries | None:
             continue
         step = (steps["step"].to_numpy(dtype=np.float64) + steps["step_end"].to_numpy(dtype=np.float64)) / 2
         step, lower, upper = step[keep], lower[keep], upper[keep]
-        if not np.isfinite(upper).all():
+        if not np.isfinite(upper).all() or np.all(upper[lower < 1] >= 1):  # an upper end of 1 says nothing
             kind = "lower bound"
         elif np.allclose(lower, upper, rtol=1e-9, atol=1e-12):
             kind = "value"

@@ -1,0 +1,44 @@
+"""The demo: the recorded runs that come with the package, and how each is audited."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thermo_opt.errors import InputError
+
+if TYPE_CHECKING:
+    from thermo_opt.audit import Audit
+    from thermo_opt.report.terminal import Bars
+
+_DIGITS = "thermo_opt.demo_models:digits_mlp"
+
+
+def runs() -> list[Path]:
+    """Folders of the recorded runs: package data in an installed wheel, ``data/`` in a checkout. InputError if neither is."""
+    package = Path(__file__).parent
+    for folder in (package / "demo_data", package.parent / "data"):
+        found = sorted(p for p in folder.glob("*") if (p / "run.json").is_file() or any(p.glob("checkpoint-*")))
+        if found:
+            return found
+    raise InputError(f"{package} has no recorded runs beside it: reinstall thermo-opt, or pass runs to `compare`.")
+
+
+def audits(bars: Bars, jobs: int = 1) -> list[Audit]:
+    """Audit every recorded run (tens of seconds on one core)."""
+    from thermo_opt.audit import audit
+    from thermo_opt.runs import load_run
+
+    found = []
+    for path in runs():
+        run = load_run(path)
+        bars.named(run.name)
+        found.append(audit(run, jobs=jobs, progress=bars, **_options(path)))
+    return found
+
+
+def _options(path: Path) -> dict[str, Any]:
+    if (path / "run.json").is_file():
+        # the parameter lens costs dozens of gradients an interval: every tenth shows the same
+        return {"model": _DIGITS, "steps": slice(None, None, 10)}
+    return {"probe": path / "probe.safetensors", "lens": ["outputs", "optimizer-state"]}
