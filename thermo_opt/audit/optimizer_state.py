@@ -7,6 +7,7 @@ diagonal, the path can be developed coordinate by coordinate, ``u = Σ_k √F_k 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -38,32 +39,27 @@ def look_at_optimizer_state(view: View) -> Seen:
     still = sorted(set(position) - set(moving))
     position = {name: position[name] for name in moving}
     if still:
-        notes.append(f"{len(still)} parameters without moments (frozen, or not in the optimizer) are not seen: {still[0]} …")
+        notes.append(
+            f"{len(still)} parameters without moments (frozen, or not in the optimizer) are not seen: {still[0]} …"
+        )
     if view.batch_size is None:
         notes.append("batch size unknown: quantities in nats are not available (give --batch-size), their ratios are")
-    developed = {name: torch.zeros(t.shape, dtype=torch.float32) for name, t in position.items()}
     advance = view.advance("optimizer-state lens", len(snapshots) - 1)
-    found: list[StepScalars] = []
-    with ThreadPoolExecutor() as pool:
-        for snapshot in snapshots[1:]:
-            scalars = _step(snapshot, position, developed, view.batch_size, pool)
-            if not np.isfinite(scalars.a + scalars.d):
-                if not found:
-                    raise InputError(
-                        f"{snapshot.path}: weights or moments are NaN or infinite at step {snapshot.step}, the first "
-                        "interval of the run: there is no path to audit"
-                    )
-                notes.append(f"weights or moments are NaN or infinite from step {snapshot.step}: only what precedes was audited")
-                break
-            found.append(scalars)
-            geodesic = norm(list(developed.values()))
-            if advance is not None:
-                advance(1)
+    found, geodesic = _walk(snapshots, position, view.batch_size, advance)
+    if len(found) < len(snapshots) - 1:
+        bad = snapshots[len(found) + 1]
+        if not found:
+            raise InputError(
+                f"{bad.path}: weights or moments are NaN or infinite at step {bad.step}, the first interval of the "
+                "run: there is no path to audit"
+            )
+        notes.append(f"weights or moments are NaN or infinite from step {bad.step}: only what precedes was audited")
+        found, geodesic = _walk(snapshots[: len(found) + 1], position, view.batch_size, None)
     steps = np.array([s.step for s in snapshots[: len(found) + 1]])
     loss = view.training_loss(steps)
     a, d, delta, null = (np.array([getattr(s, key) for s in found]) for key in ("a", "d", "delta", "null_decrease"))
     notes.append("the metric is diagonal and the gradient Adam's running mean; losses are training losses")
-    if np.mean([s.dual for s in found]) > 0.5 * sum(t.numel() for t in position.values()):
+    if np.mean([s.delta for s in found]) > 0.5 * sum(t.numel() for t in position.values()):
         notes.append("gradients hardly vary between batches (m̂² ≈ v̂): their moments say little about the Fisher")
     length = float(np.sqrt(a).sum())
     return Seen(
@@ -79,11 +75,29 @@ def look_at_optimizer_state(view: View) -> Seen:
         geodesic=min(geodesic, length),  # equal on a straight path, but for float32 rounding
         nats=view.batch_size is not None,
         notes=notes,
-        extra={
-            "null_decrease": null,
-            "adam_alignment": np.array([np.nan if s.adam_alignment is None else s.adam_alignment for s in found]),
-        },
+        extra={"null_decrease": null},
     )
+
+
+def _walk(
+    snapshots: Sequence[Snapshot],
+    start: dict[str, Tensor],
+    batch_size: int | None,
+    advance: Callable[[int], None] | None,
+) -> tuple[list[StepScalars], float]:
+    """Scalars of each interval up to the first that isn't finite, and the norm D of the path developed so far."""
+    position = dict(start)
+    developed = {name: torch.zeros(t.shape, dtype=torch.float32) for name, t in position.items()}
+    found: list[StepScalars] = []
+    with ThreadPoolExecutor() as pool:
+        for snapshot in snapshots[1:]:
+            scalars = _step(snapshot, position, developed, batch_size, pool)
+            if not np.isfinite(scalars.a + scalars.d):
+                break
+            found.append(scalars)
+            if advance is not None:
+                advance(1)
+    return found, norm(list(developed.values()))
 
 
 def _step(
@@ -108,6 +122,7 @@ def _step(
             bias2=bias2,
             batch_size=batch_size,
             developed=developed[name],
+            own=False,
         )
         position[name] = after
         return scalars
