@@ -12,6 +12,7 @@ Forward mode needs no double-backward and vice versa, so each stands in for the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from thermo_opt.errors import InputError
+from thermo_opt.fisher.certificate import gradient_brackets
 from thermo_opt.fisher.decomposed import DecomposedMetric
 from thermo_opt.fisher.krylov import Shifted, bracket, conjugate_gradient, preconditioned
 from thermo_opt.fisher.likelihoods import Likelihood
@@ -26,6 +28,9 @@ from thermo_opt.fisher.low_rank import ENTRIES_LIMIT, decompose, row_count
 from thermo_opt.fisher.metric import Bracket, Metric, axpy, dot, flatten, unflatten
 from thermo_opt.fisher.predictor import Part, Predictor, materialise
 from thermo_opt.fisher.scores import Targets, score_rows
+
+SPECTRUM_WORK = 2e10
+"""Most operations that `diagnostics` spends on a decomposition (a few seconds)."""
 
 Curvature = Literal["true", "empirical"]
 
@@ -103,16 +108,20 @@ class JacobianMetric(Metric):
     def _undamped(self, v: Sequence[Tensor]) -> list[Tensor]:
         total = self.zeros()
         for part in self.predictor.parts:
-            linear = self._linearization(part, reuse=True)
-            if linear is not None:
-                f, tangent = linear.outputs, linear.jvp(v)
-            else:
-                f, tangent = self._jvp(part, v)
-            u = self.output_product(part, f, tangent) / self.predictor.count
-            pulled = linear.vjp(u) if linear is not None else self.predictor.pull_back(part, u)
+            f, tangent = self.push(part, v, reuse=True)
+            pulled = self.pull(part, self.output_product(part, f, tangent) / self.predictor.count)
             for t, p in zip(total, pulled, strict=True):
                 t.add_(p)
         return total
+
+    def push(self, part: Part, v: Sequence[Tensor], reuse: bool) -> tuple[Tensor, Tensor]:
+        """(f, Jv) of one microbatch; ``reuse``: worth linearising for, where the batch is processed whole."""
+        linear = self._linearization(part, reuse)
+        return (linear.outputs, linear.jvp(v)) if linear is not None else self._jvp(part, v)
+
+    def pull(self, part: Part, u: Tensor) -> list[Tensor]:
+        """Jᵀu of one microbatch."""
+        return self.predictor.pull_back(part, u) if self._linear is None else self._linear.vjp(u)
 
     def quadratic(self, v: Sequence[Tensor]) -> float:
         """vᵀF_λv = mean (Jv)ᵀΛ(Jv) + λ|v|²: half the work of a matvec, never negative, summed in float64."""
@@ -120,8 +129,7 @@ class JacobianMetric(Metric):
         self._asked += 1
         total = 0.0
         for part in self.predictor.parts:
-            linear = self._linearization(part, reuse=self._asked > 2)
-            f, tangent = (linear.outputs, linear.jvp(v)) if linear is not None else self._jvp(part, v)
+            f, tangent = self.push(part, v, reuse=self._asked > 2)
             total += float((self.output_product(part, f, tangent).double() * tangent.double()).sum())
         return max(total / self.predictor.count, 0.0) + self.damping * dot(v, v)
 
@@ -165,7 +173,7 @@ class JacobianMetric(Metric):
         ``notes``); with λ = 0, F⁺g through the score matrix, which raises `InputError` where that is too large."""
         if self.damping == 0:
             return self._decomposed("the pseudo-inverse").solve(g)
-        precise = self._precise()
+        precise = self.precise()
         x, error = conjugate_gradient(
             precise._flat_product, self._flat(g), self.damping, rtol=rtol, max_iterations=max_iterations
         )
@@ -190,7 +198,7 @@ class JacobianMetric(Metric):
         """
         if self.damping == 0:
             return self._decomposed("the undamped dual norm").dual_norm(g)
-        precise, b = self._precise(), self._flat(g)
+        precise, b = self.precise(), self._flat(g)
         problem = Shifted(precise._flat_product, self.damping, 1.0)
         if preconditioner is not None:
             approximate = preconditioner
@@ -206,9 +214,23 @@ class JacobianMetric(Metric):
             problem.damping,
             rtol=rtol,
             max_iterations=max_iterations,
-            roundoff=precise._roundoff,
+            roundoff=precise.roundoff,
             amplification=problem.amplification,
         )
+
+    def gradient_norm(self, rtol: float = 0.1, max_iterations: int = 100) -> Bracket:
+        """A certified bracket of Δ_λ = gᵀF_λ⁻¹g for g = ∇L of the metric's own batch, tighter than `dual_norm` can be.
+
+        Works in the space of outputs, where g is the image of the residuals and their χ² is known (THEORY §5): see
+        `thermo_opt.fisher.certificate`. Needs targets. With λ = 0: the point gᵀF⁺g through the score matrix.
+        """
+        if self.damping == 0:
+            return self.dual_norm(self.predictor.loss_and_gradient()[1])
+        best = Bracket(0.0, math.inf)
+        for best in gradient_brackets(self.precise(), max_iterations=max_iterations):
+            if best.relative_width <= rtol:
+                break
+        return best
 
     def split(self, g: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Range and null components through the score matrix; `InputError` where that is too large."""
@@ -216,15 +238,16 @@ class JacobianMetric(Metric):
 
     def diagnostics(self) -> dict[str, Any]:
         """``trace`` of F exactly, from the score rows; ``rank`` and ``condition`` where the score matrix is small enough."""
-        if self._small():
+        rows = row_count(self.predictor, self._targets)
+        if self._dual is not None or rows * self.size * min(rows, self.size) <= SPECTRUM_WORK:
             return self._decomposed("the spectrum").diagnostics()
-        rows = score_rows(self.predictor, self._targets)
-        trace = sum(float(block.double().square().sum()) for block in rows) / self.predictor.count
+        blocks = score_rows(self.predictor, self._targets)
+        trace = sum(float(block.double().square().sum()) for block in blocks) / self.predictor.count
         return {
             "rank": None,
             "condition": None,
             "trace": trace,
-            "reason": "rank and condition need a decomposition; the score matrix is too large for this batch",
+            "reason": "rank and condition need a decomposition; the score matrix is large for this batch (kind 'low-rank' does it)",
         }
 
     @property
@@ -244,7 +267,7 @@ class JacobianMetric(Metric):
             self._dual = decompose(self.predictor, self.damping, self._targets)
         return self._dual
 
-    def _precise(self) -> JacobianMetric:
+    def precise(self) -> JacobianMetric:
         """This metric in float64, or itself where it already is or the model can't run in float64."""
         if self._double is None:
             self._double = self
@@ -267,7 +290,8 @@ class JacobianMetric(Metric):
         return flatten([t.double() for t in self.vector(g, "g", cast=False)])
 
     @property
-    def _roundoff(self) -> float:
+    def roundoff(self) -> float:
+        """Relative rounding of a product: the machine epsilon of its dtype."""
         return torch.finfo(self.dtype).eps
 
 

@@ -68,8 +68,25 @@ class Likelihood(ABC):
         """Λ(f) u, shape of f."""
 
     @abstractmethod
+    def root(self, f: Tensor, u: Tensor) -> Tensor:
+        """B(f) u, shape of f, with B Bᵀ = Λ(f)."""
+
+    def root_transposed(self, f: Tensor, u: Tensor) -> Tensor:
+        """B(f)ᵀu, shape of f; B is diagonal, hence symmetric, unless a family says otherwise."""
+        return self.root(f, u)
+
+    @abstractmethod
+    def whitened(self, f: Tensor, y: Tensor) -> Tensor:
+        """z = B⁺r, shape of f: the shortest z with B z = r, the residual; 0 where the prediction isn't counted."""
+
     def factor(self, f: Tensor) -> Tensor:
-        """B(f) of shape (..., c, c) with B Bᵀ = Λ(f)."""
+        """B(f) as a matrix, (..., c, c)."""
+        units = torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
+        return torch.stack([self.root(f, e.expand_as(f)) for e in units], dim=-1)
+
+    def chi_squared(self, f: Tensor, y: Tensor) -> Tensor:
+        """rᵀΛ⁺r = |z|², leading shape: its mean bounds Δ = gᵀF⁺g from above on the same batch (THEORY §5)."""
+        return (self.whitened(f, y) ** 2).sum(-1)
 
     @abstractmethod
     def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -78,10 +95,6 @@ class Likelihood(ABC):
     @abstractmethod
     def kl(self, f: Tensor, other: Tensor) -> Tensor:
         """KL(p_f ‖ p_other), leading shape."""
-
-    @abstractmethod
-    def chi_squared(self, f: Tensor, y: Tensor) -> Tensor:
-        """rᵀΛ⁺r with r the residual, leading shape: its mean bounds Δ = gᵀF⁺g from above on the same batch (THEORY §5)."""
 
     def __repr__(self) -> str:
         return self.name
@@ -141,10 +154,22 @@ class Categorical(Likelihood):
         pu = p * u
         return pu - p * pu.sum(-1, keepdim=True)
 
-    def factor(self, f: Tensor) -> Tensor:
-        # Column y is √p_y (e_y − p): the score of class y weighted by the square root of its probability.
+    def root(self, f: Tensor, u: Tensor) -> Tensor:
+        # B = diag(√p) − p√pᵀ: its column y is √p_y (e_y − p), the score of class y weighted by √p_y.
         p = f.softmax(-1)
-        return (torch.eye(f.shape[-1], dtype=f.dtype, device=f.device) - p.unsqueeze(-1)) * p.sqrt().unsqueeze(-2)
+        su = p.sqrt() * u
+        return su - p * su.sum(-1, keepdim=True)
+
+    def root_transposed(self, f: Tensor, u: Tensor) -> Tensor:
+        p = f.softmax(-1)
+        return p.sqrt() * (u - (p * u).sum(-1, keepdim=True))
+
+    def whitened(self, f: Tensor, y: Tensor) -> Tensor:
+        counted, index = (y != IGNORED).unsqueeze(-1), y.clamp_min(0).unsqueeze(-1)
+        log_p = f.log_softmax(-1)
+        inverse_root = (-0.5 * log_p.gather(-1, index)).exp()
+        z = (0.5 * log_p).exp().scatter_add(-1, index, -inverse_root)
+        return torch.where(counted, z, 0.0)
 
     def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
         p = f.detach().softmax(-1)
@@ -153,10 +178,6 @@ class Categorical(Likelihood):
     def kl(self, f: Tensor, other: Tensor) -> Tensor:
         log_p, log_q = f.log_softmax(-1), other.log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-    def chi_squared(self, f: Tensor, y: Tensor) -> Tensor:
-        nll = self.nll(f, y)
-        return torch.where(y != IGNORED, torch.expm1(nll), 0.0)
 
 
 class Bernoulli(Likelihood):
@@ -179,8 +200,12 @@ class Bernoulli(Likelihood):
     def product(self, f: Tensor, u: Tensor) -> Tensor:
         return f.sigmoid() * (-f).sigmoid() * u
 
-    def factor(self, f: Tensor) -> Tensor:
-        return torch.diag_embed((f.sigmoid() * (-f).sigmoid()).sqrt())
+    def root(self, f: Tensor, u: Tensor) -> Tensor:
+        return (f.sigmoid() * (-f).sigmoid()).sqrt() * u
+
+    def whitened(self, f: Tensor, y: Tensor) -> Tensor:
+        # (p − y)/√(p(1−p)), written so that confident logits don't divide by zero.
+        return (1 - y) * (0.5 * f).exp() - y * (-0.5 * f).exp()
 
     def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return torch.bernoulli(f.detach().sigmoid(), generator=generator)
@@ -189,9 +214,6 @@ class Bernoulli(Likelihood):
         change = functional.logsigmoid(f) - functional.logsigmoid(other)
         opposite = functional.logsigmoid(-f) - functional.logsigmoid(-other)
         return (f.sigmoid() * change + (-f).sigmoid() * opposite).sum(-1)
-
-    def chi_squared(self, f: Tensor, y: Tensor) -> Tensor:
-        return (self.residual(f, y) ** 2 / (f.sigmoid() * (-f).sigmoid())).sum(-1)
 
 
 class Gaussian(Likelihood):
@@ -214,8 +236,11 @@ class Gaussian(Likelihood):
     def product(self, f: Tensor, u: Tensor) -> Tensor:
         return u / self.sigma2
 
-    def factor(self, f: Tensor) -> Tensor:
-        return torch.diag_embed(torch.full_like(f, self.sigma2**-0.5))
+    def root(self, f: Tensor, u: Tensor) -> Tensor:
+        return u / math.sqrt(self.sigma2)
+
+    def whitened(self, f: Tensor, y: Tensor) -> Tensor:
+        return (f - y) / math.sqrt(self.sigma2)
 
     def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
         noise = torch.randn(f.shape, generator=generator, dtype=f.dtype, device=f.device)
@@ -223,9 +248,6 @@ class Gaussian(Likelihood):
 
     def kl(self, f: Tensor, other: Tensor) -> Tensor:
         return 0.5 * ((f - other) ** 2).sum(-1) / self.sigma2
-
-    def chi_squared(self, f: Tensor, y: Tensor) -> Tensor:
-        return ((f - y) ** 2).sum(-1) / self.sigma2
 
 
 class Poisson(Likelihood):
@@ -248,17 +270,17 @@ class Poisson(Likelihood):
     def product(self, f: Tensor, u: Tensor) -> Tensor:
         return f.exp() * u
 
-    def factor(self, f: Tensor) -> Tensor:
-        return torch.diag_embed((0.5 * f).exp())
+    def root(self, f: Tensor, u: Tensor) -> Tensor:
+        return (0.5 * f).exp() * u
+
+    def whitened(self, f: Tensor, y: Tensor) -> Tensor:
+        return (0.5 * f).exp() - y * (-0.5 * f).exp()
 
     def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return torch.poisson(f.detach().exp(), generator=generator)
 
     def kl(self, f: Tensor, other: Tensor) -> Tensor:
         return (f.exp() * (f - other) - f.exp() + other.exp()).sum(-1)
-
-    def chi_squared(self, f: Tensor, y: Tensor) -> Tensor:
-        return (self.residual(f, y) ** 2 * (-f).exp()).sum(-1)
 
 
 NAMES = ("categorical", "bernoulli", "gaussian", "poisson")
