@@ -167,7 +167,7 @@ def number(value: Any, digits: int = 3) -> str:
         return f"{rounded:.{max(decimals, 0)}f}"
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     superscript = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{mantissa}\u2009×\u200910{superscript}"
+    return f"10{superscript}" if mantissa == "1" else f"{mantissa}\u2009×\u200910{superscript}"
 
 
 def percent(share: float) -> str:

@@ -134,15 +134,12 @@ def _shares(summary: Summary) -> tuple[str, str, str] | None:
 
 
 def _alignment(summary: Summary) -> str | None:
-    value, lower, upper = summary["alignment"], summary.get("alignment_lower"), summary.get("alignment_upper")
-    if value is None and lower is None:
-        return None
-    if max(v for v in (value, lower, upper) if v is not None) < 0:
+    value, lower, upper = summary["alignment"], summary["alignment_lower"], summary["alignment_upper"]
+    if upper is not None and upper < 0:
         return "On the whole its steps went against the natural gradient: the loss was predicted to rise."
-    if value is None and (upper is None or upper >= 1):
-        return f"At least {percent(max(lower, 0.0))} of the dissipation lay along the natural gradient."
-    if value is None:
-        return f"Between {percent(lower)} and {percent(upper)} of the dissipation lay along the natural gradient."
+    if value is None:  # the bracket is wide: its lower end is what is worth saying
+        said = lower is not None and lower > 0
+        return f"At least {percent(lower)} of the dissipation lay along the natural gradient." if said else None
     between = ""
     if lower is not None and upper is not None and upper - lower > 0.005:
         between = f" (certified between {percent(lower)} and {percent(upper)})"

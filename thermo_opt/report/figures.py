@@ -39,8 +39,7 @@ def figures(audits: Sequence[Audit]) -> list[Figure]:
         trajectory_map(audits),
         coarse_graining(audits),
     ]
-    drawn += [dissipation_heatmap(audit, i) for i, audit in enumerate(audits)]
-    drawn.append(predicted_vs_realised(audits))
+    drawn += [dissipation_heatmap(audits), predicted_vs_realised(audits)]
     return [figure for figure in drawn if figure is not None]
 
 
@@ -290,67 +289,102 @@ def coarse_graining(audits: Sequence[Audit]) -> Figure | None:
     )
 
 
-def dissipation_heatmap(audit: Audit, index: int) -> Figure | None:
-    """Layers × steps: each layer's share δ_lᵀ(Fδ)_l of the dissipation, on a logarithmic colour scale."""
-    found = series.heat(audit)
-    if found is None:
-        return None
-    positive = found.values > 0
-    if not positive.any():
-        return None
-    with np.errstate(divide="ignore", invalid="ignore"):
-        exponent = np.where(positive, np.log10(np.where(positive, found.values, 1.0)), np.nan)
-    top = float(np.nanmax(exponent))
-    bottom = max(float(np.nanmin(exponent)), top - 6)
-    ticks = np.arange(np.ceil(bottom), np.floor(top) + 1)
-    unit = cost_unit(audit.summary["clock"])
-    data: list[Spec] = [
-        {
-            "type": "heatmap",
-            "x": numbers(found.step),
-            "y": list(range(len(found.layers))),
-            "z": [[null(v) for v in row] for row in exponent],
-            "customdata": [
-                [[escape(layer), float(v)] for v in row] for layer, row in zip(found.layers, found.values, strict=True)
-            ],
-            "hovertemplate": "<b>%{customdata[0]}</b><br>step %{x}<br>%{customdata[1]:.4g} " + unit + "<extra></extra>",
-            "zmin": bottom,
-            "zmax": top,
-            "colorscale": "Viridis",
-            "colorbar": {
-                "orientation": "h",
-                "y": 1.0,
-                "yanchor": "bottom",
-                "thickness": 10,
-                "len": 1,
-                "outlinewidth": 0,
-                "tickvals": numbers(ticks),
-                "ticktext": [f"10<sup>{int(t)}</sup>".replace("-", "−") for t in ticks],
-                "title": {"text": f"dissipation of an interval ({unit})", "side": "top", "font": {"size": 13}},
-            },
-        }
+def dissipation_heatmap(audits: Sequence[Audit]) -> Figure | None:
+    """Layers × steps, a panel a run: each layer's part δ_lᵀ(Fδ)_l of the dissipation on one logarithmic colour scale."""
+    panels = [
+        (audit, found) for audit in audits if (found := series.heat(audit)) is not None and (found.values > 0).any()
     ]
-    frame = layout(
-        xaxis=axis("training step"),
-        yaxis=axis("")
-        | {
-            "tickvals": list(range(len(found.layers))),
-            "ticktext": [label(layer, 22) for layer in found.layers],
-            "autorange": "reversed",
-            "showgrid": False,
+    if not panels:
+        return None
+    positive = np.concatenate([found.values[found.values > 0] for _, found in panels])
+    top = float(np.log10(positive.max()))
+    bottom = max(float(np.log10(positive.min())), top - 6)
+    heights = [_PANEL_TITLE + _LAYER * len(found.layers) for _, found in panels]
+    total = sum(heights)
+    data: list[Spec] = []
+    frame = layout(margin={"l": 8, "r": 12, "t": 62, "b": 46}, annotations=[])
+    ceiling = 1.0
+    for n, ((audit, found), height) in enumerate(zip(panels, heights, strict=True), start=1):
+        suffix = "" if n == 1 else str(n)
+        unit = cost_unit(audit.summary["clock"])
+        floor = max(ceiling - height / total, 0.0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            exponent = np.log10(np.where(found.values > 0, found.values, np.nan))
+        data.append(
+            {
+                "type": "heatmap",
+                "x": numbers(found.step),
+                "y": list(range(len(found.layers))),
+                "z": [numbers(row) for row in exponent],
+                "customdata": [
+                    [[escape(layer), float(v)] for v in row]
+                    for layer, row in zip(found.layers, found.values, strict=True)
+                ],
+                "hovertemplate": "<b>%{customdata[0]}</b><br>step %{x}<br>%{customdata[1]:.4g} "
+                + unit
+                + "<extra></extra>",
+                "coloraxis": "coloraxis",
+                "yaxis": f"y{suffix}",
+            }
+        )
+        frame[f"yaxis{suffix}"] = axis(
+            "",
+            domain=[floor, ceiling - _PANEL_TITLE / total],
+            tickvals=list(range(len(found.layers))),
+            ticktext=[label(layer, 22) for layer in found.layers],
+            autorange="reversed",
+            showgrid=False,
+        )
+        frame["annotations"].append(
+            {
+                "text": label(audit.run, 30),
+                "xref": "paper",
+                "x": 0,
+                "xanchor": "left",
+                "yref": "paper",
+                "y": ceiling - _PANEL_TITLE / total,
+                "yanchor": "bottom",
+                "showarrow": False,
+                "font": {"size": 13},
+            }
+        )
+        ceiling = floor
+    frame["xaxis"] = axis("training step", anchor=f"y{len(panels) if len(panels) > 1 else ''}", showgrid=False)
+    ticks = np.arange(np.ceil(bottom), np.floor(top) + 1)
+    frame["coloraxis"] = {
+        "cmin": bottom,
+        "cmax": top,
+        "colorscale": "Viridis",
+        "colorbar": {
+            "orientation": "h",
+            "y": 1.0,
+            "yanchor": "bottom",
+            "thickness": 10,
+            "len": 1,
+            "outlinewidth": 0,
+            "tickvals": numbers(ticks),
+            "ticktext": [number(10.0**t, 1) for t in ticks],
+            "title": {
+                "text": f"dissipation of an interval ({_units(audits)})",
+                "side": "top",
+                "font": {"size": 13},
+            },
         },
-        margin={"l": 8, "r": 12, "t": 62, "b": 46},
-    )
+    }
     return Figure(
-        f"dissipation-heatmap-{index}",
-        f"Which layers dissipated: {audit.run}",
-        "Each interval’s dissipation by layer; the layers sum to the whole. Blank where a layer’s part is not positive: its"
-        " motion cancelled that of others.",
-        f"Heat map of the dissipation of {audit.run} by layer and training step.",
+        "dissipation-heatmap",
+        "Which layers dissipated, and when",
+        "Each interval’s dissipation by layer; the layers sum to the whole. Blank where a layer’s part is not positive: its "
+        "motion cancelled that of others.",
+        f"Heat map of dissipation by layer and training step of {', '.join(audit.run for audit, _ in panels)}.",
         data,
         frame,
-        134 + 22 * len(found.layers),
+        108 + total,
     )
+
+
+_PANEL_TITLE, _LAYER = 30, 22
+"""Heights in pixels of a heat map panel's title and of a layer's row."""
 
 
 def predicted_vs_realised(audits: Sequence[Audit]) -> Figure | None:

@@ -24,6 +24,9 @@
     const traces = coloured(data, "");
     for (const trace of traces) if (trace.meta) trace.visible = !hidden.has(trace.meta.run);
     const styled = coloured(layout, "");
+    const element = document.getElementById(key);
+    // A map with equal scales fills a narrow screen only if it is not much taller than wide.
+    if (layout.yaxis.scaleanchor) element.style.height = Math.min(480, 0.8 * element.clientWidth) + "px";
     styled.font.family = getComputedStyle(document.body).fontFamily;
     // A finger on a chart scrolls the page; it would draw a zoom box otherwise.
     if (matchMedia("(pointer: coarse)").matches) styled.dragmode = false;
