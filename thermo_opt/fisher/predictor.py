@@ -119,32 +119,51 @@ class Predictor:
             self._parts = list(self._checked())
         return self._parts
 
+    def graphs(self) -> Iterator[tuple[Part, Tensor, list[Tensor]]]:
+        """(part, f, leaves) of every microbatch in turn, as `graph` gives them; on first use that pass checks the batch too."""
+        if self._parts is not None:
+            for part in self._parts:
+                yield part, *self.graph(part)
+            return
+        parts, count = [], 0
+        for start in range(0, self.examples, self.microbatch):
+            inputs = slice_inputs(self.batch.inputs, start, start + self.microbatch, self.examples)
+            f, leaves = self.graph(Part(inputs, None, None))
+            parts.append(self._check(start, inputs, f.detach()))
+            count += _counted(parts[-1], f)
+            yield parts[-1], f, leaves
+        self._parts, self._count = parts, count
+
     def _checked(self) -> Iterator[Part]:
         count = 0
         for start in range(0, self.examples, self.microbatch):
             inputs = slice_inputs(self.batch.inputs, start, start + self.microbatch, self.examples)
             with torch.no_grad(), self.evaluation():
                 f = self.call(self.values, inputs)
-            if f.shape[0] != min(self.microbatch, self.examples - start):
-                raise InputError(
-                    f"the model's outputs have {f.shape[0]} rows for {min(self.microbatch, self.examples - start)} examples; "
-                    "the first dimension of inputs and outputs must be the examples"
-                )
-            if not bool(torch.isfinite(f).all()):
-                raise InputError(self._blame(inputs))
-            if start == 0 and self.likelihood.suspicious(f):
-                self.note(
-                    "the outputs look like probabilities (non-negative rows that sum to one); give logits: drop the softmax"
-                )
-            y, mask = self.batch.targets, None
-            if y is not None:
-                if y.shape[:1] != (self.examples,):
-                    raise InputError(f"the batch has {self.examples} inputs but targets of shape {tuple(y.shape)}")
-                y = self.likelihood.targets(f, y[start : start + self.microbatch])
-                mask = self.likelihood.mask(y)
-            count += f.shape[:-1].numel() if mask is None else int(mask.sum())
-            yield Part(inputs, y, mask)
+            part = self._check(start, inputs, f)
+            count += _counted(part, f)
+            yield part
         self._count = count
+
+    def _check(self, start: int, inputs: Any, f: Tensor) -> Part:
+        if f.shape[0] != min(self.microbatch, self.examples - start):
+            raise InputError(
+                f"the model's outputs have {f.shape[0]} rows for {min(self.microbatch, self.examples - start)} examples; "
+                "the first dimension of inputs and outputs must be the examples"
+            )
+        if not bool(torch.isfinite(f).all()):
+            raise InputError(self._blame(inputs))
+        if start == 0 and self.likelihood.suspicious(f):
+            self.note(
+                "the outputs look like probabilities (non-negative rows that sum to one); give logits: drop the softmax"
+            )
+        y, mask = self.batch.targets, None
+        if y is not None:
+            if y.shape[:1] != (self.examples,):
+                raise InputError(f"the batch has {self.examples} inputs but targets of shape {tuple(y.shape)}")
+            y = self.likelihood.targets(f, y[start : start + self.microbatch])
+            mask = self.likelihood.mask(y)
+        return Part(inputs, y, mask)
 
     @property
     def count(self) -> int:
@@ -289,6 +308,10 @@ class Predictor:
                 handle.remove()
         where = found[0] if found else "the outputs"
         return f"non-finite activations first appear in module {where}; check the weights and the scale of the inputs"
+
+
+def _counted(part: Part, f: Tensor) -> int:
+    return f.shape[:-1].numel() if part.mask is None else int(part.mask.sum())
 
 
 def materialise(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:

@@ -61,6 +61,14 @@ class _Samples:
         parts = [rule.inputs(module, use.input()) for use in self.uses]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1 if rule.one_hot else -2)
 
+    def moment(self, setting: str, diagonal: bool) -> factors.Moment:
+        """Their sum for the input factor."""
+        rule, module = self.layer.rule, self.layer.module
+        assert isinstance(rule, KroneckerRule)
+        if len(self.uses) == 1:
+            return factors.input_moment(rule, module, self.uses[0].input(), setting, diagonal=diagonal)
+        return factors.samples_moment(rule, module, self.inputs(), setting, diagonal=diagonal)
+
     def gradients(self, grads: Sequence[Tensor]) -> Tensor:
         """(…, K·n, r, out) from one (K, …) gradient a use."""
         rule, module = self.layer.rule, self.layer.module
@@ -76,24 +84,22 @@ def _visits(
     predictor: Predictor, columns: Columns, layers: Sequence[Layer]
 ) -> Iterator[tuple[Layer, _Samples, list[Tensor] | None]]:
     """For every microbatch and layer: its samples once with None, then with each piece of output gradients (K, …)."""
-    for number, part in enumerate(predictor.parts):
-        with recording(layers) as uses:
-            f, _ = predictor.graph(part)
-        groups = _grouped(uses)
-        for samples in groups:
-            yield samples.layer, samples, None
-        ordered = [use for samples in groups for use in samples.uses]
-        if not ordered:
-            continue
-        ends, sizes = [use.output for use in ordered], [use.size for use in ordered]
-        for grads in pull_back(f, columns.at(number, part, f), ends, sizes):
-            rest = iter(grads)
+    with recording(layers) as uses:
+        for number, (part, f, _) in enumerate(predictor.graphs()):
+            groups = _grouped(uses)
             for samples in groups:
-                own = [next(rest) for _ in samples.uses]
-                # A call whose result the outputs don't depend on has no gradient and no share in F.
-                kept = [(use, g) for use, g in zip(samples.uses, own, strict=True) if g is not None]
-                if kept:
-                    yield samples.layer, _Samples(samples.layer, [u for u, _ in kept]), [g for _, g in kept]
+                yield samples.layer, samples, None
+            ordered = [use for samples in groups for use in samples.uses]
+            ends, sizes = [use.output for use in ordered], [use.size for use in ordered]
+            for grads in pull_back(f, columns.at(number, part, f), ends, sizes) if ordered else ():
+                rest = iter(grads)
+                for samples in groups:
+                    own = [next(rest) for _ in samples.uses]
+                    # A call whose result the outputs don't depend on has no gradient and no share in F.
+                    kept = [(use, g) for use, g in zip(samples.uses, own, strict=True) if g is not None]
+                    if kept:
+                        yield samples.layer, _Samples(samples.layer, [u for u, _ in kept]), [g for _, g in kept]
+            uses.clear()  # also of what a checkpointed layer recomputed during the backward pass
 
 
 def _grouped(uses: Sequence[Use]) -> list[_Samples]:
@@ -115,9 +121,7 @@ class _KroneckerSum:
         self.G: Tensor | None = None
 
     def add_inputs(self, samples: _Samples) -> None:
-        moment = factors.samples_moment(
-            self.rule, self.layer.module, samples.inputs(), self.setting, diagonal=self.diagonal_A
-        )
+        moment = samples.moment(self.setting, self.diagonal_A)
         if self.A is None:
             self.A = moment
         else:
@@ -233,8 +237,7 @@ def _diagonal(predictor: Predictor, columns: Columns, positions: Sequence[int]) 
     """Diagonal of F for some parameters, example by example: exact for one loss term an example."""
     single = one_by_one(predictor)
     totals = [torch.zeros_like(predictor.values[i]) for i in positions]
-    for number, part in enumerate(single.parts):
-        f, leaves = single.graph(part)
+    for number, (part, f, leaves) in enumerate(single.graphs()):
         ends = [leaves[i] for i in positions]
         for grads in pull_back(f, columns.at(number, part, f), ends, [e.numel() for e in ends]):
             for total, g in zip(totals, grads, strict=True):

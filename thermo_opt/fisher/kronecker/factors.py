@@ -82,7 +82,12 @@ def input_moment(
 
     One-hot rules give token counts (vocabulary,), a diagonal A; ``diagonal`` asks for no more than that of any rule.
     """
-    samples = rule.inputs(module, x) if rule.covers(module, "weight") else x
+    if not rule.covers(module, "weight"):
+        samples = x
+    elif setting == "reduce" and not rule.one_hot:
+        samples = rule.mean_inputs(module, x)
+    else:
+        samples = rule.inputs(module, x)
     return samples_moment(rule, module, samples, setting, dtype, diagonal)
 
 

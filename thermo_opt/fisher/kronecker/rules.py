@@ -56,6 +56,10 @@ class KroneckerRule(Rule):
     def inputs(self, module: Module, x: Tensor) -> Tensor:
         """Input samples (…, n, r, in) without the bias column; for a one-hot rule the indices (n, r)."""
 
+    def mean_inputs(self, module: Module, x: Tensor) -> Tensor:
+        """Mean over the shared positions, (…, n, 1, in): the reduce setting's samples, without making all of `inputs`."""
+        return self.inputs(module, x).mean(-2, keepdim=True)
+
     @abstractmethod
     def gradients(self, module: Module, x: Tensor, g: Tensor) -> Tensor:
         """Output-gradient samples (…, n, r, out), in the order of `inputs`."""
@@ -134,6 +138,9 @@ class ConvRule(KroneckerRule):
 
     def inputs(self, module: Module, x: Tensor) -> Tensor:
         return patches(module, x)
+
+    def mean_inputs(self, module: Module, x: Tensor) -> Tensor:
+        return patches(module, x, mean=True)
 
     def gradients(self, module: Module, x: Tensor, g: Tensor) -> Tensor:
         groups = module.groups
@@ -277,18 +284,16 @@ def rule_for(module: Module) -> Rule | None:
     return None
 
 
-def patches(module: Module, x: Tensor) -> Tensor:
+def patches(module: Module, x: Tensor, mean: bool = False) -> Tensor:
     """Input patches of a convolution, (n, positions, kernel·channels); with groups (groups, n, positions, …/groups).
 
-    One padded channels-last copy of x and one copy into patches; cost O(n · positions · kernel · channels).
+    One padded channels-last copy of x and one copy into patches; cost O(n · positions · kernel · channels). With
+    ``mean`` over the positions, (…, n, 1, …), the second copy is spared.
     """
-    kernel: tuple[int, ...] = module.kernel_size
-    stride: tuple[int, ...] = module.stride
-    dilation: tuple[int, ...] = module.dilation
-    padding: list[int] = module._reversed_padding_repeated_twice
-    groups = module.groups
+    kernel, stride, dilation, groups = module.kernel_size, module.stride, module.dilation, module.groups
+    padding = module._reversed_padding_repeated_twice
     if any(padding):
-        mode = "constant" if module.padding_mode == "zeros" else str(module.padding_mode)
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = F.pad(x, padding, mode=mode)
     x = x.movedim(1, -1).contiguous()
     n, *size, channels = x.shape
@@ -303,10 +308,13 @@ def patches(module: Module, x: Tensor) -> Tensor:
             1,
         ),
     )
+    if mean:
+        windows = windows.mean(tuple(range(1, 1 + len(places))))
+    count = 1 if mean else math.prod(places)
     if groups == 1:
-        return windows.reshape(n, math.prod(places), -1)
+        return windows.reshape(n, count, -1)
     split = windows.unflatten(-1, (groups, channels // groups)).movedim(-2, 0)
-    return split.reshape(groups, n, math.prod(places), -1)
+    return split.reshape(groups, n, count, -1)
 
 
 def _positions(x: Tensor, width: int) -> Tensor:
