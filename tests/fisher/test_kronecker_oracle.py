@@ -148,3 +148,63 @@ def test_bernoulli_factors():
     for placed in make("kfac", model, (x, y), likelihood="bernoulli").blocks:
         torch.testing.assert_close(placed.block.A.matrix, judge._input_covariances[placed.name])
         torch.testing.assert_close(placed.block.G.matrix, 3 * judge._gradient_covariances[placed.name])
+
+
+def _spelt_out(model, module, x, setting):
+    """K-FAC's block of one grouped convolution, by loops over examples, classes and groups, as a dense matrix a group.
+
+    Order of a group's coordinates: for each output channel its weights, then its bias.
+    """
+    seen = {}
+    handles = [
+        module.register_forward_hook(lambda _, args, out: seen.update(x=args[0].detach(), out=out)),
+    ]
+    n, groups = len(x), module.groups
+    A, G = [0.0] * groups, [0.0] * groups
+    for i in range(n):
+        f = model(x[i : i + 1])[0]
+        p = f.detach().softmax(-1)
+        patches = nn.functional.unfold(
+            seen["x"], module.kernel_size, module.dilation, module.padding, module.stride
+        ).reshape(groups, -1, seen["out"][0, 0].numel())
+        for c in range(len(f)):
+            weight = p[c].sqrt() * ((torch.arange(len(f)) == c).double() - p)
+            (g,) = torch.autograd.grad(f @ weight, seen["out"], retain_graph=True)
+            g = g.reshape(groups, -1, g[0, 0].numel())
+            for k in range(groups):
+                rows = g[k].sum(1, keepdim=True) if setting == "reduce" else g[k]
+                G[k] = G[k] + rows @ rows.T / n
+        for k in range(groups):
+            a = patches[k]
+            if module.bias is not None:
+                a = torch.cat([a, torch.ones(1, a.shape[1], dtype=a.dtype)])
+            a = a.mean(1, keepdim=True) if setting == "reduce" else a
+            A[k] = A[k] + a @ a.T / a.shape[1] / n
+    for handle in handles:
+        handle.remove()
+    return [torch.kron(G[k], A[k]) for k in range(groups)]
+
+
+@pytest.mark.parametrize("setting", ["expand", "reduce"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_grouped_convolutions_have_one_block_a_group(setting, groups, bias):
+    torch.manual_seed(2)
+    conv = nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=1, dilation=(1, 2), groups=groups, bias=bias)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 1), nn.Tanh(), conv, nn.Tanh(), nn.Flatten(), nn.Linear(8 * 3 * 6, 3)
+    ).double()
+    x = torch.randn(4, 2, 5, 6, dtype=torch.float64)
+    metric = make("kfac", model, (x, torch.zeros(4, dtype=torch.long)), setting=setting)
+    full = metric.dense()
+    sizes = [p.numel() for p in model.parameters()]
+    numbers = torch.arange(sum(sizes)).split(sizes)
+    weight, shift = numbers[2].reshape(8, -1), numbers[3] if bias else None
+    everything = torch.cat([weight.flatten(), *([shift] if bias else [])])
+    mass = 0.0
+    for k, truth in enumerate(_spelt_out(model, conv, x, setting)):
+        rows = range(k * 8 // groups, (k + 1) * 8 // groups)
+        at = torch.cat([torch.cat([weight[o], shift[o : o + 1]]) if bias else weight[o] for o in rows])
+        torch.testing.assert_close(full[at[:, None], at], truth, rtol=1e-8, atol=1e-12)
+        mass += float(truth.square().sum())
+    assert float(full[everything[:, None], everything].square().sum()) == pytest.approx(mass)  # nothing between groups
