@@ -204,7 +204,7 @@ def test_log_rows(tmp_path):
     """Not-a-number is valid JSON; counts, extra scalars and the optimizer's own diagnostics are logged by name."""
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    optimizer.last_step = {"dissipation": 0.25, "delta": torch.tensor(2.0)}
+    optimizer.last_step = {"dissipation": 0.25, "delta": torch.tensor(2.0), "basis": [1, 2], "step": 77}
     with Recorder(tmp_path / "r", model=model, optimizer=optimizer, probe=data(), batch_size=20) as recorder:
         recorder.step(loss=torch.tensor(float("nan")), examples=20, tokens=7)
         recorder.step(loss=float("inf"), lr=0.1, examples=20, tokens=9, accuracy=0.5)
@@ -305,11 +305,12 @@ def test_training_waits_when_the_disk_is_slow(tmp_path, monkeypatch):
 def test_taken_folders_are_refused_and_left_alone(tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r/thesis.txt").write_text("mine")
+    (tmp_path / "r/film.partial").write_text("mine too")
     with pytest.raises(InputError, match="already holds"):
         record(tmp_path / "r")
     with pytest.raises(InputError, match="no run to resume"):
         record(tmp_path / "r", resume=True)
-    assert [file.name for file in (tmp_path / "r").iterdir()] == ["thesis.txt"]
+    assert sorted(file.name for file in (tmp_path / "r").iterdir()) == ["film.partial", "thesis.txt"]
     with pytest.raises(InputError, match="is a file"):
         record(tmp_path / "r/thesis.txt")
     assert (tmp_path / "r/thesis.txt").read_text() == "mine"
@@ -367,6 +368,8 @@ def test_resuming_refuses_what_is_not_the_same_run(tmp_path):
         record(tmp_path / "r", model=model, probe=data(9), resume=True)
     with pytest.raises(InputError, match="isn't the present model's"):
         record(tmp_path / "r", model=mlp(seed=5), resume=True)
+    with pytest.raises(InputError, match="isn't the present model's"):
+        record(tmp_path / "r", model=model, resume=2)
     with pytest.raises(InputError, match="5 recorded steps"):
         record(tmp_path / "r", model=model, resume=6)
     assert before == {file: file.read_bytes() for file in (tmp_path / "r").rglob("*") if file.is_file()}
@@ -385,6 +388,12 @@ def test_resuming_at_an_earlier_step_removes_what_came_later(tmp_path):
 
 def test_resume_of_nothing_starts_a_run(tmp_path):
     assert len(record(tmp_path / "r", resume=True).snapshots) == 6
+
+
+def test_a_folder_left_by_a_kill_before_the_first_file_can_be_used(tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/run.json.partial").write_text('{"schema')
+    assert len(record(tmp_path / "r").snapshots) == 6
 
 
 def test_moments_that_an_optimizer_lacks(tmp_path):

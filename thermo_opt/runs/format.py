@@ -30,7 +30,7 @@ RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
 PROBE_FILE = "probe.safetensors"
 SNAPSHOT_FOLDER = "snapshots"
-_TEMPORARY = ".partial"
+PARTIAL = ".partial"
 _NUMERIC = {"loss", "lr", "wall", "examples", "tokens"}
 
 
@@ -43,7 +43,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file that is either whole or absent, also after a kill or a power cut: fsync, rename, fsync of the
     folder.
     """
-    temporary = path.with_name(path.name + _TEMPORARY)
+    temporary = path.with_name(path.name + PARTIAL)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -63,7 +63,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def remove_partial(folder: Path) -> None:
     """Remove what a killed `write_atomically` left in ``folder``."""
-    for file in folder.glob("*" + _TEMPORARY):
+    for file in folder.glob("*" + PARTIAL):
         file.unlink(missing_ok=True)
 
 

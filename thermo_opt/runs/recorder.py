@@ -15,12 +15,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from thermo_opt import __version__
 from thermo_opt.errors import InputError
 from thermo_opt.runs.format import (
+    PARTIAL,
     PROBE_FILE,
     RUN_FILE,
     SCHEMA_VERSION,
@@ -176,7 +178,7 @@ class Recorder:
             raise InputError("a Recorder can be entered once; make a new one, with resume=True to continue its run")
         self._entered = True
         tensors, metadata = self._capture()  # before anything is written: a probe that doesn't fit leaves no trace
-        continued = self._prepare_folder()
+        continued = self._prepare_folder(tensors)
         try:
             if not continued:  # first of all, so that from its first instant the folder is a readable run
                 write_atomically(
@@ -188,9 +190,7 @@ class Recorder:
             if continued:
                 tensors, metadata = self._capture()
             target = snapshot_path(self.path, self._count)
-            if target.exists():
-                self._check_same_state(target, tensors)
-            else:
+            if not target.exists():
                 write_tensors(target, tensors, metadata)
             self._log = open(self.path / STEPS_FILE, "a", encoding="utf-8")
         except OSError as error:
@@ -256,14 +256,14 @@ class Recorder:
         # After an exception the weights may be halfway through a step, so they aren't recorded as the last step's.
         self.close(final_snapshot=kind is None)
 
-    def _prepare_folder(self) -> bool:
-        """Make the folder ready; True if a recorded run is being continued."""
+    def _prepare_folder(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Make the folder ready; True if a recorded run is being continued. ``tensors``: the model's present state."""
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise InputError(f"{self.path} is a file; record into a new folder")
             self.path.mkdir(parents=True, exist_ok=True)
-            remove_partial(self.path)
-            taken = any(self.path.iterdir())
+            unborn = RUN_FILE + PARTIAL  # all that a run leaves which is killed while its first file is written
+            taken = any(entry.name != unborn for entry in self.path.iterdir())
             if taken and self._resume is False:
                 raise InputError(
                     f"{self.path} already holds something; record into a new folder, or continue its run with "
@@ -275,14 +275,13 @@ class Recorder:
                     f"{self.path} holds no run to resume ({RUN_FILE} is missing); record into a new folder"
                 )
             if continued:
-                self._continue()
+                self._continue(tensors)
         except OSError as error:
             raise _unwritable(self.path, error) from None
         return continued
 
-    def _continue(self) -> None:
+    def _continue(self, tensors: Mapping[str, Tensor]) -> None:
         run = read_own(self.path)
-        remove_partial(self.path / SNAPSHOT_FOLDER)
         if run.info.parameters != self._header["parameters"]:
             raise InputError(
                 f"{self.path} records a model with other parameters than this one; record into a new folder"
@@ -295,6 +294,10 @@ class Recorder:
         self._count = logged if self._resume is True else int(self._resume)
         if not 0 <= self._count <= logged:
             raise InputError(f"{self.path} has {logged} recorded steps; it can't be resumed at step {self._count}")
+        if (recorded := snapshot_path(self.path, self._count)).exists():
+            self._check_same_state(recorded, tensors)
+        remove_partial(self.path)  # from here on the folder is changed, so every refusal comes before
+        remove_partial(self.path / SNAPSHOT_FOLDER)
         for snapshot in run.snapshots:
             if snapshot.step > self._count:
                 snapshot.path.unlink()
@@ -376,7 +379,6 @@ class Recorder:
         if lr is None:
             lr = self._optimizer.param_groups[0].get("lr")
         row: dict[str, Any] = {
-            "step": self._count,
             "loss": loss,
             "lr": lr,
             "wall": round(wall, 6),
@@ -385,9 +387,9 @@ class Recorder:
         }
         diagnostics = getattr(self._optimizer, "last_step", None)
         if isinstance(diagnostics, Mapping):
-            row = {**{key: value for key, value in diagnostics.items() if key not in row}, **row}
+            row = {**{key: value for key, value in diagnostics.items() if _is_scalar(value)}, **row}
         row |= extra
-        plain = {key: _plain(value) for key, value in row.items() if value is not None}
+        plain = {key: _plain(value) for key, value in row.items() if value is not None and key != "step"}
         self._log.write(json.dumps({"step": self._count, **plain}, allow_nan=False) + "\n")
         self._log.flush()
 
@@ -441,6 +443,10 @@ def _plain(value: Any) -> Any:
         return number
     number = float(number)
     return number if math.isfinite(number) else None
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def _copy(tensor: Tensor) -> Tensor:
