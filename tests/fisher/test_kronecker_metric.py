@@ -8,6 +8,7 @@ from torch import nn
 
 from thermo_opt.errors import InputError
 from thermo_opt.fisher import make
+from thermo_opt.fisher.kronecker import register, rule_for
 from thermo_opt.fisher.kronecker.blocks import DenseBlock, DiagonalBlock, KroneckerBlock
 
 EPS = 1e-8
@@ -330,23 +331,34 @@ def test_tied_weights_have_one_block_with_the_trace_of_the_sum():
     assert_consistent_with_its_dense_matrix(make("kfac", tied, (x, y), max_side=5, rtol=1e-6))
 
 
+class Keyword(nn.Linear):
+    """Called with its input by keyword."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+register(Keyword, rule_for(nn.Linear(1, 1)))
+
+
 class Loose(nn.Module):
     def __init__(self):
         super().__init__()
         self.offset = nn.Parameter(torch.randn(4))
+        self.gain = nn.Parameter(torch.tensor(1.5))
         self.act = nn.PReLU()
-        self.last = nn.Linear(4, 3)
+        self.last = Keyword(4, 3)
         self.unused = nn.Linear(2, 2)
 
     def forward(self, x):
-        return self.last(self.act(x + self.offset))
+        return self.gain * self.last(x=self.act(x + self.offset))
 
 
 def test_parameters_without_a_rule_get_fs_diagonal_and_are_named_once():
     torch.manual_seed(13)
     model = Loose().double()
     x, y = data((6, 4))
-    with pytest.warns(UserWarning, match="offset, act.weight, unused.weight, unused.bias") as caught:
+    with pytest.warns(UserWarning, match="offset, gain, act.weight, unused.weight, unused.bias") as caught:
         metric = make("kfac", model, (x, y))
     assert len(caught) == 1
     truth, where = dense_fisher(model, x), block_indices(model)
@@ -393,6 +405,49 @@ def test_float32_metric_is_near_its_float64_self():
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+@pytest.mark.parametrize("build", [mlp, transformer])
+def test_half_precision_models_have_float32_factors(kind, build):
+    torch.manual_seed(17)
+    model, shape = build()
+    batch = data(shape)
+    single = make(kind, model.float(), tuple(t.float() if t.is_floating_point() else t for t in batch), damping=0.1)
+    model = model.bfloat16()
+    half = make(kind, model, tuple(t.bfloat16() if t.is_floating_point() else t for t in batch), damping=0.1)
+    g = [torch.randn(s) for s in half.shapes]
+    assert half.dual_norm(g).lower == pytest.approx(single.dual_norm(g).lower, rel=0.1)
+    assert {t.dtype for t in half.solve(g)} == {torch.bfloat16}
+    assert {p.block.eigenvalues.dtype for p in half.blocks} == {torch.float32}
+
+
+def test_torchs_own_transformer_layer_falls_back_where_no_module_is_called():
+    """MultiheadAttention uses its weights without calling a module: diagonal there, Kronecker elsewhere."""
+    torch.manual_seed(18)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.layer(x).mean(1))
+
+    model = Model().double()
+    x, y = torch.randn(4, 3, 4, dtype=torch.float64), torch.randint(0, 3, (4,))
+    with pytest.warns(UserWarning, match="self_attn.in_proj_weight"):
+        metric = make("kfac", model, (x, y), rtol=1e-6)
+    kinds = {p.name: type(p.block) for p in metric.blocks}
+    assert kinds["layer.self_attn.in_proj_weight"] is DiagonalBlock
+    assert kinds["layer.linear1"] is kinds["head"] is KroneckerBlock
+    truth, where = dense_fisher(model, x), block_indices(model)
+    for placed in metric.blocks:
+        if isinstance(placed.block, DiagonalBlock):
+            at = where[placed.positions[0]]
+            torch.testing.assert_close(metric.dense()[at, at], truth[at, at], rtol=EPS, atol=EPS)
+    assert_consistent_with_its_dense_matrix(metric)
+
+
 def test_hooks_are_gone_and_scale_rows_use_the_dense_block():
     model, shape = mlp()
     metric = make("kfac", model, data(shape))
@@ -424,5 +479,7 @@ def test_bad_input_is_refused():
         make("kfac", model, batch, setting="exact")
     with pytest.raises(InputError, match="targets"):
         make("ekfac", model, batch, targets="all")
+    with pytest.raises(InputError, match="samples"):
+        make("kfac", model, batch, targets="sampled", samples=0)
     with pytest.raises(InputError, match="needs targets"):
         make("kfac", model, batch[0], targets="empirical")

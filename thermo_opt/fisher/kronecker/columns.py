@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from thermo_opt.errors import InputError
+from thermo_opt.fisher.kronecker.factors import working_dtype
 from thermo_opt.fisher.predictor import Part, Predictor
 from thermo_opt.fisher.scores import Targets, check_targets, cotangents
 
@@ -34,6 +36,8 @@ class Columns:
 
     def __post_init__(self) -> None:
         check_targets(self.predictor, self.targets)
+        if self.samples < 1:
+            raise InputError(f"samples must be at least 1, got {self.samples!r}")
 
     def at(self, number: int, part: Part, f: Tensor) -> Tensor:
         """(K, *f.shape) columns for microbatch ``number`` with outputs f; zero where a prediction isn't counted."""
@@ -57,10 +61,11 @@ def pull_back(
     for number, piece in enumerate(pieces):
         keep = number < len(pieces) - 1
         if len(piece) > 1:
-            yield list(torch.autograd.grad(f, ends, piece, retain_graph=keep, allow_unused=True, is_grads_batched=True))
+            grads = torch.autograd.grad(f, ends, piece, retain_graph=keep, allow_unused=True, is_grads_batched=True)
         else:
-            grads = torch.autograd.grad(f, ends, piece[0], retain_graph=keep, allow_unused=True)
-            yield [None if g is None else g.unsqueeze(0) for g in grads]
+            one = torch.autograd.grad(f, ends, piece[0], retain_graph=keep, allow_unused=True)
+            grads = tuple(None if g is None else g.unsqueeze(0) for g in one)
+        yield [None if g is None else g.to(working_dtype(g.dtype)) for g in grads]
 
 
 def one_by_one(predictor: Predictor) -> Predictor:

@@ -234,9 +234,10 @@ def _blocks(
 
 
 def _diagonal(predictor: Predictor, columns: Columns, positions: Sequence[int]) -> list[Tensor]:
-    """Diagonal of F for some parameters, example by example: exact for one loss term an example."""
+    """Diagonal of F for some parameters, example by example: exact for one loss term each, else unbiased by the signs."""
     single = one_by_one(predictor)
-    totals = [torch.zeros_like(predictor.values[i]) for i in positions]
+    values = [predictor.values[i] for i in positions]
+    totals = [torch.zeros_like(v, dtype=factors.working_dtype(v.dtype)) for v in values]
     for number, (part, f, leaves) in enumerate(single.graphs()):
         ends = [leaves[i] for i in positions]
         for grads in pull_back(f, columns.at(number, part, f), ends, [e.numel() for e in ends]):

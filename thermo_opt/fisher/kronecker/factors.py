@@ -38,16 +38,18 @@ class Moment:
         self.rows += other.rows
 
 
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision of factors: float32 for half-precision layers, else the layer's own."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
 def outer(rows: Tensor, ones: bool = False, dtype: torch.dtype | None = None, diagonal: bool = False) -> Tensor:
     """``Σ rows rowsᵀ``: (…, rows, k) → (…, k, k), or its diagonal (…, k); with ``ones``, a last column of ones joins
     in.
 
     The column costs a column sum rather than a copy of the rows. Half precision is accumulated in float32.
     """
-    if dtype is None and rows.dtype in (torch.float16, torch.bfloat16):
-        dtype = torch.float32
-    if dtype is not None:
-        rows = rows.to(dtype)
+    rows = rows.to(dtype or working_dtype(rows.dtype))
     count, k = rows.shape[-2:]
     if diagonal:
         total = rows.square().sum(-2)
@@ -103,11 +105,11 @@ def samples_moment(
     if rule.one_hot:
         indices = samples.flatten()
         counts = torch.bincount(indices, minlength=rule.shape(module)[2])
-        return Moment(counts.to(dtype or module.weight.dtype), indices.numel())
+        return Moment(counts.to(dtype or working_dtype(module.weight.dtype)), indices.numel())
     if not rule.covers(module, "weight"):
         groups = rule.shape(module)[0]
         shape = (1,) if diagonal else (1, 1)
-        one = torch.ones((groups, *shape) if groups > 1 else shape, dtype=dtype or module.bias.dtype)
+        one = torch.ones((groups, *shape) if groups > 1 else shape, dtype=dtype or working_dtype(module.bias.dtype))
         return Moment(one.to(module.bias.device), 1)
     rows = flatten(samples, setting, mean=True)
     return Moment(outer(rows, rule.covers(module, "bias"), dtype, diagonal), rows.shape[-2])

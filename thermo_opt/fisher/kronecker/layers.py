@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from thermo_opt.errors import InputError
+from thermo_opt.fisher.kronecker.factors import working_dtype
 from thermo_opt.fisher.kronecker.rules import Rule, ScaleRule, rule_for
 
 
@@ -103,9 +104,11 @@ def _recorder(layer: Layer, uses: list[Use]) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         if not (isinstance(output, Tensor) and output.requires_grad and torch.is_grad_enabled()):
             return
-        x = (args[0] if args else kwargs["input"]).detach()
+        x = (args[0] if args else next(iter(kwargs.values()))).detach()
         if isinstance(layer.rule, ScaleRule):
             x = layer.rule.normalised(module, x)
+        if x.is_floating_point():
+            x = x.to(working_dtype(x.dtype))
         uses.append(Use(layer, x, get_gradient_edge(output), output.numel(), x._version))
 
     return hook

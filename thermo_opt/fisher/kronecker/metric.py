@@ -15,10 +15,11 @@ from thermo_opt.fisher import spectral
 from thermo_opt.fisher.kronecker.blocks import Block
 from thermo_opt.fisher.kronecker.columns import Columns
 from thermo_opt.fisher.kronecker.estimate import estimate
+from thermo_opt.fisher.kronecker.factors import working_dtype
 from thermo_opt.fisher.kronecker.placement import Placed
 from thermo_opt.fisher.kronecker.rules import SETTINGS
 from thermo_opt.fisher.likelihoods import Likelihood
-from thermo_opt.fisher.metric import Metric, check_dense, dot
+from thermo_opt.fisher.metric import Bracket, Metric, check_dense, dot
 from thermo_opt.fisher.predictor import Predictor
 from thermo_opt.fisher.scores import Targets
 
@@ -44,6 +45,7 @@ class KroneckerMetric(Metric):
         super().__init__(names, like, damping)
         self.kind = kind
         self.blocks = tuple(blocks)
+        self.work = working_dtype(self.dtype)
         self._rtol, self._atol = rtol, atol
         self._cut: float | None = None
 
@@ -55,9 +57,13 @@ class KroneckerMetric(Metric):
             largest = max(float(v.max()) for v in values if v.numel())
             rtol = self._rtol
             if rtol is None:
-                rtol = spectral.default_rtol(max(max(v.shape[-2:]) for v in values), values[0].dtype)
+                side = max(max(v.shape[-2:], default=1) for v in values)
+                rtol = spectral.default_rtol(side, self.work)
             self._cut = spectral.threshold(largest, rtol, self._atol)
         return self._cut
+
+    def _vector(self, v: Sequence[Tensor], name: str = "v") -> list[Tensor]:
+        return [t.to(self.work) for t in self.vector(v, name, cast=False)]
 
     def _apply(self, v: Sequence[Tensor], operation: Callable[[Block, Tensor], Tensor]) -> list[Tensor]:
         out: list[Tensor] = [torch.empty(0)] * len(self.shapes)
@@ -67,27 +73,43 @@ class KroneckerMetric(Metric):
                 out[i] = tensor.reshape(self.shapes[i])
         return out
 
+    def _own(self, v: Sequence[Tensor]) -> list[Tensor]:
+        return [t.to(self.dtype) for t in v]
+
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
-        v = self.vector(v)
+        v = self._vector(v)
         product = self._apply(v, lambda block, x: block.matvec(x))
-        return product if self.damping == 0 else [p.add(t, alpha=self.damping) for p, t in zip(product, v, strict=True)]
+        return self._own([p.add(t, alpha=self.damping) for p, t in zip(product, v, strict=True)])
+
+    def quadratic(self, v: Sequence[Tensor]) -> float:
+        """vᵀF_λv, summed over blocks."""
+        return math.fsum(self.quadratic_by_block(v).values())
 
     def solve(self, g: Sequence[Tensor]) -> list[Tensor]:
+        return self._own(self._solve(self._vector(g, "g")))
+
+    def _solve(self, g: list[Tensor]) -> list[Tensor]:
         cut = self.cut if self.damping == 0 else 0.0
-        return self._apply(self.vector(g, "g"), lambda block, x: block.solve(x, self.damping, cut))
+        return self._apply(g, lambda block, x: block.solve(x, self.damping, cut))
+
+    def dual_norm(self, g: Sequence[Tensor]) -> Bracket:
+        g = self._vector(g, "g")
+        value = max(dot(g, self._solve(g)), 0.0)
+        return Bracket(value, value)
 
     def split(self, g: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        g = self.vector(g, "g")
+        g = self._vector(g, "g")
         null = self._apply(g, lambda block, x: block.split(x, self.cut)[1])
-        return [t - n for t, n in zip(g, null, strict=True)], null
+        return self._own([t - n for t, n in zip(g, null, strict=True)]), self._own(null)
 
     def quadratic_by_block(self, v: Sequence[Tensor]) -> dict[str, float]:
         """Each block's share of ``vᵀF_λv``; the shares sum to `quadratic`."""
-        v = self.vector(v)
+        v = self._vector(v)
         shares = {}
         for placed in self.blocks:
-            damped = self.damping * dot([v[i] for i in placed.positions], [v[i] for i in placed.positions])
-            shares[placed.name] = float(placed.block.quadratic(placed.take(v))) + damped
+            own = [v[i] for i in placed.positions]
+            damped = self.damping * dot(own, own)
+            shares[placed.name] = max(float(placed.block.quadratic(placed.gather(own))), 0.0) + damped
         return shares
 
     def diagnostics(self) -> dict[str, Any]:
