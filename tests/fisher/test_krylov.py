@@ -45,7 +45,8 @@ def test_brackets_contain_the_truth_and_shrink_in_a_thousand_random_cases():
         previous = krylov.Bracket(0.0, math.inf)
         for bracket in krylov.brackets(lambda v, m=matrix: m @ v, vector, damping):
             assert bracket.lower <= truth <= bracket.upper  # no tolerance: the bracket must be certain
-            assert bracket.lower >= previous.lower and bracket.upper <= previous.upper
+            assert bracket.lower >= previous.lower
+            assert bracket.upper <= previous.upper
             previous = bracket
         # Below ‖F‖ times the rounding of a product, λ can't be seen and no tight upper bound is to be had.
         if damping > 1e-8 * np.linalg.norm(F, 2):
@@ -79,7 +80,8 @@ def test_preconditioned_brackets_contain_the_truth_whatever_the_preconditioner()
         ):
             assert bracket.lower <= truth * (1 + slack)
             assert bracket.upper >= truth * (1 - slack)
-            assert bracket.lower >= previous.lower and bracket.upper <= previous.upper
+            assert bracket.lower >= previous.lower
+            assert bracket.upper <= previous.upper
             previous = bracket
 
 
@@ -107,7 +109,8 @@ def test_zero_gradient_zero_fisher_and_bad_arguments():
     F = torch.zeros(3, 3, dtype=torch.float64)
     assert list(krylov.brackets(lambda v: F @ v, torch.zeros(3), 0.1)) == [(0.0, 0.0)]
     last = list(krylov.brackets(lambda v: F @ v, torch.ones(3), 0.5))[-1]
-    assert last.lower == pytest.approx(6.0) and last.upper == pytest.approx(6.0)
+    assert last.lower == pytest.approx(6.0)
+    assert last.upper == pytest.approx(6.0)
     with pytest.raises(InputError, match="damping > 0"):
         next(krylov.brackets(lambda v: F @ v, torch.ones(3), 0.0))
     with pytest.raises(InputError, match="NaN"):

@@ -58,7 +58,8 @@ def test_agrees_with_the_dense_fisher(name, kind, options, empirical, damping):
     close(metric.solve(g), inverse @ x_g)
     low, high = metric.dual_norm(g)
     truth = float(x_g @ inverse @ x_g)
-    assert low <= truth * (1 + 1e-8) and high >= truth * (1 - 1e-8)
+    assert low <= truth * (1 + 1e-8)
+    assert high >= truth * (1 - 1e-8)
     assert high - low <= 0.1 * high
     inside, outside = metric.split(g)
     close(inside, basis_kept @ (basis_kept.T @ x_g))
@@ -124,7 +125,8 @@ def test_gradient_norm_brackets_the_dense_truth_and_chi_squared_bounds_it(name, 
         metric = make("empirical" if empirical else "exact", model, (x, y), damping=damping)
         for rtol in (0.5, 0.1, 1e-6):
             bracket = metric.gradient_norm(rtol)
-            assert bracket.lower <= truth * (1 + 1e-9) and truth * (1 - 1e-9) <= bracket.upper
+            assert bracket.lower <= truth * (1 + 1e-9)
+            assert truth * (1 - 1e-9) <= bracket.upper
             assert bracket.relative_width <= rtol
     likelihood = metric.predictor.likelihood
     f = model(x).detach()
@@ -145,7 +147,8 @@ def test_alignment_lies_within_one_for_every_kind():
                 lower, upper = metric.dual_norm(g)
                 a = metric.quadratic(step)
                 assert d**2 <= a * upper * (1 + 1e-9)
-                assert lower > 0 and math.isfinite(upper)
+                assert lower > 0
+                assert math.isfinite(upper)
             natural = metric.solve(g)
             assert metric.quadratic(natural) == pytest.approx(metric.dual_norm(g).upper, rel=0.12)
 

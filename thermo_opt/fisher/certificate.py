@@ -82,7 +82,7 @@ class _Outputs:
                 total.add_(extra)
         out = []
         for part in self.predictor.parts:
-            f, tangent = self.metric.push(part, pulled, reuse=True)
+            f, tangent = self.metric.push(part, pulled)
             out.append(self._transposed(part, f, tangent).double().reshape(-1))
         return torch.cat(out) / self.predictor.count
 

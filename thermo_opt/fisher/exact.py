@@ -29,6 +29,9 @@ from thermo_opt.fisher.metric import Bracket, Metric, axpy, dot, flatten, unflat
 from thermo_opt.fisher.predictor import Part, Predictor, materialise
 from thermo_opt.fisher.scores import Targets, score_rows
 
+LINEARISE_AT = 3
+"""The product, counted per metric, at which recording a linearisation (worth two products) starts to pay."""
+
 SPECTRUM_WORK = 2e10
 """Most operations that `diagnostics` spends on a decomposition (a few seconds)."""
 
@@ -64,6 +67,19 @@ class Linearization:
             self._pulled, self._u, [v[i] for i in self._used], retain_graph=True, allow_unused=True
         )
         return torch.zeros_like(self._u) if out is None else out.detach()
+
+    def verified_jvp(self, v: Sequence[Tensor]) -> Tensor:
+        """J v, having checked uᵀ(Jv) = (Jᵀu)ᵀv for a random u; `NotImplementedError` where that fails.
+
+        A backward marked once-differentiable, or written outside autograd's sight, drops out of J v without an error.
+        """
+        out = self.jvp(v)
+        u = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype).to(out.device)
+        direct, adjoint = dot([u], [out]), dot(self.vjp(u), v)
+        size = float(torch.linalg.vector_norm(u)) * float(torch.linalg.vector_norm(out))
+        if abs(direct - adjoint) > torch.finfo(out.dtype).eps ** 0.5 * max(size, abs(adjoint)):
+            raise NotImplementedError("the backward pass of one of its operations can't be differentiated again")
+        return out
 
     def vjp(self, u: Tensor) -> list[Tensor]:
         """Jᵀu, one tensor a parameter."""
@@ -108,16 +124,18 @@ class JacobianMetric(Metric):
     def _undamped(self, v: Sequence[Tensor]) -> list[Tensor]:
         total = self.zeros()
         for part in self.predictor.parts:
-            f, tangent = self.push(part, v, reuse=True)
+            f, tangent = self.push(part, v)
             pulled = self.pull(part, self.output_product(part, f, tangent) / self.predictor.count)
             for t, p in zip(total, pulled, strict=True):
                 t.add_(p)
         return total
 
-    def push(self, part: Part, v: Sequence[Tensor], reuse: bool) -> tuple[Tensor, Tensor]:
-        """(f, Jv) of one microbatch; ``reuse``: worth linearising for, where the batch is processed whole."""
-        linear = self._linearization(part, reuse)
-        return (linear.outputs, linear.jvp(v)) if linear is not None else self._jvp(part, v)
+    def push(self, part: Part, v: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(f, Jv) of one microbatch, linearised from the third product on where the batch is processed whole."""
+        self._asked += 1
+        if self._linear is None and self._cache and self._asked >= LINEARISE_AT:
+            self._linearise(part, v)
+        return self._jvp(part, v) if self._linear is None else (self._linear.outputs, self._linear.jvp(v))
 
     def pull(self, part: Part, u: Tensor) -> list[Tensor]:
         """Jᵀu of one microbatch."""
@@ -126,25 +144,24 @@ class JacobianMetric(Metric):
     def quadratic(self, v: Sequence[Tensor]) -> float:
         """vᵀF_λv = mean (Jv)ᵀΛ(Jv) + λ|v|²: half the work of a matvec, never negative, summed in float64."""
         v = self.vector(v)
-        self._asked += 1
         total = 0.0
         for part in self.predictor.parts:
-            f, tangent = self.push(part, v, reuse=self._asked > 2)
+            f, tangent = self.push(part, v)
             total += float((self.output_product(part, f, tangent).double() * tangent.double()).sum())
         return max(total / self.predictor.count, 0.0) + self.damping * dot(v, v)
 
-    def _linearization(self, part: Part, reuse: bool) -> Linearization | None:
-        if self._linear is None and self._cache and reuse:
-            try:
-                self._linear = Linearization(self.predictor, part)
-            except (NotImplementedError, RuntimeError) as error:
-                if not _unsupported(error):
-                    raise
-                self._cache = False
-                self.predictor.note(
-                    f"no second derivative for this model ({_first_line(error)}): forward mode used throughout"
-                )
-        return self._linear
+    def _linearise(self, part: Part, v: Sequence[Tensor]) -> None:
+        try:
+            linear = Linearization(self.predictor, part)
+            linear.verified_jvp(v)
+            self._linear = linear
+        except (NotImplementedError, RuntimeError) as error:
+            if not _unsupported(error):
+                raise
+            self._cache = False
+            self.predictor.note(
+                f"no second derivative for this model ({_first_line(error)}): forward mode used throughout"
+            )
 
     def _jvp(self, part: Part, v: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         if self._forward:
@@ -159,7 +176,7 @@ class JacobianMetric(Metric):
                 )
         try:
             linear = Linearization(self.predictor, part)
-            return linear.outputs, linear.jvp(v)
+            return linear.outputs, linear.verified_jvp(v)
         except (NotImplementedError, RuntimeError) as error:
             if not _unsupported(error):
                 raise
@@ -268,7 +285,7 @@ class JacobianMetric(Metric):
         return self._dual
 
     def precise(self) -> JacobianMetric:
-        """This metric in float64, or itself where it already is or the model can't run in float64."""
+        """This metric in float64 for many products, or itself where it already is or the model can't run in float64."""
         if self._double is None:
             self._double = self
             if self.dtype != torch.float64:
@@ -280,6 +297,7 @@ class JacobianMetric(Metric):
                     self.predictor.note(
                         f"the model doesn't run in float64 ({_first_line(error)}): {self.dtype} products used"
                     )
+        self._double._asked = LINEARISE_AT  # a Krylov method is about to ask for many
         return self._double
 
     def _flat_product(self, x: Tensor) -> Tensor:
@@ -304,8 +322,8 @@ def _unsupported(error: Exception) -> bool:
             "forward ad",
             "forward-mode",
             "does not support",
-            "once_differentiable",
             "not supported",
+            "differentiate twice",
         )
     )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from thermo_opt.errors import InputError
+from thermo_opt.fisher.metric import flatten
 from thermo_opt.fisher.predictor import Part, Predictor, is_batched, map_tensors, materialise, slice_inputs
 
 Targets = Literal["exact", "empirical", "sampled"]
@@ -60,12 +61,26 @@ def score_rows(
         with torch.no_grad(), predictor.evaluation():
             f = predictor.call(predictor.values, part.inputs)
         columns = cotangents(predictor, part, f, targets, samples, generator)
-        rows_each = columns[0].numel() // f.shape[-1]
+        examples, rows_each = f.shape[0], columns[0].numel() // f.shape[-1]
         chunk = max(1, ENTRIES // max(1, size * rows_each))
-        for start in range(0, f.shape[0], chunk):
-            stop = min(start + chunk, f.shape[0])
-            piece = slice_inputs(part.inputs, start, stop, f.shape[0])
-            yield _rows(predictor, piece, _spread(columns[start:stop]))
+        for start in range(0, examples, chunk):
+            stop = min(start + chunk, examples)
+            if predictor.vmappable:
+                try:
+                    inputs = slice_inputs(part.inputs, start, stop, examples)
+                    yield _vmapped(predictor, inputs, _spread(columns[start:stop]))
+                    continue
+                except RuntimeError as error:
+                    predictor.vmappable = False
+                    reason = (str(error).strip().splitlines() or ["unknown reason"])[0][:160]
+                    predictor.note(f"torch.func can't vectorise this model ({reason}): one backward pass a row used")
+            for i in range(start, stop):
+                one = Part(*(_example(t, i, examples) for t in (part.inputs, part.targets, part.mask)))
+                yield _looped(predictor, one, targets, samples, generator)
+
+
+def _example(tree: Any, i: int, examples: int) -> Any:
+    return None if tree is None else slice_inputs(tree, i, i + 1, examples)
 
 
 def _spread(columns: Tensor) -> Tensor:
@@ -78,30 +93,19 @@ def _spread(columns: Tensor) -> Tensor:
     return spread.reshape(examples, positions * m, *columns.shape[1:-2], c)
 
 
-def _rows(predictor: Predictor, inputs: Any, spread: Tensor) -> Tensor:
-    examples = spread.shape[0]
-    if predictor.vmappable:
-        try:
-            blocks = _vmapped(predictor, inputs, spread)
-            return torch.cat([b.reshape(examples * spread.shape[1], -1) for b in blocks], dim=1)
-        except RuntimeError as error:
-            predictor.vmappable = False
-            reason = (str(error).strip().splitlines() or ["unknown reason"])[0][:160]
-            predictor.note(
-                f"torch.func can't vectorise this model over examples ({reason}): one backward pass a row used"
-            )
+def _looped(
+    predictor: Predictor, part: Part, targets: Targets, samples: int, generator: torch.Generator | None
+) -> Tensor:
+    f, leaves = predictor.graph(part)
     rows = []
-    for i in range(examples):
-        one = Part(slice_inputs(inputs, i, i + 1, examples), None, None)
-        f, leaves = predictor.graph(one)
-        for u in spread[i]:
-            gradients = torch.autograd.grad(f, leaves, u.unsqueeze(0), retain_graph=True, allow_unused=True)
-            rows.append(torch.cat([g.reshape(-1) for g in materialise(gradients, leaves)]))
+    for u in _spread(cotangents(predictor, part, f.detach(), targets, samples, generator))[0]:
+        gradients = torch.autograd.grad(f, leaves, u.unsqueeze(0), retain_graph=True, allow_unused=True)
+        rows.append(flatten(materialise(gradients, leaves)))
     return torch.stack(rows)
 
 
-def _vmapped(predictor: Predictor, inputs: Any, spread: Tensor) -> tuple[Tensor, ...]:
-    examples = spread.shape[0]
+def _vmapped(predictor: Predictor, inputs: Any, spread: Tensor) -> Tensor:
+    examples, each = spread.shape[:2]
     values = tuple(predictor.values)
     batched: list[Tensor] = []
     map_tensors(inputs, lambda t: batched.append(t) if is_batched(t, examples) else None)
@@ -113,4 +117,5 @@ def _vmapped(predictor: Predictor, inputs: Any, spread: Tensor) -> tuple[Tensor,
         return vmap(pull)(u)
 
     with torch.no_grad(), predictor.evaluation():
-        return vmap(one)(tuple(batched), spread)
+        blocks = vmap(one)(tuple(batched), spread)
+    return torch.cat([b.reshape(examples * each, -1) for b in blocks], dim=1)

@@ -1,0 +1,110 @@
+"""Output families against torch.distributions and their own definitions; THEORY §1, §5."""
+
+import pytest
+import torch
+
+from tests.oracles.dense_fisher import DISTRIBUTIONS, log_prob, output_fisher
+from thermo_opt.errors import InputError
+from thermo_opt.fisher.likelihoods import NAMES, likelihood
+
+SIGMA2 = 0.3
+
+
+def draw(name, seed=0, n=6, c=4):
+    generator = torch.Generator().manual_seed(seed)
+    f = 1.5 * torch.randn(n, c, generator=generator, dtype=torch.float64)
+    if name == "categorical":
+        return f, torch.randint(c, (n,), generator=generator)
+    if name == "bernoulli":
+        return f, torch.randint(2, (n, c), generator=generator).double()
+    if name == "poisson":
+        return f, torch.randint(5, (n, c), generator=generator).double()
+    return f, torch.randn(n, c, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nll_residual_and_fisher_are_derivatives_of_the_distribution(name):
+    family = likelihood(name, SIGMA2)
+    f, y = draw(name)
+    u = torch.randn_like(f)
+    for i in range(len(f)):
+        assert family.nll(f, y)[i] == pytest.approx(-float(log_prob(f[i], y[i], name, SIGMA2)))
+        score = torch.autograd.functional.jacobian(lambda t, i=i: -log_prob(t, y[i], name, SIGMA2), f[i])
+        torch.testing.assert_close(family.residual(f, y)[i], score)
+        Lambda = output_fisher(f[i], y[i], name, SIGMA2)
+        torch.testing.assert_close(family.product(f, u)[i], Lambda @ u[i])
+        B = family.factor(f)[i]
+        torch.testing.assert_close(B @ B.T, Lambda)
+        torch.testing.assert_close(family.root(f, u)[i], B @ u[i])
+        torch.testing.assert_close(family.root_transposed(f, u)[i], B.T @ u[i])
+        z = torch.linalg.pinv(B, rtol=1e-10) @ score
+        torch.testing.assert_close(family.whitened(f, y)[i], z, rtol=1e-8, atol=1e-9)
+        chi = float(score @ torch.linalg.pinv(Lambda, rtol=1e-10) @ score)
+        assert float(family.chi_squared(f, y)[i]) == pytest.approx(chi, rel=1e-8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kl_is_that_of_the_distribution_and_half_the_fisher_form_for_a_small_change(name):
+    family = likelihood(name, SIGMA2)
+    f, _ = draw(name)
+    other = f + 0.3 * torch.randn_like(f)
+    truth = torch.distributions.kl_divergence(
+        DISTRIBUTIONS[name](f, torch.tensor(SIGMA2)), DISTRIBUTIONS[name](other, torch.tensor(SIGMA2))
+    )
+    torch.testing.assert_close(family.kl(f, other), truth)
+    small = 1e-4 * torch.randn_like(f)
+    half = 0.5 * (small * family.product(f, small)).sum(-1)
+    torch.testing.assert_close(family.kl(f, f + small), half, rtol=1e-3, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_have_the_fisher_as_their_score_covariance(name):
+    family = likelihood(name, SIGMA2)
+    f, _ = draw(name, n=1, c=3)
+    many = f.expand(200_000, 3)
+    generator = torch.Generator().manual_seed(0)
+    scores = family.residual(many, family.sample(many, generator))
+    Lambda = output_fisher(f[0], draw(name, n=1, c=3)[1][0], name, SIGMA2)
+    assert float((scores.mean(0)).abs().max()) < 0.02 * float(Lambda.diagonal().max()) ** 0.5
+    torch.testing.assert_close(scores.T @ scores / len(many), Lambda, rtol=0.03, atol=0.02 * float(Lambda.abs().max()))
+
+
+def test_ignored_targets_contribute_nothing():
+    family = likelihood("categorical")
+    f, y = draw("categorical")
+    y[2] = -100
+    for values in (family.nll(f, y), family.residual(f, y), family.whitened(f, y), family.chi_squared(f, y)):
+        assert float(values[2].abs().sum()) == 0
+        assert float(values[3].abs().sum()) > 0
+    mask = family.mask(y)
+    assert mask is not None
+    assert mask.tolist() == [True, True, False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "f", "y", "message"),
+    [
+        ("categorical", torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.long), "class targets must have shape"),
+        ("categorical", torch.zeros(4, 3), torch.zeros(4), "integer class targets"),
+        ("categorical", torch.zeros(4, 3), torch.tensor([0, 1, 2, 3]), "must lie in 0 … 2"),
+        ("categorical", torch.zeros(2, 3), torch.tensor([-100, -100]), "every target is ignored"),
+        ("categorical", torch.zeros(4), torch.zeros(4, dtype=torch.long), r"logits \(n, c\)"),
+        ("categorical", torch.zeros(4, 1), torch.zeros(4, dtype=torch.long), "likelihood='bernoulli'"),
+        ("categorical", torch.zeros(4, 3, dtype=torch.long), torch.zeros(4, dtype=torch.long), "int64 of shape"),
+        ("bernoulli", torch.zeros(4, 2), torch.zeros(4, 3), "targets of the outputs' shape"),
+        ("bernoulli", torch.zeros(4, 2), torch.full((4, 2), 2.0), "between 0 and 1"),
+        ("gaussian", torch.zeros(4, 2), torch.full((4, 2), torch.nan), "NaN or infinity"),
+        ("poisson", torch.zeros(4, 2), torch.full((4, 2), -1.0), "counts ≥ 0"),
+    ],
+)
+def test_disagreements_are_refused(name, f, y, message):
+    family = likelihood(name)
+    with pytest.raises(InputError, match=message):
+        family.targets(family.outputs(f), y)
+
+
+def test_unknown_names_and_variances_are_refused():
+    with pytest.raises(InputError, match="not one of categorical"):
+        likelihood("softmax")
+    with pytest.raises(InputError, match="sigma2"):
+        likelihood("gaussian", 0.0)
