@@ -146,7 +146,7 @@ def look_at_parameters(view: View) -> Seen:
         raise Unsupported("it holds no weights: record them with params=True")
     if probe is None or probe.inputs is None or probe.targets is None:
         raise Unsupported("the parameter lens needs a probe with inputs and targets: give --probe")
-    model = view.model().to(device=view.device, dtype=torch.float64)
+    model = view.model().to(device=view.device, dtype=torch.float64).eval()
     likelihood, notes = view.likelihood
     inputs = _map(probe.inputs, lambda t: t.double() if t.is_floating_point() else t)
     probe = Probe(_map(inputs, lambda t: t.to(view.device)), probe.targets, probe.fingerprint)
