@@ -25,6 +25,8 @@ def options(given: Mapping[str, Any]) -> None:
     _number(given["damping"] if given["damping"] is not None else 0.0, "damping", least=0.0)
     for name in ("lr", "weight_decay", "eta_null", "atol"):
         _number(given[name], name, least=0.0)
+    if not float(given["overhead"]) > 0:
+        raise InputError(f"overhead must be > 0, got {given['overhead']!r}")
     for name in ("momentum", "decay"):
         if not 0 <= float(given[name]) < 1:
             raise InputError(f"{name} must be in [0, 1), got {given[name]!r}")
@@ -36,7 +38,7 @@ def options(given: Mapping[str, Any]) -> None:
     for name, known in choices.items():
         if given[name] not in known:
             raise InputError(f"{name} {given[name]!r} is not one of {', '.join(known)}")
-    for name in ("refresh_every", "rows", "calibration_examples"):
+    for name in ("refresh_every", "rows", "calibration_predictions"):
         if given[name] is not None and int(given[name]) < 1:
             raise InputError(f"{name} must be at least 1, got {given[name]!r}")
     if given["calibrate"] is not None and int(given["calibrate"]) < 0:

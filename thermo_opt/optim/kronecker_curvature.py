@@ -31,6 +31,11 @@ from thermo_opt.optim.observer import Forward, Tap, attach, on_gradient, quiet
 from thermo_opt.optim.schedule import Refresh
 from thermo_opt.optim.units import DiagonalUnit, KroneckerUnit, LayerUnit, ScaleUnit, Settings, Unit
 
+SIDES = (1024, 512, 256, 128)
+"""Sides to which wide factors may be cut (block-diagonal factors) where solving with whole ones would slow training."""
+
+_UNKNOWN = -1
+
 
 def make_units(model: nn.Module, plan: Cover, settings: Settings) -> list[Unit]:
     """One unit a layer, one a weight that layers share, and a diagonal one for each parameter without a rule."""
@@ -94,6 +99,7 @@ class KroneckerCurvature(Curvature):
             )
         self._handles: list[RemovableHandle] = []
         self._offset = 0
+        self._limit: int | None = _UNKNOWN
         self._directions: list[tuple[Unit, Tensor, Tensor | None]] = []
         self._recipe = Recipe(0.0, [], [], False)
         self._fallback: list[str] = []
@@ -161,6 +167,8 @@ class KroneckerCurvature(Curvature):
             observed = unit.observed(terms)
             if observed is not None:
                 found.append((i, observed))
+        if self._limit is _UNKNOWN and found:
+            found = self._divide(found)
         self.processes.average([t for _, observed in found for t in observed])
         refreshed = []
         for i, observed in found:
@@ -184,6 +192,23 @@ class KroneckerCurvature(Curvature):
             "refresh_seconds": time.perf_counter() - start,
             "solver_failures": float(self.failures),
         }
+
+    def _divide(self, found: list[tuple[int, list[Tensor]]]) -> list[tuple[int, list[Tensor]]]:
+        """Choose, once, the largest side of a block such that solving stays within `Settings.overhead` of the passes' work."""
+        blocks = [u for u in self.units if isinstance(u, KroneckerUnit)]
+        limit: int | None = None
+        for limit in (None, *SIDES):
+            work = [u.work(limit) for u in blocks]
+            if sum(s for _, s in work) <= self.settings.overhead * sum(p for p, _ in work):
+                break
+        self._set_limit(limit)
+        return [(i, u.cut(limit, t) if isinstance(u := self.units[i], KroneckerUnit) else t) for i, t in found]
+
+    def _set_limit(self, limit: int | None) -> None:
+        self._limit = limit
+        for unit in self.units:
+            if isinstance(unit, KroneckerUnit):
+                unit.cut(limit)
 
     def _sample(self, numbers: Sequence[int], forward: Forward) -> float:
         """One more pass on the step's inputs with labels drawn from the model; the factors see that one."""
@@ -339,6 +364,7 @@ class KroneckerCurvature(Curvature):
         return {
             "fallback": list(self._fallback),
             "failures": self.failures,
+            "limit": self._limit,
             "units": {unit.name: unit.state_dict() for unit in self.units},
         }
 
@@ -350,6 +376,8 @@ class KroneckerCurvature(Curvature):
             raise InputError(
                 f"the saved optimizer state is of another model: {', '.join(different[:5])} on one side only"
             )
+        if state["limit"] != _UNKNOWN:
+            self._set_limit(state["limit"])
         for unit in self.units:
             unit.load_state_dict(state["units"][unit.name])
         self.failures = int(state["failures"])

@@ -63,8 +63,10 @@ class NGDT(Optimizer):
     targets: "empirical" (the labels of the batch, no extra cost) or "sampled" (from the model: one more forward and backward pass on
         refresh steps). decay: memory of running factors. refresh_every: longest refresh interval; it grows to that from 1 over the
         first ``10·refresh_every`` steps, blocks in turn. rows: most rows a layer's factors read at one refresh (None: all).
-    calibrate: steps between measurements (0: never; default 10 for K-FAC kinds and "diagonal", 0 otherwise); calibration_examples: most
-        examples of a measurement (None: all). A model with Dropout or BatchNorm in training mode is measured on the whole minibatch.
+        overhead: largest share of the passes' multiplications that F_λ⁻¹g may cost; where it would cost more, wide factors are cut into
+        diagonal blocks of side ≥ 128 (`math.inf`: never).
+    calibrate: steps between measurements (0: never; default 10 for K-FAC kinds and "diagonal", 0 otherwise); calibration_predictions:
+        about how many predictions a measurement reads (None: the whole minibatch). A model with Dropout or BatchNorm in training mode is measured on the whole minibatch.
     grad_scaler: the ``torch.amp.GradScaler`` in use; needed only when ``scaler.unscale_(opt)`` is called before the step.
 
     ``last_step`` holds plain numbers: ``budget, delta`` (Δ), ``eta`` (η_T), ``predicted`` and ``realised`` dissipation in nats (realised:
@@ -99,11 +101,12 @@ class NGDT(Optimizer):
         decay: float = 0.95,
         refresh_every: int = 16,
         rows: int | None = 512,
+        overhead: float = 0.05,
         setting: str = "expand",
         rtol: float | None = None,
         atol: float = 0.0,
         calibrate: int | None = None,
-        calibration_examples: int | None = 16,
+        calibration_predictions: int | None = 512,
         metric_options: dict[str, Any] | None = None,
         grad_scaler: Any = None,
     ) -> None:
@@ -125,7 +128,7 @@ class NGDT(Optimizer):
         self.curvature: Curvature
         if metric in KRONECKER:
             spectral = metric == "ekfac" or null_space != "damped"
-            kept = Settings(decay, rows, setting, spectral, metric == "ekfac", rtol, atol)
+            kept = Settings(decay, rows, overhead, setting, spectral, metric == "ekfac", rtol, atol)
             turns = Refresh(refresh_every, staggered=targets == "empirical" and not self.compiled)
             self.curvature = KroneckerCurvature(
                 self.model, self._params, self._pools, self.likelihood, kept, turns, targets, self.processes
@@ -140,7 +143,7 @@ class NGDT(Optimizer):
         if calibrate is None:
             calibrate = 10 if metric in (*KRONECKER, "diagonal") else 0
         self.calibration = Calibration(calibrate) if calibrate else None
-        self.calibration_examples = calibration_examples
+        self.calibration_predictions = calibration_predictions
         self.grad_scaler = grad_scaler
         self.steps = 0
         self.skipped = 0
@@ -254,7 +257,7 @@ class NGDT(Optimizer):
 
     def _realised(self, seen: Forward) -> float:
         """Mean KL(before ‖ after) over predictions of the step's minibatch (nats)."""
-        old, new = seen.again(self.model, self.calibration_examples)
+        old, new = seen.again(self.model, self.calibration_predictions)
         kl = self.likelihood.kl(self.likelihood.outputs(old.float()), self.likelihood.outputs(new.float()))
         return self.processes.mean(max(float(kl.mean()), 0.0))
 

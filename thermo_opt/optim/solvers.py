@@ -7,6 +7,7 @@ Tikhonov damping, truncation, null-space steps and EKFAC need. Each uses one F_�
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -46,60 +47,106 @@ def _mean_diagonal(matrix: Tensor) -> Tensor:
     return matrix.mean(-1) if matrix.dim() == 1 else matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
 
 
-def damping_split(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """The sides' shares (π√λ, √λ/π), π² = (tr A/dim A)/(tr G/dim G): Martens & Grosse 2015, §6.3. π = 1 where a trace is 0."""
-    pi = (_mean_diagonal(A) / _mean_diagonal(G)).sqrt()
+def _mean_of_blocks(blocks: Sequence[Tensor]) -> Tensor:
+    if len(blocks) == 1:
+        return _mean_diagonal(blocks[0])
+    return torch.cat([block.diagonal() for block in blocks]).mean()
+
+
+def damping_split(A: Sequence[Tensor], G: Sequence[Tensor], damping: float) -> tuple[Tensor, Tensor]:
+    """The sides' shares (π√λ, √λ/π), π² = (tr A/dim A)/(tr G/dim G): Martens & Grosse 2015, §6.3. π = 1 where a trace is 0.
+
+    Each side is a list of diagonal blocks.
+    """
+    mean_a, mean_g = _mean_of_blocks(A), _mean_of_blocks(G)
+    pi = (mean_a / mean_g).sqrt()
     pi = torch.where(torch.isfinite(pi) & (pi > 0), pi, torch.ones_like(pi))
     return pi * damping**0.5, damping**0.5 / pi
 
 
-class KroneckerInverse:
-    """``(A + π√λ I) ⊗ (G + √λ/π I)`` on matrices V (…, out, in); a side given as (k,) is diagonal.
+class Side:
+    """One side of a damped Kronecker product, ``M + cI``, and its inverse: diagonal blocks (…, k, k), or one diagonal (k,).
 
-    Refresh: two Cholesky inverses, O(in³ + out³); solve: O(out·in·(out + in)). A side whose inverse fails keeps that of ``last``.
+    Several blocks only for plain matrices. A block whose inverse fails keeps that of ``last``, or becomes a multiple of the identity.
+    """
+
+    def __init__(self, blocks: Sequence[Tensor], amount: Tensor, last: Side | None, compute: bool = True) -> None:
+        self.notes: list[str] = []
+        self.blocks: list[Tensor] = []
+        self.inverses: list[Tensor] = []
+        self.ends: list[tuple[int, int]] = []
+        start = 0
+        for i, block in enumerate(blocks):
+            damped = _shift(block, amount)
+            inverse: Tensor | None
+            if damped.dim() == 1:
+                inverse = damped.reciprocal()
+            elif not compute:
+                inverse = torch.empty_like(damped)
+            else:
+                inverse, note = positive_inverse(damped)
+                if inverse is None and last is not None:
+                    damped, inverse = last.blocks[i], last.inverses[i]
+                    note += "; kept the last inverse"
+                elif inverse is None:
+                    mean = _mean_diagonal(torch.nan_to_num(damped, posinf=0.0, neginf=0.0)).abs() + 1.0
+                    damped = torch.diag_embed(mean[..., None].expand(damped.shape[:-1]))
+                    inverse = torch.diag_embed((1 / mean)[..., None].expand(damped.shape[:-1]))
+                    note += "; used a multiple of the identity"
+                if note:
+                    self.notes.append(note)
+            self.blocks.append(damped)
+            self.inverses.append(inverse)
+            self.ends.append((start, start + damped.shape[-1]))
+            start += damped.shape[-1]
+
+    def right(self, v: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+        """``v M`` with v (…, m, k)."""
+        if len(matrices) == 1:
+            return v * matrices[0] if matrices[0].dim() == 1 else v @ matrices[0]
+        out = torch.empty_like(v)
+        for (start, end), block in zip(self.ends, matrices, strict=True):
+            torch.mm(v[:, start:end], block, out=out[:, start:end])
+        return out
+
+    def left(self, matrices: Sequence[Tensor], v: Tensor) -> Tensor:
+        """``M v`` with v (…, k, m)."""
+        if len(matrices) == 1:
+            return matrices[0][..., None] * v if matrices[0].dim() == 1 else matrices[0] @ v
+        out = torch.empty_like(v)
+        for (start, end), block in zip(self.ends, matrices, strict=True):
+            torch.mm(block, v[start:end], out=out[start:end])
+        return out
+
+
+class KroneckerInverse:
+    """``(A + π√λ I) ⊗ (G + √λ/π I)`` on matrices V (…, out, in), each side one matrix, its diagonal blocks, or a diagonal.
+
+    Refresh: Cholesky inverses, Σ k³ over blocks; solve: out·in·(k_A + k_G) multiplications for blocks of side k.
     """
 
     def __init__(
-        self, A: Tensor, G: Tensor, damping: float, last: KroneckerInverse | None, compute: bool = True
+        self,
+        A: Sequence[Tensor],
+        G: Sequence[Tensor],
+        damping: float,
+        last: KroneckerInverse | None,
+        compute: bool = True,
     ) -> None:
-        self.A: Tensor
-        self.G: Tensor
-        self.A_inverse: Tensor
-        self.G_inverse: Tensor
         on_a, on_g = damping_split(A, G, damping)
-        self.notes: list[str] = []
-        self.A, self.A_inverse = self._side("A", A, on_a, None if last is None else (last.A, last.A_inverse), compute)
-        self.G, self.G_inverse = self._side("G", G, on_g, None if last is None else (last.G, last.G_inverse), compute)
-
-    def _side(
-        self, name: str, matrix: Tensor, amount: Tensor, last: tuple[Tensor, Tensor] | None, compute: bool
-    ) -> tuple[Tensor, Tensor]:
-        damped = _shift(matrix, amount)
-        if damped.dim() == 1:
-            return damped, damped.reciprocal()
-        if not compute:
-            return damped, torch.empty_like(damped)
-        inverse, note = positive_inverse(damped)
-        if inverse is not None:
-            if note:
-                self.notes.append(f"{name}: {note}")
-            return damped, inverse
-        self.notes.append(f"{name}: {note}; kept the last inverse")
-        if last is not None:
-            return last
-        mean = _mean_diagonal(torch.nan_to_num(damped, posinf=0.0, neginf=0.0)).abs() + 1.0
-        unit = torch.diag_embed(mean[..., None].expand(damped.shape[:-1]))
-        return unit, torch.diag_embed((1 / mean)[..., None].expand(damped.shape[:-1]))
+        last_a, last_g = (None, None) if last is None else last.sides
+        self.sides = Side(A, on_a, last_a, compute), Side(G, on_g, last_g, compute)
+        self.A, self.G = self.sides
+        self.notes = [f"A: {n}" for n in self.A.notes] + [f"G: {n}" for n in self.G.notes]
 
     def solve(self, v: Tensor) -> Tensor:
-        right = v * self.A_inverse if self.A_inverse.dim() == 1 else v @ self.A_inverse
-        return self.G_inverse @ right
+        return self.G.left(self.G.inverses, self.A.right(v, self.A.inverses))
 
     def matvec(self, v: Tensor) -> Tensor:
-        return self.G @ (v * self.A if self.A.dim() == 1 else v @ self.A)
+        return self.G.left(self.G.blocks, self.A.right(v, self.A.blocks))
 
     def cached(self) -> list[Tensor]:
-        return [t for t in (self.A_inverse, self.G_inverse) if t.dim() > 1]
+        return [t for side in (self.A, self.G) for t in side.inverses if t.dim() > 1]
 
 
 class DenseInverse:

@@ -25,7 +25,7 @@ from thermo_opt.fisher.kronecker import (
     ScaleRule,
 )
 from thermo_opt.fisher.kronecker.estimate import DENSE_SCALES, projected_squares
-from thermo_opt.fisher.kronecker.factors import Moment, flatten, outer
+from thermo_opt.fisher.kronecker.factors import flatten, outer
 from thermo_opt.fisher.kronecker.layers import Layer
 from thermo_opt.fisher.kronecker.placement import place_tied
 from thermo_opt.fisher.kronecker.rules import ConvRule
@@ -38,11 +38,13 @@ class Settings:
     """How curvature is estimated and inverted; one object for all units.
 
     ``spectral``: eigenbases instead of Cholesky inverses. ``corrected``: EKFAC's eigenvalues (needs ``spectral``). ``rows``: most
-    rows (examples × shared positions) that a layer's factors see at one refresh, None for all of them.
+    rows (examples × shared positions) that a layer's factors see at one refresh, None for all of them. ``overhead``: largest share of
+    the passes' multiplications that solving may cost; wide factors are cut into diagonal blocks (no narrower than 128) to fit.
     """
 
     decay: float = 0.95
     rows: int | None = 512
+    overhead: float = 0.05
     setting: str = "expand"
     spectral: bool = False
     corrected: bool = False
@@ -261,22 +263,50 @@ class ScaleUnit(LayerUnit):
         return [self.average]
 
 
+def bounds(size: int, limit: int | None) -> list[tuple[int, int]]:
+    """0 … size in equal parts no longer than ``limit``."""
+    parts = 1 if limit is None else math.ceil(size / limit)
+    step = math.ceil(size / parts)
+    return [(start, min(start + step, size)) for start in range(0, size, step)]
+
+
 class _Side:
-    """Captured and running A and G of one layer."""
+    """Captured and running A and G of one layer, as lists of diagonal blocks."""
 
     def __init__(self, layer: Layer, bias: bool) -> None:
         self.layer, self.bias = layer, bias
         self.average = Running()
-        self.A: Moment | None = None
-        self.G: Tensor | None = None
+        self.limit: int | None = None
+        self.A: list[Tensor] = []
+        self.A_rows = 0
+        self.G: list[Tensor] = []
+        self.rows = 0.0
         self.samples: list[tuple[Tensor, Tensor, float]] = []
 
-    def observed(self, terms: float) -> list[Tensor] | None:
-        if self.A is None or self.G is None:
-            return None
-        found = [self.A.mean, self.G.mul_(terms)]
-        self.A = self.G = None
+    def add(self, A: list[Tensor], A_rows: int, G: list[Tensor], rows: float) -> None:
+        """Take sums of outer products of one use: A over ``A_rows`` rows, G standing for ``rows`` rows."""
+        if self.A:
+            torch._foreach_add_(self.A, A)
+            torch._foreach_add_(self.G, G)
+        else:
+            self.A, self.G, self.A_rows, self.rows = A, G, 0, 0.0
+        self.A_rows += A_rows
+        self.rows += rows
+
+    def observed(self, terms: float) -> list[Tensor]:
+        found = [A.div_(self.A_rows) for A in self.A] + [G.mul_(terms) for G in self.G]
+        self.A, self.G = [], []
         return found
+
+    def cut(self, side: Tensor, bias: bool) -> list[Tensor]:
+        """The diagonal blocks of a whole side."""
+        if side.dim() != 2:
+            return [side]
+        size = side.shape[-1] - bias
+        return [
+            side[s : e + (bias and e == size), s : e + (bias and e == size)].clone()
+            for s, e in bounds(size, self.limit)
+        ]
 
 
 class KroneckerUnit(LayerUnit):
@@ -324,7 +354,7 @@ class KroneckerUnit(LayerUnit):
         if rule.one_hot:
             indices = rule.inputs(module, x)
             counts = torch.bincount(indices.flatten(), minlength=rule.shape(module)[2])
-            A = Moment(counts.to(_statistics(g.dtype)), indices.numel())
+            A, A_rows = [counts.to(_statistics(g.dtype))], indices.numel()
             samples = rule.gradients(module, x, g)
             total = float(samples.shape[-3] * samples.shape[-2])
             rows = _thin(samples.flatten(-3, -2), settings.rows, offset)
@@ -342,54 +372,73 @@ class KroneckerUnit(LayerUnit):
             gradients = flatten(rule.gradients(module, x, g), settings.setting, mean=False)
             total = gradients.shape[-2] * examples / kept
             a, rows = _thin(inputs, settings.rows, offset), _thin(gradients, settings.rows, offset)
-            A = Moment(outer(a, ones=side.bias), a.shape[-2])
+            size, A_rows = a.shape[-1], a.shape[-2]
+            A = [outer(a[..., s:e], ones=side.bias and e == size) for s, e in bounds(size, side.limit)]
             if self.corrected:
                 side.samples.append((a, rows, total))
-        G = outer(rows).mul_(total / rows.shape[-2])
-        if side.A is None or side.G is None:
-            side.A, side.G = A, G
-        else:
-            side.A.add(A)
-            side.G.add_(G)
+        G = [outer(rows[..., s:e]).mul_(total / rows.shape[-2]) for s, e in bounds(rows.shape[-1], side.limit)]
+        side.add(A, A_rows, G, total)
 
     def observed(self, terms: float) -> list[Tensor] | None:
         found = [side.observed(terms) for side in self.sides]
         self._terms = terms
-        return [t for pair in found if pair is not None for t in pair] if all(p is not None for p in found) else None
+        return [t for side in found for t in side] if all(found) else None
 
     def discard(self) -> None:
         for side in self.sides:
-            side.A = side.G = None
-            side.samples = []
+            side.A, side.G, side.samples = [], [], []
+
+    def work(self, limit: int | None) -> tuple[float, float]:
+        """Multiplications of (the layer's three passes, one `solve` with sides cut to ``limit``) as last captured."""
+        groups, out, inputs = self.rule.shape(self.layers[0].module)
+        side_a, side_g = (k if limit is None or not self.divisible else min(k, limit) for k in (inputs, out))
+        passes = sum(3.0 * side.rows * (out if self.rule.one_hot else groups * out * inputs) for side in self.sides)
+        return passes, float(groups * out * inputs * (side_g + (1 if self.rule.one_hot else side_a)))
+
+    @property
+    def divisible(self) -> bool:
+        """Whether the sides may be cut into diagonal blocks."""
+        return not (self.tied or self.settings.spectral or self.rule.shape(self.layers[0].module)[0] > 1)
+
+    def cut(self, limit: int | None, observed: list[Tensor] | None = None) -> list[Tensor]:
+        """From now on keep diagonal blocks of side ≤ ``limit`` only; returns the whole sides ``observed`` so cut."""
+        if not self.divisible:
+            return observed or []
+        side = self.sides[0]
+        side.limit = limit
+        return [b for t, bias in zip(observed or [], (side.bias, False), strict=False) for b in side.cut(t, bias)]
 
     def fold(self, observed: Sequence[Tensor]) -> None:
+        each = len(observed) // len(self.sides)
         for i, side in enumerate(self.sides):
-            side.average.add(observed[2 * i : 2 * i + 2], self.settings.decay)
+            side.average.add(observed[each * i : each * (i + 1)], self.settings.decay)
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """Running (A, G), or None while some layer has not been seen."""
+    def factors(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Running (A, G), each as a list of diagonal blocks, or None while some layer has not been seen."""
         if not all(side.average.value for side in self.sides):
             return None
         if not self.tied:
-            A, G = self.sides[0].average.value
-            return A, G
+            value, side = self.sides[0].average.value, self.sides[0]
+            groups, out, _ = self.rule.shape(self.layers[0].module)
+            count = len(bounds(out, side.limit)) if groups == 1 else 1
+            return value[:-count], value[-count:]
         terms = [(side.layer, side.average.value[0], side.average.value[1]) for side in self.sides]
         placed = place_tied(0, self.params[0], terms)
         if placed is None:
             return None
         assert isinstance(placed.block, KroneckerBlock)
-        return placed.block.A.matrix, placed.block.G.matrix
+        return [placed.block.A.matrix], [placed.block.G.matrix]
 
     def refresh(self, damping: float, compute: bool = True) -> None:
         pair = self.factors()
         if pair is None:
             return
         self.damping = damping
-        A, G = pair
         if not self.settings.spectral:
             last = self.solver if isinstance(self.solver, KroneckerInverse) else None
-            self.solver = KroneckerInverse(A, G, damping, last, compute)
+            self.solver = KroneckerInverse(*pair, damping, last, compute)
             return
+        (A,), (G,) = pair
         if self._block is None:
             self._block = KroneckerBlock(
                 A, G, diagonal_A=self.rule.one_hot and A.dim() == 1, diagonal_G=G.dim() == 1 and A.dim() > 1
