@@ -52,6 +52,7 @@ class _Samples:
 
     layer: Layer
     uses: list[Use]
+    projected: Tensor | None = None  # inputs in the eigenbasis of A, made once for all pieces of gradients
 
     def inputs(self) -> Tensor:
         rule, module = self.layer.rule, self.layer.module
@@ -98,7 +99,9 @@ def _visits(
                     # A call whose result the outputs don't depend on has no gradient and no share in F.
                     kept = [(use, g) for use, g in zip(samples.uses, own, strict=True) if g is not None]
                     if kept:
-                        yield samples.layer, _Samples(samples.layer, [u for u, _ in kept]), [g for _, g in kept]
+                        whole = len(kept) == len(own)
+                        alive = samples if whole else _Samples(samples.layer, [use for use, _ in kept])
+                        yield samples.layer, alive, [g for _, g in kept]
             uses.clear()  # also of what a checkpointed layer recomputed during the backward pass
 
 
@@ -257,7 +260,9 @@ def _correct(result: Estimate, plan: Cover, predictor: Predictor, columns: Colum
             continue
         block = result.blocks[places[layer.name]].block
         assert isinstance(block, KroneckerBlock)
-        squares = projected_squares(layer, block, samples.inputs(), samples.gradients(grads))
+        if samples.projected is None:
+            samples.projected = projected_inputs(layer, block, samples.inputs())
+        squares = _squares(layer, block, samples.projected, samples.gradients(grads))
         totals[layer.name] = squares if layer.name not in totals else totals[layer.name].add_(squares)
     for name, total in totals.items():
         old = result.blocks[places[name]]
@@ -268,20 +273,30 @@ def _correct(result: Estimate, plan: Cover, predictor: Predictor, columns: Colum
 
 def projected_squares(layer: Layer, block: KroneckerBlock, inputs: Tensor, gradients: Tensor) -> Tensor:
     """``Σ_n (U_Gᵀ (Σ_r g_r a_rᵀ) U_A)²`` (…, out, in) from a layer's samples: n inputs, K·n gradients."""
+    return _squares(layer, block, projected_inputs(layer, block, inputs), gradients)
+
+
+def projected_inputs(layer: Layer, block: KroneckerBlock, inputs: Tensor) -> Tensor:
+    """Input samples, bias column included, in the eigenbasis of A; indices and absent weights stay as they are."""
+    rule, module = layer.rule, layer.module
+    assert isinstance(rule, KroneckerRule)
+    if rule.one_hot or not rule.covers(module, "weight"):
+        return inputs
+    bias = rule.covers(module, "bias")
+    if block.A.diagonal:
+        return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1) if bias else inputs
+    basis = _aligned(block.A.spectrum.basis)
+    return (inputs @ basis[..., :-1, :]).add_(basis[..., -1:, :]) if bias else inputs @ basis
+
+
+def _squares(layer: Layer, block: KroneckerBlock, a: Tensor, gradients: Tensor) -> Tensor:
     rule, module = layer.rule, layer.module
     assert isinstance(rule, KroneckerRule)
     g = gradients if block.G.diagonal else gradients @ _aligned(block.G.spectrum.basis)
     if rule.one_hot:
-        repeats = len(g) // len(inputs)
-        return factors.squared_one_hot_gradients(inputs.repeat(repeats, 1), g, rule.shape(module)[2])
+        return factors.squared_one_hot_gradients(a.repeat(len(g) // len(a), 1), g, rule.shape(module)[2])
     if not rule.covers(module, "weight"):
         return g.sum(-2).square().sum(-2).unsqueeze(-1)
-    bias = rule.covers(module, "bias")
-    if block.A.diagonal:
-        a = torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1) if bias else inputs
-    else:
-        basis = _aligned(block.A.spectrum.basis)
-        a = inputs @ basis[..., :-1, :] + basis[..., -1:, :] if bias else inputs @ basis
     total = None
     for piece in g.split(a.shape[-3], dim=-3):
         squares = factors.squared_example_gradients(a, piece)

@@ -141,7 +141,7 @@ def example_gradients(a: Tensor, g: Tensor, ones: bool = False) -> Tensor:
     return torch.cat([grads, g.sum(-2).unsqueeze(-1)], dim=-1) if ones else grads
 
 
-def squared_example_gradients(a: Tensor, g: Tensor, limit: int = 1 << 24) -> Tensor:
+def squared_example_gradients(a: Tensor, g: Tensor, limit: int = 1 << 20) -> Tensor:
     """``Σ_n (Σ_r g_r a_rᵀ)²`` elementwise, (…, out, in); with both sides projected on an eigenbasis, EKFAC's
     eigenvalues.
 
@@ -152,8 +152,11 @@ def squared_example_gradients(a: Tensor, g: Tensor, limit: int = 1 << 24) -> Ten
         return g.squeeze(-2).square().mT @ a.squeeze(-2).square()
     size = g.shape[-1] * a.shape[-1] * a.shape[:-3].numel()
     chunk = max(1, limit // size)
-    pieces = zip(a.split(chunk, dim=-3), g.split(chunk, dim=-3), strict=True)
-    return torch.stack([example_gradients(x, y).square().sum(-3) for x, y in pieces]).sum(0)
+    total = g.new_zeros(*g.shape[:-3], g.shape[-1], a.shape[-1])
+    for x, y in zip(a.split(chunk, dim=-3), g.split(chunk, dim=-3), strict=True):
+        grads = example_gradients(x, y)
+        total += torch.linalg.vecdot(grads, grads, dim=-3)
+    return total
 
 
 def squared_one_hot_gradients(indices: Tensor, g: Tensor, size: int) -> Tensor:
