@@ -433,7 +433,7 @@ def test_torchs_own_transformer_layer_falls_back_where_no_module_is_called():
         def forward(self, x):
             return self.head(self.layer(x).mean(1))
 
-    model = Model().double()
+    model = Model().double().eval()
     x, y = torch.randn(4, 3, 4, dtype=torch.float64), torch.randint(0, 3, (4,))
     with pytest.warns(UserWarning, match="self_attn.in_proj_weight"):
         metric = make("kfac", model, (x, y), rtol=1e-6)
