@@ -100,7 +100,7 @@ def optimizer_state_speed(scratch: Path) -> dict[str, Any]:
 class _Arrays:
     """Predictions already in memory, as the bare pass has them."""
 
-    likelihood = "categorical"
+    likelihood, sigma2 = "categorical", 1.0
 
     def __init__(self, logits: np.ndarray, targets: np.ndarray) -> None:
         self.logits, self.targets, self.steps = logits, targets, range(len(logits))
@@ -143,7 +143,10 @@ def memory(scratch: Path) -> dict[str, Any]:
             z += 0.01 * rng.normal(size=z.shape).astype(np.float32)
             save_file({"probe/logits": z}, path / f"{k:08d}.safetensors")
         out = subprocess.run(
-            [sys.executable, "-m", "analysis.bench_audit", "--peak", str(path)], capture_output=True, text=True, check=True
+            [sys.executable, "-m", "analysis.bench_audit", "--peak", str(path)],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         peaks.append(float(out.stdout.split()[-1]))
     return {"benchmark": "(d) peak memory, 2,000 over 50 snapshots", "ratio": peaks[1] / peaks[0], "target": "≤ 1.10"}

@@ -9,7 +9,9 @@ from torch import nn
 import thermo_opt as to
 
 
-def record(path: Path, optimizer: str = "adam", steps: int = 37, seed: int = 0, **options) -> Path:
+def record(
+    path: Path, optimizer: str = "adam", steps: int = 37, seed: int = 0, blow_up_at: int = -1, **options
+) -> Path:
     """Train a small classifier on random data and record everything; returns the run's directory."""
     torch.manual_seed(seed)
     x, y = torch.randn(40, 6), torch.randint(0, 4, (40,))
@@ -23,12 +25,15 @@ def record(path: Path, optimizer: str = "adam", steps: int = 37, seed: int = 0, 
     }[optimizer]()
     recorded = {"every": 1, "params": True, "moments": optimizer == "adam", "batch_size": 20} | options
     with to.Recorder(path, model=model, optimizer=opt, probe=(x[:17], y[:17]), **recorded) as rec:
-        for _ in range(steps):
+        for k in range(steps):
             pick = torch.randint(0, 40, (20,))
             loss = nn.functional.cross_entropy(model(x[pick]), y[pick])
             opt.zero_grad()
             loss.backward()
             opt.step()
+            if k + 1 == blow_up_at:
+                with torch.no_grad():
+                    model[0].weight.fill_(float("nan"))
             rec.step(loss=loss, examples=20)
     return path
 

@@ -71,15 +71,27 @@ def test_scalars_against_dense_fisher(adam_run, small_model, quadrature):
         assert parts.sum() == pytest.approx(seen["dissipation"], rel=1e-10)
 
 
-def test_subset_leaves_the_whole_paths_figures_unknown(adam_run, small_model):
-    s = to.audit(adam_run, lens="parameters", model=small_model(), steps=slice(0, 6, 2)).summary
-    assert s["steps"] == 3
-    assert s["geodesic"] is None
-    assert s["efficiency"] is None
-    assert s["dissipation"] > 0
-    assert any("3 of 37 intervals" in note for note in s["notes"])
+def test_scattered_intervals_make_no_path_and_consecutive_ones_do(adam_run, small_model):
+    scattered = to.audit(adam_run, lens="parameters", model=small_model(), steps=slice(0, 6, 2))
+    assert len(scattered.steps) == scattered.summary["steps"] == 3
+    for key in ("duration", "dissipation", "length", "geodesic", "efficiency"):
+        assert scattered.summary[key] is None, key
+    assert scattered.summary["alignment_lower"] is not None
+    assert any("3 of 37 intervals" in note for note in scattered.summary["notes"])
+    stretch = to.audit(adam_run, lens="parameters", model=small_model(), steps=slice(10, 20))
+    assert stretch.summary["duration"] == 10
+    assert stretch.summary["dissipation"] == pytest.approx(stretch.steps["dissipation"].sum())
     with pytest.raises(InputError, match="--steps"):
         to.audit(adam_run, lens="parameters", model=small_model(), steps=[99])
+
+
+def test_nan_weights_stop_every_lens_at_the_same_step(tmp_path, make_run, small_model):
+    path = make_run(tmp_path / "run", steps=8, blow_up_at=6)
+    audit = to.audit(path, model=small_model())
+    assert set(audit.lenses) == {"outputs", "parameters", "optimizer-state"}
+    for seen in audit.lenses.values():
+        assert seen.summary["steps"] == 5
+        assert any("from step 6" in note for note in seen.summary["notes"])
 
 
 def test_two_processes_see_what_one_sees(adam_run, small_model):

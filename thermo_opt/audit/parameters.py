@@ -22,6 +22,7 @@ from thermo_opt.audit.outputs import frontier
 from thermo_opt.audit.summary import Seen
 from thermo_opt.audit.view import Unsupported, View
 from thermo_opt.audit.walk import squared_distance
+from thermo_opt.errors import InputError
 from thermo_opt.fisher.metric import dot
 from thermo_opt.manifold import embed
 from thermo_opt.runs import Probe, Run
@@ -61,8 +62,10 @@ class ParameterLens:
     quadrature: Quadrature
     microbatch: int | None
 
-    def interval(self, i: int, j: int) -> Interval:
-        """Scalars of the step from snapshot i to snapshot j. Cost: a few dozen Fisher products."""
+    def interval(self, i: int, j: int) -> Interval | None:
+        """Scalars of the step from snapshot i to snapshot j, None where weights aren't finite. A few dozen Fisher products."""
+        if not (self._finite(i) and self._finite(j)):
+            return None
         end, loss_end, outputs_end = self._state(j)
         start, loss, outputs = self._state(i)
         step = [b - a for a, b in zip(start, end, strict=True)]
@@ -105,6 +108,9 @@ class ParameterLens:
         bracket = metric.dual_norm(gradient)
         return float(parts.sum()), -dot(gradient, step), bracket.lower, bracket.upper, parts
 
+    def _finite(self, index: int) -> bool:
+        return all(bool(torch.isfinite(t).all()) for t in self.run.snapshots[index].load_group("params").values())
+
     def _state(self, index: int) -> tuple[list[Tensor], float, Tensor]:
         """Install snapshot ``index``; its trainable weights, probe loss and outputs."""
         install(self.model, self.run.snapshots[index], self.run.info.tied)
@@ -138,8 +144,8 @@ class ParameterLens:
 def look_at_parameters(view: View) -> Seen:
     """Scalars of each audited step in the exact Fisher metric on the probe, with attribution to parameters.
 
-    Raises Unsupported when weights, model or probe are missing. ``view.intervals`` selects a subset of the steps; the
-    whole path's geodesic and decomposition are then unknown.
+    Raises Unsupported when weights, model or probe are missing. ``view.intervals`` selects a subset of the steps;
+    unless they follow one another, sums over the path are then unknown. Stops at the first NaN or infinite weight.
     """
     run, probe = view.run, view.probe
     if not run.snapshots[0].has_group("params"):
@@ -155,28 +161,38 @@ def look_at_parameters(view: View) -> Seen:
     lens.microbatch = _microbatch(model, probe)
     pairs = list(zip(view.indices[:-1], view.indices[1:], strict=True))
     chosen = _subset(len(pairs), view.intervals)
-    lens.damping = view.damping if view.damping is not None else _RELATIVE_DAMPING * lens.mean_eigenvalue(pairs[0][0])
+    if view.damping is not None:
+        lens.damping = view.damping
+    elif lens._finite(pairs[0][0]):
+        lens.damping = _RELATIVE_DAMPING * lens.mean_eigenvalue(pairs[0][0])
     advance = view.advance("parameter lens", len(chosen))
     seen: list[Interval] = []
     for interval in _all(lens, [pairs[k] for k in chosen], view.jobs):
+        if interval is None:
+            bad = run.snapshots[pairs[chosen[len(seen)]][1]]
+            if not seen:
+                raise InputError(
+                    f"{bad.path}: weights are NaN or infinite by step {bad.step}, within the first interval"
+                )
+            notes.append(f"weights are NaN or infinite from step {bad.step}: only what precedes was audited")
+            chosen = chosen[: len(seen)]
+            break
         seen.append(interval)
         if advance is not None:
             advance(1)
-    first = embed_outputs(lens, pairs[chosen[0]][0])
-    last = embed_outputs(lens, pairs[chosen[-1]][1])
+    first = _point(lens, pairs[chosen[0]][0])
+    last = _point(lens, pairs[chosen[-1]][1])
     steps = np.array([run.snapshots[i].step for i in view.indices])
-    whole = len(chosen) == len(pairs)
+    path = chosen == list(range(chosen[0], chosen[-1] + 1))
     a = np.array([s.a for s in seen])
     geodesic: float | None = float(np.sqrt(squared_distance(first, last, likelihood)))
     notes = [
         *notes,
         f"alignment in F + λI with λ = {lens.damping:.3g}; dissipation in F; {view.quadrature}-point values",
     ]
-    if not whole:
+    if not path:
         geodesic = None
-        notes.append(
-            f"{len(chosen)} of {len(pairs)} intervals audited: the path's geodesic and decomposition are unknown"
-        )
+        notes.append(f"{len(chosen)} of {len(pairs)} intervals audited, not in a row: sums over the path are unknown")
     elif geodesic is not None and geodesic > np.sqrt(np.maximum(a, 0)).sum():
         geodesic = None
         notes.append(
@@ -187,7 +203,7 @@ def look_at_parameters(view: View) -> Seen:
     )
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     tau = view.tau(steps)[chosen]
-    share = np.array([s.by_parameter for s in seen]) / (2 * tau[:, None])
+    share = np.array([s.by_parameter for s in seen]) / np.where(tau > 0, 2 * tau, np.inf)[:, None]
     return Seen(
         step=steps[:-1][chosen],
         step_end=steps[1:][chosen],
@@ -199,7 +215,8 @@ def look_at_parameters(view: View) -> Seen:
         loss=np.array([s.loss for s in seen]),
         loss_end=np.array([s.loss_end for s in seen]),
         geodesic=geodesic,
-        frontier=frontier(first, seen[-1].loss_end, likelihood, view.sigma2) if whole else None,
+        frontier=frontier(first, seen[-1].loss_end, likelihood, view.sigma2) if path else None,
+        path=path,
         a_alignment=np.maximum([s.a_damped for s in seen], 0.0),
         notes=notes,
         attribution=pd.DataFrame(share, columns=names),
@@ -207,7 +224,7 @@ def look_at_parameters(view: View) -> Seen:
     )
 
 
-def embed_outputs(lens: ParameterLens, index: int) -> Any:
+def _point(lens: ParameterLens, index: int) -> Any:
     """The predictions of a snapshot as a point of the prediction manifold."""
     outputs = lens._state(index)[2].cpu().numpy()
     targets = None if lens.probe.targets is None else lens.probe.targets.cpu().numpy()

@@ -18,7 +18,8 @@ class Seen:
 
     ``step``, ``step_end``, ``tau``, ``a``, ``d``; ``delta_lower``/``delta_upper`` bracket Δ; ``loss``/``loss_end`` at each
     interval's ends; ``geodesic`` D and ``frontier`` D* (None when unknown). ``nats`` False when the metric's scale is
-    unknown: ratios are reported, quantities in nats are not. ``a_alignment``: a in Δ's metric, where it isn't ``a``'s. ``chords`` (see `outputs.Walk`) makes the coarse curves.
+    unknown: ratios are reported, quantities in nats are not. ``a_alignment``: a in Δ's metric, where it isn't ``a``'s.
+    ``path`` False when the intervals don't follow one another: then there is no path to sum over. ``chords`` (see `outputs.Walk`) makes the coarse curves.
     """
 
     step: np.ndarray
@@ -34,6 +35,7 @@ class Seen:
     frontier: float | None = None
     a_alignment: np.ndarray | None = None
     nats: bool = True
+    path: bool = True
     notes: list[str] = field(default_factory=list)
     chords: dict[int, list[tuple[int, int, float]]] = field(default_factory=dict)
     landmarks: Landmarks | None = None
@@ -56,8 +58,11 @@ def lens_audit(seen: Seen, run: str, lens: str, clock: str) -> LensAudit:
     if known.any() and not known.all():
         notes.append(f"alignment is undefined in {int((~known).sum())} of {len(known)} intervals (nothing moved)")
 
+    def whole(value: float | None) -> float | None:
+        return value if seen.path else None
+
     def nats(value: float | None) -> float | None:
-        return value if seen.nats else None
+        return whole(value) if seen.nats else None
 
     steps = pd.DataFrame(
         {
@@ -76,13 +81,14 @@ def lens_audit(seen: Seen, run: str, lens: str, clock: str) -> LensAudit:
             **seen.extra,
         }
     )
+    stride = float(np.median(seen.step_end - seen.step))
     summary = {
         "run": run,
         "lens": lens,
         "clock": clock,
-        "stride": float(np.median(seen.step_end - seen.step)),
+        "stride": stride,
         "steps": len(steps),
-        "duration": parts.duration,
+        "duration": whole(parts.duration),
         "loss_start": _number(seen.loss[0]),
         "loss_end": _number(seen.loss_end[-1]),
         "dissipation": nats(parts.dissipation),
@@ -92,9 +98,9 @@ def lens_audit(seen: Seen, run: str, lens: str, clock: str) -> LensAudit:
         "irreducible": nats(parts.irreducible),
         "detour": nats(parts.detour),
         "pacing": nats(parts.pacing),
-        "straightness": parts.straightness,
-        "steadiness": parts.steadiness,
-        "efficiency": parts.efficiency,
+        "straightness": whole(parts.straightness),
+        "steadiness": whole(parts.steadiness),
+        "efficiency": whole(parts.efficiency),
         "alignment": point,
         "alignment_lower": low,
         "alignment_upper": high,
@@ -105,7 +111,7 @@ def lens_audit(seen: Seen, run: str, lens: str, clock: str) -> LensAudit:
     coarse = pd.DataFrame(
         {
             "stride": [p.stride for p in points],
-            "stride_steps": [p.stride * summary["stride"] for p in points],
+            "stride_steps": [p.stride * stride for p in points],
             "length": [p.length * scale for p in points],
             "dissipation": [p.dissipation * scale for p in points],
             "a_mean": [p.a_mean * scale for p in points],

@@ -26,8 +26,13 @@ _LANDMARKS, _LANDMARK_FLOATS = 48, 20_000
 class Predictions(Protocol):
     """Where predictions come from: picklable, so that other processes can walk their own segment."""
 
-    steps: Sequence[int]
     likelihood: str
+    sigma2: float
+
+    @property
+    def steps(self) -> Sequence[int]:
+        """Step number of each snapshot."""
+        ...
 
     def point(self, index: int) -> Point:
         """The embedded predictions of snapshot ``index``."""
