@@ -140,3 +140,49 @@ def test_bad_input_is_refused():
     )
     with np.errstate(all="ignore"), pytest.raises(flow.NotConverged, match="cliff"):
         flow.integrate(cliff, [1.0], 1.0)
+
+
+def test_paths_are_recorded_runs_that_audit_takes(tmp_path):
+    import thermo_opt
+    from thermo_opt.verify import problems as pb
+
+    for problem in (pb.softmax_table(), pb.logistic_regression(), pb.linear_regression()):
+        path = flow.integrate(problem.landscape, problem.start, 1.0, samples=41)
+        run = thermo_opt.load_run(path.to_run(tmp_path / problem.name))
+        assert len(run.snapshots) == 41
+        np.testing.assert_allclose(run.clock_readings("flow", np.arange(41)), path.times, atol=1e-12)
+        np.testing.assert_array_equal(run.snapshots[-1].load("params/theta").numpy(), path.theta[-1])
+        summary = thermo_opt.audit(run, clock="flow", lens="outputs").summary
+        # a table's or a generalised linear model's outputs carry the same metric as its weights
+        assert summary["length"] == pytest.approx(path.length[-1], rel=1e-3)
+        assert summary["dissipation"] == pytest.approx(path.dissipation[-1], rel=1e-2)
+        assert summary["dissipation"] <= path.dissipation[-1] * (1 + 1e-9)
+        assert summary["duration"] == pytest.approx(1.0)
+        assert summary["loss_end"] == pytest.approx(path.loss[-1], rel=1e-6)
+        assert summary["frontier"] <= summary["geodesic"] <= summary["length"]
+        with pytest.raises(InputError, match="already holds files"):
+            path.to_run(tmp_path / problem.name)
+
+
+def test_energy_identity_on_the_digits_mlp():
+    import torch
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images[:30] / 16), torch.tensor(labels[:30])
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 6), torch.nn.Tanh(), torch.nn.Linear(6, 10))
+    before = [p.clone() for p in model.parameters()]
+    scape, start = flow.network(model, (x, y), damping=0.02)
+    path = flow.integrate(scape, start, 0.5, samples=3, rtol=1e-7, atol=1e-9)
+    decrease = path.loss[0] - path.loss[-1]
+    assert decrease > 0.5
+    assert abs(path.energy_defect) < 1e-6 * decrease
+    np.testing.assert_allclose(path.a, path.delta, rtol=1e-9)
+    # the loss and its gradient are torch's own
+    direct = torch.nn.functional.cross_entropy(model.double()(x.double()), y)
+    assert path.loss[0] == pytest.approx(direct.item(), rel=1e-12)
+    assert all(torch.equal(p.float(), q) for p, q in zip(model.parameters(), before, strict=True))
+    steepest = flow.integrate(scape, start, 0.1, velocity=lambda t: -scape.gradient(t), samples=3, rtol=1e-7, atol=1e-9)
+    assert abs(steepest.energy_defect) < 1e-6 * (steepest.loss[0] - steepest.loss[-1])
+    assert steepest.action[-1] > 0

@@ -18,7 +18,7 @@ from thermo_opt.fisher.krylov import brackets
 from thermo_opt.fisher.metric import Bracket
 from thermo_opt.manifold import chi_squared, fisher_rao, frontier_distance, protocols
 from thermo_opt.manifold.families import Family
-from thermo_opt.optim.regulators import Dissipation
+from thermo_opt.optim import NGDT, Dissipation
 
 Array = np.ndarray
 
@@ -55,13 +55,19 @@ def network_fisher(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tens
     """The true Fisher of a classifier on a batch, (P, P)."""
     from thermo_opt import fisher
 
-    return np.asarray(fisher.make("exact", model, batch).dense())
+    return np.asarray(fisher.make("dense", model, batch).dense())
 
 
 def step_size(delta: float, budget: float, eta_max: float) -> float:
     """η_T of the dissipation regulator for a step along F⁺g (§7); ``eta_max`` may be infinite."""
     eta_max = min(eta_max, 1e100)
     return Dissipation(budget, eta_max).step_size(delta, 0)
+
+
+def optimizer(model: torch.nn.Module, budget: float, **options: Any) -> torch.optim.Optimizer:
+    """NGD-T with the exact metric of each batch, without momentum: the optimizer the theory speaks of."""
+    settings: dict[str, Any] = {"metric": "exact", "momentum": 0.0, "damping": 1e-2, "eta_max": 1e6} | options
+    return NGDT(model, budget, **settings)
 
 
 def decaying_budget(initial: float, step: int) -> float:
@@ -91,6 +97,7 @@ class Ingredients:
     moments_fisher: Callable[[Array, Array, int], Array] = moments_fisher
     network_fisher: Callable[..., Array] = network_fisher
     step_size: Callable[[float, float, float], float] = step_size
+    optimizer: Callable[[torch.nn.Module, float], torch.optim.Optimizer] = optimizer
     decaying_budget: Callable[[float, int], float] = decaying_budget
     drag_optimally: Callable[[float, float], protocols.TrapProtocol] = protocols.drag_optimally
     drag_linearly: Callable[[float, float], protocols.TrapProtocol] = protocols.drag_linearly

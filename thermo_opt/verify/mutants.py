@@ -63,7 +63,7 @@ def _step_secretly_clipped(delta: float, budget: float, eta_max: float) -> float
 
 def _uneven_decomposition(a: Any, tau: Any, geodesic: float) -> thermodynamics.Decomposition:
     parts = thermodynamics.decompose(a, tau, geodesic)
-    return replace(parts, pacing=parts.pacing + parts.detour)
+    return replace(parts, pacing=parts.pacing + (parts.detour or 0.0))
 
 
 def _distance_off(family: Family, p: Array, q: Array) -> float:
@@ -93,6 +93,10 @@ def _uneven(
 
 def _gradient_flow(landscape: flow.Landscape, *arguments: Any, velocity: Any = None, **options: Any) -> flow.Path:
     return flow.integrate(landscape, *arguments, velocity=velocity or (lambda x: -landscape.gradient(x)), **options)
+
+
+def _optimizer(**wrong: Any) -> Any:
+    return lambda model, budget: true.optimizer(model, wrong.get("scale", 1.0) * budget, **wrong.get("options", {}))
 
 
 class _Mismatched:
@@ -203,6 +207,9 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant("budget-saturation", "η_T off by √2", step_size=_step_root_two),
     _mutant("budget-saturation", "heat regulator", step_size=_step_heat),
     _mutant("budget-saturation", "identity instead of F⁺", solve=_identity),
+    _mutant("budget-saturation", "NGD-T with twice the budget", optimizer=_optimizer(scale=2.0)),
+    _mutant("budget-saturation", "NGD-T with the heat regulator", optimizer=_optimizer(options={"regulator": "heat"})),
+    _mutant("budget-saturation", "NGD-T with a diagonal metric", optimizer=_optimizer(options={"metric": "diagonal"})),
     _mutant("closed-forms", "a factor 2 or √2 forgotten", distance=_distance_off),
     _mutant("closed-forms", "√(2 KL) as distance", distance=_half_log_ratio),
     _mutant("geodesics", "straight line in coordinates", geodesic=_straight),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,11 @@ def mlp(inputs: int, hidden: int, classes: int, seed: int = 0) -> nn.Sequential:
             fan = parameter.shape[-1] if parameter.dim() > 1 else hidden
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / fan**0.5)
     return model
+
+
+def flat(tensors: Iterable[Tensor]) -> np.ndarray:
+    """All entries in one float64 vector."""
+    return np.concatenate([t.detach().double().reshape(-1).numpy() for t in tensors])
 
 
 def classifier(examples: int = 24, classes: int = 4, hidden: int = 5) -> tuple[nn.Sequential, Tensor, Tensor]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import numpy as np
+import torch
 from scipy.optimize import brentq, minimize
 
 from thermo_opt.verify import problems as pb
 from thermo_opt.verify.ingredients import Ingredients
+from thermo_opt.verify.networks import classifier, flat
 from thermo_opt.verify.verdict import Check, at_least, at_most, equal
 
 Array = np.ndarray
@@ -145,7 +148,7 @@ def decomposition(use: Ingredients, rng: np.random.Generator) -> list[Check]:
         a = _squared_lengths(use, path)
         parts = use.decompose(a, tau, use.fisher_rao(path[0], path[-1]))
         total = float(use.dissipation(a, tau).sum())
-        shares = np.array([parts.irreducible, parts.detour, parts.pacing]) / total
+        shares = np.array([parts.irreducible, parts.detour, parts.pacing], dtype=np.float64) / total
         worst, least = max(worst, abs(shares.sum() - 1)), min(least, shares.min())
         ratios = [float(r or 0.0) for r in (parts.straightness, parts.steadiness, parts.efficiency)]
         product = max(product, abs(ratios[0] * ratios[1] - ratios[2]))
@@ -207,7 +210,36 @@ def budget_saturation(use: Ingredients, rng: np.random.Generator) -> list[Check]
         )
         clipped = use.step_size(delta, 1e6, 0.5)
         checks.append(equal(problem.name, "η_T under a budget too large to bind, η_max = ½", 0.5, clipped, 1e-12))
+    for budget in (1e-4, 1e-2):
+        spent, cosines = _train(use, budget)
+        where = f"NGD-T on an MLP, Q_budget = {budget:g}"
+        checks.append(
+            equal(where, "½δᵀF_λδ/Q_budget − 1, worst of 10 steps", 0.0, np.abs(spent / budget - 1).max(), 1e-6)
+        )
+        checks.append(equal(where, "ε in the exact metric, least of 10 steps", 1.0, cosines.min(), 1e-6))
     return checks
+
+
+def _train(use: Ingredients, budget: float, steps: int = 10) -> tuple[Array, Array]:
+    """½δᵀF_λδ and ε of NGD-T's steps, from the weights before and after and a Fisher it did not compute."""
+    model, x, y = classifier()
+    witness = copy.deepcopy(model)  # measured on a copy, which the optimizer has attached no hooks to
+    optimizer = use.optimizer(model, budget)
+    rows = []
+    for _ in range(steps):
+        witness.load_state_dict(model.state_dict())
+        matrix = use.network_fisher(witness, (x, y))
+        matrix = matrix + 1e-2 * np.eye(len(matrix))
+        before = flat(model.parameters())
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        g = flat(p.grad for p in model.parameters() if p.grad is not None)
+        optimizer.step()
+        step = flat(model.parameters()) - before
+        a, d, delta = step @ matrix @ step, -g @ step, g @ np.linalg.solve(matrix, g)
+        rows.append((a / 2, d * abs(d) / (a * delta)))
+    spent, cosines = np.array(rows).T
+    return spent, cosines
 
 
 def _null(matrix: Array, g: Array) -> Array:

@@ -74,7 +74,7 @@ def krylov_bracket(use: Ingredients, rng: np.random.Generator) -> list[Check]:
 
 
 def optimizer_state(use: Ingredients, rng: np.random.Generator) -> list[Check]:
-    """Adam's moments give the diagonal Fisher B(v̂ − m̂²) + m̂² (§9), in expectation over minibatches of B."""
+    """Adam's moments give the diagonal Fisher B(v̂ − m̂²) + m̂², in expectation over minibatches of B (§9)."""
     size, batch_size, beta1, beta2 = 400, 32, 0.99, 0.9995
     scale = np.exp(rng.uniform(-2, 2, size))
     # a mean gradient as large as its minibatch noise, so that both terms of the formula count
