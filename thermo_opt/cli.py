@@ -141,14 +141,20 @@ def _app(arguments: list[str]) -> typer.Typer:
     return app
 
 
-def _top(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         from thermo_opt import __version__
 
         print(__version__)
         raise typer.Exit
+
+
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Options before the command."""
 
 
 def _stub() -> None:
@@ -200,9 +206,9 @@ def _audits(paths: Sequence[Path], format: str | None, options: dict[str, Any]) 
     from thermo_opt.runs import load_run
 
     audits = []
+    runs = [load_run(path, format=format) for path in paths]
     with Bars() as bars:
-        for path in paths:
-            run = load_run(path, format=format)
+        for run in runs:
             bars.named(run.name)
             audits.append(look(run, progress=bars, **options))
     return audits

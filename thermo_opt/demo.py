@@ -26,14 +26,21 @@ def runs() -> list[Path]:
 
 def audits(bars: Bars, jobs: int = 1) -> list[Audit]:
     """Audit every recorded run (tens of seconds on one core)."""
+    import torch
+
     from thermo_opt.audit import audit
     from thermo_opt.runs import load_run
 
     found = []
-    for path in runs():
-        run = load_run(path)
-        bars.named(run.name)
-        found.append(audit(run, jobs=jobs, progress=bars, **_options(path)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # networks this small lose more to waiting for each other's threads than they gain
+    try:
+        for path in runs():
+            run = load_run(path)
+            bars.named(run.name)
+            found.append(audit(run, jobs=jobs, progress=bars, **_options(path)))
+    finally:
+        torch.set_num_threads(threads)
     return found
 
 

@@ -1,0 +1,185 @@
+"""The command line: JSON and nothing else, tables of 80 columns, sentences for bad input, exit statuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import thermo_opt
+from tests.synthetic_audits import make_audit
+from thermo_opt import cli, demo
+from thermo_opt.audit import SUMMARY_KEYS, audit, compare
+from thermo_opt.report.terminal import Bars, print_audit, print_comparison
+
+DATA = Path(__file__).parent.parent / "data"
+SGD, ADAM = DATA / "digits-sgd", DATA / "digits-adam"
+
+
+def _run(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_json_is_the_audit_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:
+    assert _run("audit", SGD, "--lens", "outputs", "--json") == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out) == json.loads(audit(SGD, lens="outputs").to_json())
+    (summary,) = json.loads(out)["runs"]
+    assert tuple(summary) == SUMMARY_KEYS
+    assert err == ""
+
+
+def test_options_reach_the_audit(capfd: pytest.CaptureFixture[str]) -> None:
+    assert _run("audit", ADAM, "--lens", "outputs", "--clock", "flow", "--stride", 10, "--json") == 0
+    printed = json.loads(capfd.readouterr().out)
+    assert printed == json.loads(audit(ADAM, lens="outputs", clock="flow", stride=10).to_json())
+    arguments = ["audit", ADAM, "--lens", "parameters", "--model", "thermo_opt.demo_models:digits_mlp"]
+    assert _run(*arguments, "--steps", "::60", "--json") == 0
+    (summary,) = json.loads(capfd.readouterr().out)["runs"]
+    assert (summary["lens"], summary["steps"]) == ("parameters", 2)
+
+
+def test_audit_in_words_fits_80_columns(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert _run("audit", SGD, "--steps", "::40", "--html", tmp_path / "r.html") == 0
+    out = capfd.readouterr().out
+    told, _, report = out.partition("Report: ")
+    assert max(map(len, told.splitlines())) <= 80
+    assert re.search(r"Of the 0\.0\d+ nats this run dissipated, \d+\s% was unavoidable", told)
+    assert "What the lenses could not see" in told
+    assert report.strip() == str((tmp_path / "r.html").resolve())
+
+
+def test_compare_ranks_by_efficiency(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    runs = [ADAM, DATA / "digits-sgd-momentum", SGD]
+    page = tmp_path / "compared.html"
+    assert _run("compare", *runs, "--lens", "outputs", "--json", "--html", page) == 0
+    out = capfd.readouterr().out
+    summaries = json.loads(out)["runs"]
+    table = compare([audit(run, lens="outputs") for run in runs])
+    assert [summary["run"] for summary in summaries] == list(table["run"])
+    assert [s["efficiency"] for s in summaries] == sorted((s["efficiency"] for s in summaries), reverse=True)
+    embedded = re.search(r'id="thermo-opt-summaries">(.*?)</script>', page.read_text("utf-8"), re.DOTALL)
+    assert embedded is not None
+    assert json.loads(embedded.group(1)) == json.loads(out)
+
+
+def test_info(capfd: pytest.CaptureFixture[str]) -> None:
+    assert _run("info", SGD, "--json") == 0
+    (facts,) = json.loads(capfd.readouterr().out)["runs"]
+    assert (facts["run"], facts["format"], facts["optimizer"]) == ("digits-sgd", "thermo-opt", "SGD")
+    assert (facts["snapshots"], facts["first_step"], facts["last_step"]) == (121, 0, 120)
+    assert facts["parameters"] == 64 * 16 + 16 + 16 * 10 + 10
+    assert _run("info", SGD) == 0
+    out = capfd.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "digits-sgd" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["audit", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["audit", SGD, "--lens", "telescope"], "telescope"),
+        (["audit", SGD, "--clock", "lunar"], "lunar"),
+        (["audit", SGD, "--stride", 0], "stride"),
+        (["audit", SGD, "--steps", "1"], "--steps 1"),
+        (["audit", SGD, "--steps", "a:b"], "--steps a:b"),
+        (["audit", SGD, "--steps", "::0"], "--steps ::0"),
+        (["audit", SGD, "--format", "punched-cards"], "punched-cards"),
+        (["audit", SGD, "--lens", "outputs", "--html", "/nowhere/at/all/r.html"], "/nowhere/at/all/r.html"),
+        (["compare", SGD, "/nowhere/at/all"], "/nowhere/at/all"),
+        (["info", "/nowhere/at/all", "--json"], "/nowhere/at/all"),
+    ],
+)
+def test_bad_input_gets_a_sentence(arguments: list[object], sentence: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert _run(*arguments) == 2
+    err = capfd.readouterr().err
+    assert sentence in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["audit"], ["nonsense"], ["audit", SGD, "--no-such-option"], ["audit", SGD, "--jobs", "x"]]
+)
+def test_bad_usage(arguments: list[object], capfd: pytest.CaptureFixture[str]) -> None:
+    assert _run(*arguments) == 2
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_our_bugs_are_ours(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a slip")
+
+    monkeypatch.setattr("thermo_opt.runs.load_run", broken)
+    assert _run("info", SGD) == 1
+    err = capfd.readouterr().err
+    assert "ZeroDivisionError: a slip" in err
+    assert "bug of ours" in err
+
+
+def test_odd_paths_and_names(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    odd = tmp_path / "[red] Läufe [bold]"
+    odd.symlink_to(SGD, target_is_directory=True)
+    assert _run("info", odd, "--json") == 0
+    assert json.loads(capfd.readouterr().out)["runs"][0]["path"] == str(odd)
+    audits = [make_audit("[red] Läufe"), make_audit("[/bold]", noise=2)]
+    print_audit(audits[0])
+    print_comparison(audits, compare(audits))
+    out = capfd.readouterr().out
+    assert out.count("[red] Läufe") >= 3
+    assert "[/bold]" in out
+
+
+def test_help_and_version_need_no_torch() -> None:
+    code = "import sys; from thermo_opt.cli import main; main(sys.argv[1:]); print('torch' in sys.modules, 'pandas' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True).stdout
+    assert told.rstrip().endswith("False False")
+    for name in ("audit", "compare", "info", "demo"):
+        assert name in told
+    told = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True).stdout
+    assert told.splitlines() == [thermo_opt.__version__, "False False"]
+
+
+def test_commands_from_elsewhere(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli.ELSEWHERE, "peek", ("thermo_opt.cli:info", "Look at a run."))
+    monkeypatch.setitem(cli.ELSEWHERE, "absent", ("thermo_opt.no_such_module:nothing", "Never imported."))
+    assert _run("--help") == 0
+    assert "Look at a run." in capfd.readouterr().out
+    assert _run("peek", SGD, "--json") == 0
+    assert json.loads(capfd.readouterr().out)["runs"][0]["run"] == "digits-sgd"
+
+
+def test_bars_count_without_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    with Bars() as bars:
+        advance = bars("snapshots", 3)
+        for _ in range(3):
+            advance(1)
+    assert capfd.readouterr().out == ""
+
+
+def test_demo(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    target = tmp_path / "report.html"
+    target.write_text("somebody's own notes")
+    assert _run("demo", "--output", target) == 2
+    assert target.read_text() == "somebody's own notes"
+    target.unlink()
+    assert _run("demo", "--output", target) == 0
+    out = capfd.readouterr().out
+    rows = {line.split()[0]: line.split() for line in out.partition("parameters lens")[0].splitlines() if "%" in line}
+    assert set(rows) == {path.name for path in demo.runs()}
+    for row in rows.values():  # run, L(T), Q, D*, D, ℒ, √(2QT), efficiency: as printed
+        bounds = [float(entry) for entry in row[3:7]]
+        assert bounds == sorted(bounds)
+    embedded = re.search(r'id="thermo-opt-summaries">(.*?)</script>', target.read_text("utf-8"), re.DOTALL)
+    assert embedded is not None
+    for s in json.loads(embedded.group(1))["runs"]:
+        if s["lens"] == "outputs":
+            bound = math.sqrt(2 * s["dissipation"] * s["duration"])
+            assert s["frontier"] <= s["geodesic"] <= s["length"] <= bound * (1 + 1e-12)
+    assert cli._is_report(target)  # so the next demo may replace it
