@@ -1,14 +1,13 @@
 """Training tasks that the studies and benchmarks share: digits MLP, CIFAR-10 CNN, character transformer.
 
 A task gives a model, an endless stream of minibatches that depends only on the seed (every method sees the same data in the same order),
-and a fixed held-out probe. Losses are mean negative log-likelihoods in nats (a token for the transformer).
+and fixed held-out data. Losses are mean negative log-likelihoods in nats (a token for the transformer).
 """
 
 from __future__ import annotations
 
 import io
 import string
-import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,12 +25,16 @@ DATASETS = Path(__file__).resolve().parents[2] / "shared" / "datasets"
 
 @dataclass(frozen=True)
 class Task:
-    """One training problem. `sample(generator)` draws a minibatch from the training set; the probe is never trained on."""
+    """One training problem. `sample(generator)` draws a minibatch from the training set.
+
+    ``probe`` is what results are reported on, ``validation`` what settings are chosen on; neither is trained on, and they are disjoint.
+    """
 
     name: str
     model: Callable[[], nn.Module]
     sample: Callable[[torch.Generator], tuple[Tensor, Tensor]]
     probe: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
     batch_size: int
 
     def build(self, seed: int) -> nn.Module:
@@ -61,7 +64,7 @@ def _from_arrays(x: Tensor, y: Tensor, batch_size: int) -> Callable[[torch.Gener
 
 
 def digits(data: Path | None = None, batch_size: int = 128) -> Task:
-    """scikit-learn's 8×8 digits (1,797 images) and a 64-64-32-10 tanh MLP; the last 360 images are the probe. `data` is not used."""
+    """scikit-learn's 8×8 digits (1,797 images) and a 64-64-32-10 tanh MLP; the last 360 images are validation and probe. `data` is not used."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -71,7 +74,8 @@ def digits(data: Path | None = None, batch_size: int = 128) -> Task:
     def model() -> nn.Module:
         return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
 
-    return Task("digits", model, _from_arrays(x[:-360], y[:-360], batch_size), (x[-360:], y[-360:]), batch_size)
+    sample = _from_arrays(x[:-360], y[:-360], batch_size)
+    return Task("digits", model, sample, (x[-180:], y[-180:]), (x[-360:-180], y[-360:-180]), batch_size)
 
 
 def _read_images(path: Path, limit: int) -> tuple[Tensor, Tensor]:
@@ -102,12 +106,12 @@ class ConvNet(nn.Sequential):
 
 
 def cifar10(data: Path | None = None, batch_size: int = 128, limit: int = 50_000, probe: int = 1000) -> Task:
-    """CIFAR-10 without augmentation and a three-convolution network of 152 k parameters; the probe is the head of the test set."""
+    """CIFAR-10 without augmentation and a three-convolution network of 152 k parameters; the test set's head is the probe, what follows it validation."""
     folder = data or DATASETS / "cifar10"
     x, y = _read_images(folder / "train.parquet", limit)
-    return Task(
-        "cifar10", ConvNet, _from_arrays(x, y, batch_size), _read_images(folder / "test.parquet", probe), batch_size
-    )
+    held, labels = _read_images(folder / "test.parquet", 2 * probe)
+    sample = _from_arrays(x, y, batch_size)
+    return Task("cifar10", ConvNet, sample, (held[:probe], labels[:probe]), (held[probe:], labels[probe:]), batch_size)
 
 
 class Block(nn.Module):
@@ -187,21 +191,16 @@ def characters(
         rows = train[starts[:, None] + window]
         return rows[:, :-1], rows[:, 1:]
 
-    starts = torch.linspace(0, len(held_out) - context - 2, probe).long()
+    starts = torch.linspace(0, len(held_out) - context - 2, 2 * probe).long()
     rows = held_out[starts[:, None] + window]
-    name = "transformer"
     return Task(
-        name, lambda: CharGPT(len(letters), layers, width, context), sample, (rows[:, :-1], rows[:, 1:]), batch_size
+        "transformer",
+        lambda: CharGPT(len(letters), layers, width, context),
+        sample,
+        (rows[::2, :-1], rows[::2, 1:]),
+        (rows[1::2, :-1], rows[1::2, 1:]),
+        batch_size,
     )
 
 
 TASKS: dict[str, Callable[..., Task]] = {"digits": digits, "cifar10": cifar10, "transformer": characters}
-
-
-def machine() -> str:
-    """Versions and size of the machine, for the heading of every result."""
-    import os
-    import platform
-
-    where = f"GPU ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "CPU"
-    return f"{os.cpu_count()} cores, {where}, {torch.get_num_threads()} threads, {platform.machine()}, Python {sys.version.split()[0]}, torch {torch.__version__}"
