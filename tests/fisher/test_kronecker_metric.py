@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from tests.oracles import dense_fisher as oracle
 from thermo_opt.errors import InputError
 from thermo_opt.fisher import make
 from thermo_opt.fisher.kronecker import register, rule_for
@@ -165,6 +167,20 @@ def test_deep_linear_gaussian_network_is_exact_blockwise_on_any_batch(shape):
     x = torch.randn(shape, dtype=torch.float64)
     metric = make("kfac", model, (x, None), likelihood="gaussian", sigma2=0.3, setting="expand")
     assert_blocks_exact(metric, model, dense_fisher(model, x, "gaussian", 0.3))
+
+
+@pytest.mark.parametrize("likelihood", oracle.DISTRIBUTIONS)
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+def test_every_likelihood_is_exact_blockwise_on_one_example(kind, likelihood):
+    torch.manual_seed(1)
+    model, shape = mlp()
+    x = torch.randn(1, *shape[1:], dtype=torch.float64)
+    y = torch.tensor([2]) if likelihood == "categorical" else torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64)
+    options = {"sigma2": 0.7} if likelihood == "gaussian" else {}
+    metric = make(kind, model, (x, y), likelihood=likelihood, **options)
+    assert_blocks_exact(metric, model, oracle.dense_fisher(model, x, y, likelihood, **options))
+    empirical = make(kind, model, (x, y), likelihood=likelihood, targets="empirical", **options)
+    assert_blocks_exact(empirical, model, oracle.dense_fisher(model, x, y, likelihood, empirical=True, **options))
 
 
 class Pooled(nn.Module):
@@ -446,6 +462,29 @@ def test_torchs_own_transformer_layer_falls_back_where_no_module_is_called():
             at = where[placed.positions[0]]
             torch.testing.assert_close(metric.dense()[at, at], truth[at, at], rtol=EPS, atol=EPS)
     assert_consistent_with_its_dense_matrix(metric)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, on):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.on = on
+
+    def part(self, h):
+        return torch.tanh(self.middle(h))
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.last(checkpoint(self.part, h, use_reentrant=False) if self.on else self.part(h))
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+def test_activation_checkpointing_changes_nothing(kind):
+    torch.manual_seed(19)
+    plain, saving = Checkpointed(False).double(), Checkpointed(True).double()
+    saving.load_state_dict(plain.state_dict())
+    one, two = (make(kind, m, data((6, 4)), microbatch=2).dense() for m in (plain, saving))
+    torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
 
 
 def test_hooks_are_gone_and_scale_rows_use_the_dense_block():
