@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from thermo_opt.audit import Audit
     from thermo_opt.runs import Run
 
-ELSEWHERE: dict[str, tuple[str, str]] = {}
+ELSEWHERE: dict[str, tuple[str, str]] = {
+    "verify": ("thermo_opt.verify.command:verify", "Check the theory's claims on problems whose answers are known."),
+}
 """Commands defined in other modules: name → ("package.module:function", one-line help). Imported only when called."""
 
 RunPath = Annotated[Path, typer.Argument(help="Folder or file that a training run left on disk.", show_default=False)]

@@ -42,15 +42,20 @@ def finite(*columns: Iterable[float]) -> tuple[np.ndarray, ...]:
     return tuple(array[keep] for array in arrays)
 
 
+def _curve(x: Iterable[float], y: Iterable[float]) -> tuple[np.ndarray, np.ndarray]:
+    x, y = finite(x, y)
+    return thin(x, y)
+
+
 def loss_curve(audit: Audit) -> tuple[np.ndarray, np.ndarray, str]:
     """Steps, loss in nats per example, and where measured: "probe" if recorded predictions give it, else "training"."""
     lens = audit.headline
     if lens.steps["loss"].notna().any():
         step = np.append(lens.steps["step"].to_numpy(), lens.steps["step_end"].to_numpy()[-1:])
         loss = np.append(lens.steps["loss"].to_numpy(), lens.steps["loss_end"].to_numpy()[-1:])
-        return *thin(*finite(step, loss)), "probe"
+        return *_curve(step, loss), "probe"
     if "loss" in audit.curve:
-        return *thin(*finite(audit.curve.index, audit.curve["loss"])), "training"
+        return *_curve(audit.curve.index, audit.curve["loss"]), "training"
     return np.empty(0), np.empty(0), "training"
 
 
@@ -60,7 +65,7 @@ def cumulative_dissipation(lens: LensAudit) -> tuple[np.ndarray, np.ndarray]:
         return np.empty(0), np.empty(0)
     step = np.append(lens.steps["step"].to_numpy()[:1], lens.steps["step_end"].to_numpy())
     spent = np.append(0.0, np.nancumsum(lens.steps["dissipation"].to_numpy(dtype=np.float64)))
-    return thin(*finite(step, spent))
+    return _curve(step, spent)
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,8 @@ def coarse_curves(lens: LensAudit) -> pd.DataFrame:
     if lens.summary["dissipation"] is None or lens.coarse.empty:
         return lens.coarse.iloc[:0]
     table = lens.coarse[["stride", "stride_steps", "length", "dissipation"]]
-    return table[(table > 0).all(axis=1) & np.isfinite(table).all(axis=1)]
+    values = table.to_numpy(dtype=np.float64)
+    return table[((values > 0) & np.isfinite(values)).all(axis=1)]
 
 
 @dataclass(frozen=True)

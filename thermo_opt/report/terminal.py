@@ -101,7 +101,7 @@ def print_comparison(audits: Sequence[Audit], table: pd.DataFrame) -> None:
     said = words.comparison([(audit.run, audit.headline) for audit in audits])
     for lens, rows in table.groupby("lens", sort=False):
         console.print(Text(f"{lens} lens: {words.LENS_WORDS[str(lens)]}", style="bold"))
-        console.print(_comparison_table([dict(row) for row in rows.to_dict("records")]))
+        console.print(_comparison_table([{str(k): v for k, v in row.items()} for row in rows.to_dict("records")]))
         console.print()
     if said:
         console.print(Text(said))
