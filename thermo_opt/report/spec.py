@@ -6,16 +6,36 @@ figure is drawn, so that one figure serves light and dark mode. A run's traces c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import numpy as np
 
-from thermo_opt.audit.quantities import number
+from thermo_opt.audit.quantities import cost_unit, number
 from thermo_opt.audit.results import Audit
 from thermo_opt.plots.palette import look
 
 Spec = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure: ``key`` (its element id), title, caption, ``description`` to read aloud, and what plotly.js draws."""
+
+    key: str
+    title: str
+    caption: str
+    description: str
+    data: list[Spec]
+    layout: Spec
+    height: int
+
+
+def units(audits: Sequence[Audit]) -> str:
+    """Unit of Q for these audits; all of them, when their clocks differ."""
+    return " or ".join(sorted({cost_unit(audit.summary["clock"]) for audit in audits}))
 
 
 def line(index: int, audit: Audit, x: np.ndarray, y: np.ndarray, words: str, where: str = "step %{x}") -> Spec:
