@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from thermo_opt.audit.replay import RecordedPredictions, ReplayedPredictions
+from thermo_opt.audit.start import Start
 from thermo_opt.audit.summary import Seen
 from thermo_opt.audit.view import Unsupported, View
 from thermo_opt.audit.walk import Predictions, landmarks, squared_distance, walk
 from thermo_opt.errors import InputError
-from thermo_opt.manifold import Point, log_frontier_distance
-from thermo_opt.manifold.frontier import gaussian_frontier_distance
+from thermo_opt.manifold import Point
 
 
 def look_at_outputs(view: View) -> Seen:
@@ -58,6 +58,7 @@ def look_at_outputs(view: View) -> Seen:
         notes=notes,
         chords=found.chords,
         landmarks=landmarks(found, audited),
+        start=Start.of(first, source.likelihood, source.sigma2),
     )
 
 
@@ -80,15 +81,6 @@ def _predictions(view: View) -> tuple[Predictions, list[str]]:
 
 def frontier(start: Point, loss: float, likelihood: str, sigma2: float = 1.0) -> float:
     """D*(loss) from the run's own starting predictions, in the units of the geodesic distance (§5)."""
-    if likelihood == "gaussian":
-        assert start.residual is not None
-        width = start.residual.shape[1]
-        constant = 0.5 * width * np.log(2 * np.pi * sigma2)
-        now = np.sqrt(np.einsum("ij,ij->", start.residual, start.residual) / start.examples)
-        if loss < constant:
-            raise InputError(f"target loss {loss} lies below the least possible, {constant:.6g}")
-        return gaussian_frontier_distance(float(now), float(np.sqrt(2 * (loss - constant))))
-    assert start.log_amplitude_y is not None
-    rows = len(start.log_amplitude_y)  # several Bernoulli outputs an example: distances and losses add over them
-    scale = start.examples / rows
-    return float(log_frontier_distance(np.minimum(2 * start.log_amplitude_y, 0.0), loss * scale) / np.sqrt(scale))
+    begun = Start.of(start, likelihood, sigma2)
+    assert begun is not None
+    return begun.frontier(loss)

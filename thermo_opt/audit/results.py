@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from thermo_opt.audit.start import Start
+
 LENSES = ("outputs", "parameters", "optimizer-state")
 """Every lens, in the order in which an audit prefers them for its headline."""
 
@@ -64,6 +66,7 @@ class LensAudit:
     columns ``stride`` (m, in recorded snapshots), ``stride_steps`` (median optimizer steps), ``length`` (ℒ_m), ``dissipation`` (Q_m), ``a_mean``.
     ``attribution``: dissipation of each interval by parameter (rows as ``steps``, one column a parameter name), or None.
     ``landmarks``: predictions kept for the trajectory map, or None. ``hurst``: the exponent H of a^(m) ∝ m^{2H}, or None.
+    ``start``: the outputs lens's first predictions, as far as a frontier needs them; None without targets.
     """
 
     lens: str
@@ -73,6 +76,7 @@ class LensAudit:
     hurst: float | None = None
     attribution: pd.DataFrame | None = None
     landmarks: Landmarks | None = None
+    start: Start | None = None
 
 
 @dataclass(frozen=True)

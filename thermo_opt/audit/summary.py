@@ -10,6 +10,7 @@ import pandas as pd
 
 from thermo_opt import thermodynamics as td
 from thermo_opt.audit.results import Landmarks, LensAudit
+from thermo_opt.audit.start import Start
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Seen:
     notes: list[str] = field(default_factory=list)
     chords: dict[int, list[tuple[int, int, float]]] = field(default_factory=dict)
     landmarks: Landmarks | None = None
+    start: Start | None = None
     attribution: pd.DataFrame | None = None
     extra: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -117,7 +119,9 @@ def lens_audit(seen: Seen, run: str, lens: str, clock: str) -> LensAudit:
             "a_mean": [p.a_mean * scale for p in points],
         }
     )
-    return LensAudit(lens, steps, summary, coarse, td.hurst_exponent(points), seen.attribution, seen.landmarks)
+    return LensAudit(
+        lens, steps, summary, coarse, td.hurst_exponent(points), seen.attribution, seen.landmarks, seen.start
+    )
 
 
 def _coarse_points(seen: Seen) -> list[td.CoarsePoint]:
