@@ -17,7 +17,7 @@ from tests.synthetic_audits import make_audit
 from thermo_opt import plots
 from thermo_opt.audit import Audit
 from thermo_opt.plots.palette import look
-from thermo_opt.plots.series import thin
+from thermo_opt.plots.series import log_ticks, thin
 
 
 @pytest.fixture(autouse=True)
@@ -117,8 +117,8 @@ def test_what_no_lens_knows_is_said(draw: Callable[..., plt.Axes], weights_only:
 
 
 def test_given_axes_are_used(audits: list[Audit]) -> None:
-    _, ax = plt.subplots()
     for draw in (plots.alignment, plots.decomposition_bars, plots.trajectory_map, plots.predicted_vs_realised):
+        _, ax = plt.subplots()
         assert draw(audits, ax) is ax
 
 
@@ -136,6 +136,16 @@ def test_overview_has_the_panels_the_lenses_allow(audits: list[Audit], weights_o
 
 def test_no_two_of_24_runs_look_the_same() -> None:
     assert len({(look(i).colour, look(i).dash) for i in range(24)}) == 24
+
+
+@settings(max_examples=50)
+@given(st.floats(1e-9, 1e9), st.floats(2, 1e9))
+def test_log_ticks_are_few_and_inside(low: float, ratio: float) -> None:
+    ticks = log_ticks(low, low * ratio)
+    assert 1 <= len(ticks) <= 9
+    assert ticks == sorted(set(ticks))
+    assert low <= ticks[0]
+    assert ticks[-1] <= low * ratio
 
 
 @settings(max_examples=50)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from tests.synthetic_audits import make_audit
 from thermo_opt.audit import SUMMARY_KEYS
 from thermo_opt.audit.quantities import QUANTITIES, cost_unit, number, percent
-from thermo_opt.audit.words import blind_spots, brief, comparison, explanation, headline
+from thermo_opt.audit.words import blind_spots, brief, comparison, explanation, headline, told
 
 
 def _summary(**known: Any) -> dict[str, Any]:
@@ -68,6 +69,15 @@ def test_alignment_in_words(value: float | None, lower: float, upper: float | No
 
 def test_a_lower_bound_below_zero_says_nothing() -> None:
     assert explanation(_summary(alignment_lower=-0.1, alignment_upper=1.0)) == []
+
+
+def test_the_closest_look_at_alignment_is_told() -> None:
+    audit = make_audit("adam", parameters=True)
+    assert told(audit)["alignment"] == audit.lenses["parameters"].summary["alignment"]
+    assert told(audit)["dissipation"] == audit.summary["dissipation"]
+    glimpse = replace(audit.lenses["parameters"], steps=audit.lenses["parameters"].steps.iloc[::10])
+    audit.lenses["parameters"] = glimpse
+    assert told(audit) == audit.summary
 
 
 def test_comparison_names_best_and_worst() -> None:

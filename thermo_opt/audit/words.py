@@ -17,6 +17,15 @@ LENS_WORDS = {
 }
 
 
+def told(audit: Audit) -> dict[str, Any]:
+    """The summary that sentences are made from: the headline lens's, with the parameter lens's alignment if it saw all."""
+    summary = audit.summary
+    closer = audit.lenses.get("parameters")
+    if closer is None or len(closer.steps) < len(audit.steps):
+        return summary
+    return summary | {key: closer.summary[key] for key in ("alignment", "alignment_lower", "alignment_upper")}
+
+
 def headline(summary: Summary) -> str:
     """Where the dissipation went, in one sentence; says what is unknown rather than leave it out (THEORY §4)."""
     total = summary["dissipation"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from thermo_opt.audit.quantities import number
+from thermo_opt.plots.series import log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,16 +46,15 @@ def stacked(ax: Axes, title: str = "") -> tuple[Axes, Axes]:
     return upper, lower
 
 
-def log_ticks(ax: Axes) -> None:
-    """Logarithmic axes with few ticks, written in full where they are powers of ten times 1, 2 or 5."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
+def log_axes(ax: Axes) -> None:
+    """Logarithmic axes with few ticks, written in full."""
     ax.set_xscale("log")
     ax.set_yscale("log")
     for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 150 * low else (1,), numticks=8))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 1)))
-        axis.set_minor_locator(NullLocator())
+        ticks = log_ticks(low, high)
+        if len(ticks) > 1:  # a narrower axis keeps Matplotlib's own ticks
+            axis.set_ticks([], minor=True)
+            axis.set_ticks(ticks, [number(tick, 1) for tick in ticks])
 
 
 def plain(text: str) -> str:

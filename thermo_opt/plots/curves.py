@@ -10,7 +10,7 @@ import numpy as np
 from thermo_opt.audit.quantities import cost_unit
 from thermo_opt.audit.results import Audit
 from thermo_opt.plots import series
-from thermo_opt.plots.axes import KEY, given_or_new, log_ticks, plain, quiet, say_nothing_known, stacked
+from thermo_opt.plots.axes import KEY, given_or_new, log_axes, plain, quiet, say_nothing_known, stacked
 from thermo_opt.plots.palette import look
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def coarse_graining(audits: Audit | Iterable[Audit], ax: Axes | None = None) -> 
                 label=name,
             )
     for panel in (upper, lower):
-        log_ticks(panel)
+        log_axes(panel)
     upper.set_ylabel("length ℒ (√nats)")
     lower.set_ylabel(f"Q ({units(audits)})")
     lower.set_xlabel("sampling stride (optimizer steps)")
@@ -125,7 +125,7 @@ def predicted_vs_realised(audits: Audit | Iterable[Audit], ax: Axes | None = Non
         return ax
     quiet(ax, "Predicted and realised dissipation")
     ax.plot(span, span, "--", color="0.5", linewidth=1)
-    log_ticks(ax)
+    log_axes(ax)
     ax.set_xlabel("predicted ½a (nats)")
     ax.set_ylabel("realised KL (nats)")
     ax.legend(**KEY)

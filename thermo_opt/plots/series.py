@@ -42,6 +42,15 @@ def finite(*columns: Iterable[float]) -> tuple[np.ndarray, ...]:
     return tuple(array[keep] for array in arrays)
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Few round ticks between two positive ends of a logarithmic axis, each readable from one digit."""
+    decades = float(np.log10(high / low))
+    factors = (1, 2, 3, 4, 5, 6, 8) if decades < 1 else (1, 2, 5) if decades < 2.2 else (1,)
+    spacing = max(1, int(np.ceil(decades / 7)))
+    exponents = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1, spacing)
+    return [tick for e in exponents for f in factors if low <= (tick := f * 10.0**e) <= high]
+
+
 def _curve(x: Iterable[float], y: Iterable[float]) -> tuple[np.ndarray, np.ndarray]:
     x, y = finite(x, y)
     return thin(x, y)

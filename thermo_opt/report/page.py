@@ -90,7 +90,7 @@ def _cards(audits: list[Audit]) -> list[dict[str, Any]]:
     """One card a run, in the order given."""
     cards = []
     for index, audit in enumerate(audits):
-        summary = audit.summary
+        summary = words.told(audit)
         efficiency = summary["efficiency"]
         total = summary["dissipation"]
         shares = []

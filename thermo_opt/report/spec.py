@@ -16,6 +16,7 @@ import numpy as np
 from thermo_opt.audit.quantities import cost_unit, number
 from thermo_opt.audit.results import Audit
 from thermo_opt.plots.palette import look
+from thermo_opt.plots.series import log_ticks
 
 Spec = dict[str, Any]
 
@@ -75,15 +76,7 @@ def log_axis(title: str, values: np.ndarray, **options: Any) -> Spec:
     """A logarithmic axis over positive ``values`` whose ticks are few and written in full."""
     low, high = float(np.min(values)), float(np.max(values))
     low, high = (low / 1.5, high * 1.5) if high < 2 * low else (low / 1.15, high * 1.15)
-    decades = np.log10(high / low)
-    factors = (1, 2, 5) if decades < 2.2 else (1,)
-    spacing = max(1, int(np.ceil(decades / 7)))
-    ticks = [
-        f * 10.0**e
-        for e in range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1, spacing)
-        for f in factors
-    ]
-    ticks = [tick for tick in ticks if low <= tick <= high]
+    ticks = log_ticks(low, high)
     return axis(
         title,
         type="log",

@@ -78,7 +78,7 @@ def print_audit(audit: Audit) -> None:
     if audit.optimizer:
         title.append(f"  {audit.optimizer}", style="dim not bold")
     console.print(title)
-    console.print(Text(" ".join([words.headline(audit.summary), *words.explanation(audit.summary)])))
+    console.print(Text(" ".join([words.headline(audit.summary), *words.explanation(words.told(audit))])))
     table = _table()
     table.add_column("")
     table.add_column("", style="dim")
