@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from thermo_opt.audit import Audit as Audit
     from thermo_opt.audit import audit as audit
     from thermo_opt.audit import compare as compare
+    from thermo_opt.audit import pareto as pareto
     from thermo_opt.errors import InputError as InputError
     from thermo_opt.manifold import fisher_rao as fisher_rao
     from thermo_opt.manifold import frontier_distance as frontier_distance
@@ -36,6 +37,7 @@ _HOME = {
     "fisher_rao": "manifold",
     "frontier_distance": "manifold",
     "load_run": "runs",
+    "pareto": "audit",
 }
 
 __all__ = sorted(_HOME)

@@ -6,6 +6,7 @@ from typing import Any
 
 from thermo_opt.audit.auditor import audit
 from thermo_opt.audit.compare import compare
+from thermo_opt.audit.front import ParetoFront, pareto
 from thermo_opt.audit.results import LENSES, SUMMARY_KEYS, Audit, Landmarks, LensAudit, summaries_json
 from thermo_opt.audit.view import Progress
 
@@ -15,9 +16,11 @@ __all__ = [
     "Audit",
     "Landmarks",
     "LensAudit",
+    "ParetoFront",
     "Progress",
     "audit",
     "compare",
+    "pareto",
     "summaries_json",
 ]
 
