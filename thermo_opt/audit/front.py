@@ -118,7 +118,7 @@ class ParetoFront:
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the front of the first target (see `thermo_opt.plots.pareto`); returns the Matplotlib Axes."""
-        from thermo_opt.plots.pareto import pareto
+        from thermo_opt.plots.front import pareto
 
         return pareto(self, ax)
 

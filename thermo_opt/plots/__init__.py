@@ -4,6 +4,7 @@ Matplotlib is imported when the first figure is drawn. The Axes may be left out:
 """
 
 from thermo_opt.plots.curves import alignment, coarse_graining, loss_and_dissipation, predicted_vs_realised
+from thermo_opt.plots.front import pareto
 from thermo_opt.plots.maps import decomposition_bars, dissipation_heatmap, trajectory_map
 from thermo_opt.plots.overview import overview
 
@@ -14,6 +15,7 @@ __all__ = [
     "dissipation_heatmap",
     "loss_and_dissipation",
     "overview",
+    "pareto",
     "predicted_vs_realised",
     "trajectory_map",
 ]

@@ -1,0 +1,95 @@
+"""The speed-cost plane: runs, their front, hulls of groups, and the frontier no run can cross."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from thermo_opt.audit.front import ParetoFront, Target
+from thermo_opt.audit.quantities import DURATION_UNITS, cost_unit, number, percent
+from thermo_opt.plots.axes import KEY, given_or_new, log_axes, plain, quiet
+from thermo_opt.plots.palette import look
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+EFFICIENCIES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001)
+"""Contours drawn where they pass through the figure, beside the frontier (efficiency 1)."""
+
+
+def pareto(front: ParetoFront, ax: Axes | None = None, target_loss: float | None = None) -> Axes:
+    """Time and dissipation to reach a target loss (by default the first): one point a run, on logarithmic axes.
+
+    Colours and hulls: groups. Black steps: the front. Shaded: below the universal frontier ``Q T = D*²/2``, where no run
+    can be. Grey lines: equal efficiency. Runs that never reach the target aren't drawn but counted in the title.
+    """
+    target = front.targets[0] if target_loss is None else next(t for t in front.targets if t.target_loss == target_loss)
+    ax = given_or_new(ax, 6.8, 4.8)
+    rows = front.rows(target.target_loss)
+    missed = int(rows["censored"].sum())
+    more = f" ({missed} of {len(rows)} runs never do)" if missed else ""
+    quiet(ax, f"Cost of reaching loss {target.target_loss:.3g}{more}")
+    hulls = front.hulls(target.target_loss)
+    for index, group in enumerate(front.groups):
+        own = rows[(rows["group"] == group) & ~rows["censored"]]
+        if own.empty:
+            continue
+        style = look(index)
+        ax.scatter(
+            own["time"],
+            own["dissipation_scaled"],
+            s=26,
+            color=style.hex,
+            marker=style.marker,
+            zorder=3,
+            label=plain(group),
+        )
+        corners = hulls[group]
+        if len(corners) > 1:
+            ax.fill(*corners.T, facecolor=style.hex, edgecolor=style.hex, alpha=0.13, linewidth=1, zorder=1)
+    best = front.front(target.target_loss)
+    ax.step(best["time"], best["dissipation_scaled"], where="post", color="0.1", linewidth=1.4, zorder=2, label="front")
+    span_x, span_y = window(front, target)
+    ax.set_xlim(*span_x)
+    ax.set_ylim(*span_y)
+    log_axes(ax)
+    time = np.geomspace(*span_x, 200)
+    edge = target.least_dissipation(time)
+    ax.plot(time, edge, color="0.1", linewidth=1.4, linestyle="--", label="no run can be below")
+    ax.fill_between(time, span_y[0], np.clip(edge, *span_y), color="0.5", alpha=0.18, linewidth=0, zorder=0)
+    for efficiency in contours(target, span_x, span_y):
+        line = target.least_dissipation(time, efficiency)
+        ax.plot(time, line, color="0.75", linewidth=0.8, zorder=0)
+        inside = np.flatnonzero((line > span_y[0]) & (line < span_y[1]))
+        label = inside[len(inside) // 10]  # off the frame, where the title is
+        ax.annotate(percent(efficiency), (time[label], line[label]), fontsize="x-small", color="0.45")
+    ax.set_xlabel(f"time to reach it ({DURATION_UNITS[front.clock]})")
+    ax.set_ylabel(cost_label(front, target))
+    ax.legend(**KEY)
+    return ax
+
+
+def cost_label(front: ParetoFront, target: Target) -> str:
+    """The vertical axis in words."""
+    scaled = "" if target.same_start else f", scaled to D* = {number(target.frontier)}"
+    return f"dissipation Q ({cost_unit(front.clock)}){scaled}"
+
+
+def window(front: ParetoFront, target: Target) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Limits of both axes: every run that reaches the target, the frontier beneath them, and some air."""
+    rows = front.rows(target.target_loss)
+    rows = rows[~rows["censored"]]
+    time, cost = rows["time"].to_numpy(), rows["dissipation_scaled"].to_numpy()
+    lowest = float(np.min(target.least_dissipation(time)))
+    return (
+        (float(time.min()) / 1.3, float(time.max()) * 1.3),
+        (min(float(cost.min()), lowest) / 1.3, float(cost.max()) * 1.3),
+    )
+
+
+def contours(target: Target, span_x: tuple[float, float], span_y: tuple[float, float]) -> list[float]:
+    """The efficiencies whose contours pass through a window."""
+    least = 0.5 * target.frontier**2
+    low, high = least / (span_x[1] * span_y[1]), least / (span_x[0] * span_y[0])
+    return [efficiency for efficiency in EFFICIENCIES if low < efficiency < high]
