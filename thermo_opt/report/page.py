@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from thermo_opt.errors import InputError
 from thermo_opt.plots.palette import PARTS, look
 from thermo_opt.plots.series import as_list
 from thermo_opt.report.figures import figures
+from thermo_opt.report.spec import Figure
 
 
 def write_report(audits: Audit | Iterable[Audit], path: str | PathLike[str]) -> Path:
@@ -28,8 +29,12 @@ def write_report(audits: Audit | Iterable[Audit], path: str | PathLike[str]) -> 
     Cost: a fraction of a second; about 5 MB on disk, most of it plotly.js. Raises `InputError` when ``path`` can't be
     written.
     """
+    return write_page(render(as_list(audits)), path)
+
+
+def write_page(text: str, path: str | PathLike[str]) -> Path:
+    """Write a page by rename, and return its path; `InputError` when it can't be written."""
     target = Path(path)
-    text = render(as_list(audits))
     if target.is_dir():
         raise InputError(f"{target} is a directory: name the HTML file to write.")
     try:
@@ -50,36 +55,44 @@ def write_report(audits: Audit | Iterable[Audit], path: str | PathLike[str]) -> 
 
 def render(audits: list[Audit]) -> str:
     """The page as a string. Everything that came from a run is escaped; only the page's own scripts may execute."""
+    if not audits:
+        raise InputError("a report needs at least one audit.")
+    return render_template(
+        "page.html.j2",
+        figures(audits),
+        summaries_json(audits),
+        title=f"Thermodynamic audit of {audits[0].run if len(audits) == 1 else f'{len(audits)} training runs'}",
+        comparison=words.comparison([(audit.run, audit.headline) for audit in audits]),
+        cards=_cards(audits),
+        parts={part.capitalize(): 100 * opacity for part, opacity in PARTS.items()},
+        columns=[{"run": audit.run, "lens": summary["lens"]} for audit in audits for summary in audit.summaries],
+        rows=_rows(audits),
+        blind_spots=words.blind_spots(audits),
+        definitions=_definitions(audits),
+    )
+
+
+def render_template(name: str, drawn: Sequence[Figure], numbers_json: str, **context: Any) -> str:
+    """A page as a string: its template with the style sheet, scripts, figures and the JSON of its numbers filled in."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    if not audits:
-        raise InputError("a report needs at least one audit.")
     environment = Environment(
         loader=PackageLoader("thermo_opt.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     source = {name: _template_file(name) for name in ("page.css", "page.js")}
     plotly_js = get_plotlyjs()
-    drawn = figures(audits)
-    summaries = summaries_json(audits)
     specifications = json.dumps(
         [{"key": f.key, "data": f.data, "layout": f.layout} for f in drawn], allow_nan=False, separators=(",", ":")
     )
-    return environment.get_template("page.html.j2").render(
-        title=f"Thermodynamic audit of {audits[0].run if len(audits) == 1 else f'{len(audits)} training runs'}",
+    return environment.get_template(name).render(
+        **context,
         version=__version__,
         policy=_policy([plotly_js, source["page.js"]]),
         css=Markup(source["page.css"]),
-        comparison=words.comparison([(audit.run, audit.headline) for audit in audits]),
-        cards=_cards(audits),
-        parts={part.capitalize(): 100 * opacity for part, opacity in PARTS.items()},
         figures=drawn,
-        columns=[{"run": audit.run, "lens": summary["lens"]} for audit in audits for summary in audit.summaries],
-        rows=_rows(audits),
-        blind_spots=words.blind_spots(audits),
-        definitions=_definitions(audits),
-        summaries_json=Markup(_inert(summaries)),
+        summaries_json=Markup(_inert(numbers_json)),
         figures_json=Markup(_inert(specifications)),
         plotly_js=Markup(plotly_js),
         page_js=Markup(source["page.js"]),
