@@ -38,11 +38,11 @@ def cases() -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
     """Model, inputs, targets."""
     torch.manual_seed(0)
     mlp = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 10))
-    tokens = torch.randint(0, 65, (16, 64))
+    tokens = torch.randint(0, 65, (32, 64))
     return {
         "MLP": (mlp, torch.randn(256, 64), torch.randint(0, 10, (256,))),
         "CNN": (ConvNet(), torch.randn(128, 3, 32, 32), torch.randint(0, 10, (128,))),
-        "GPT": (CharGPT(65, layers=3, width=64), tokens, tokens.roll(-1, 1)),
+        "GPT": (CharGPT(65), tokens, tokens.roll(-1, 1)),
     }
 
 

@@ -410,3 +410,18 @@ def test_flatten_and_unflatten_are_inverse():
     metric = make("exact", *CASES["mlp"][:2])
     v = randn_like(metric)
     torch.testing.assert_close(unflatten(flatten(v), metric.shapes), v, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU(), nn.SiLU(inplace=True), nn.Mish(), nn.ELU()]
+)
+def test_linearised_products_with_slopes_computed_once(activation):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), activation, nn.Linear(5, 5), activation, nn.Linear(5, 3)).double()
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
+    F = dense_fisher(model, x, y)
+    metric = make("exact", model, (x, y))
+    for seed in range(5):
+        v = randn_like(metric, seed)
+        torch.testing.assert_close(flatten(metric.matvec(v)), F @ flatten(v))
+    assert metric._linear is not None

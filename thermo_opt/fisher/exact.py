@@ -28,6 +28,7 @@ from thermo_opt.fisher.low_rank import ENTRIES_LIMIT, decompose, row_count
 from thermo_opt.fisher.metric import Bracket, Metric, axpy, dot, flatten, unflatten
 from thermo_opt.fisher.predictor import Part, Predictor, materialise
 from thermo_opt.fisher.scores import Targets, score_rows
+from thermo_opt.fisher.slopes import FixedSlopes
 
 LINEARISE_AT = 3
 """The product, counted per metric, at which recording a linearisation (worth two products) starts to pay."""
@@ -52,7 +53,8 @@ class Linearization:
     """J and Jᵀ of one microbatch at fixed parameters, from one recorded graph. Memory: about that of two training steps."""
 
     def __init__(self, predictor: Predictor, part: Part) -> None:
-        outputs, self._leaves = predictor.graph(part)
+        with FixedSlopes():
+            outputs, self._leaves = predictor.graph(part)
         self._outputs = outputs
         self._u = torch.zeros_like(outputs, requires_grad=True)
         with torch.enable_grad(), predictor.evaluation():
@@ -119,7 +121,7 @@ class JacobianMetric(Metric):
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
         """F_λ v. Cost: forward + backward + J v per microbatch; once linearised, about four forward passes in all."""
         v = self.vector(v)
-        return axpy(self.damping, v, self._undamped(v))
+        return axpy(self.damping, v, self._undamped(v)) if self.damping else self._undamped(v)
 
     def _undamped(self, v: Sequence[Tensor]) -> list[Tensor]:
         total = self.zeros()
@@ -147,8 +149,9 @@ class JacobianMetric(Metric):
         total = 0.0
         for part in self.predictor.parts:
             f, tangent = self.push(part, v)
-            total += float((self.output_product(part, f, tangent).double() * tangent.double()).sum())
-        return max(total / self.predictor.count, 0.0) + self.damping * dot(v, v)
+            total += dot([self.output_product(part, f, tangent)], [tangent])
+        damped = self.damping * dot(v, v) if self.damping else 0.0
+        return max(total / self.predictor.count, 0.0) + damped
 
     def _linearise(self, part: Part, v: Sequence[Tensor]) -> None:
         try:
