@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import shutil
 import subprocess
@@ -118,7 +119,7 @@ def outputs_speed(classes: int, examples: int) -> dict[str, Any]:
     probabilities /= probabilities.sum(axis=-1, keepdims=True)
 
     def bare() -> None:
-        for p, q in zip(probabilities[:-1], probabilities[1:], strict=True):
+        for p, q in itertools.pairwise(probabilities):
             np.arccos(np.minimum((np.sqrt(p) * np.sqrt(q)).sum(axis=-1), 1.0))
 
     source = _Arrays(logits, targets)

@@ -121,3 +121,10 @@ def test_certificates_of_the_two_lenses_are_consistent(adam_run, small_model):
     audit = to.audit(adam_run, lens=["outputs", "parameters"], model=small_model(), damping=1e-9)
     chi2 = audit.lenses["outputs"].steps["delta_upper"]
     assert np.all(audit.lenses["parameters"].steps["delta_lower"] <= chi2 * (1 + 1e-9))
+
+
+def test_without_being_asked_it_glances_at_evenly_spread_intervals(adam_run, small_model):
+    glance = to.audit(adam_run, model=small_model()).lenses["parameters"]
+    assert len(glance.steps) == 32
+    assert glance.steps["step"].iloc[[0, -1]].tolist() == [0, 36]
+    assert glance.summary["dissipation"] is None

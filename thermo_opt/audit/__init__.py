@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import Any
 
 from thermo_opt.audit.auditor import audit
-from thermo_opt.audit.compare import compare
+from thermo_opt.audit.comparison import compare
 from thermo_opt.audit.front import ParetoFront, pareto
 from thermo_opt.audit.results import LENSES, SUMMARY_KEYS, Audit, Landmarks, LensAudit, summaries_json
 from thermo_opt.audit.view import Progress

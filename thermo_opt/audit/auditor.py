@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, Literal
 
+import numpy as np
+
 from thermo_opt.audit.optimizer_state import look_at_optimizer_state
 from thermo_opt.audit.outputs import look_at_outputs
 from thermo_opt.audit.parameters import look_at_parameters
@@ -15,6 +17,9 @@ from thermo_opt.audit.view import Progress, Unsupported, View
 from thermo_opt.errors import InputError
 from thermo_opt.runs import Probe, Run, load_run
 from thermo_opt.runs.probe import load_probe
+
+_GLANCE = 32
+"""Intervals the parameter lens looks at when nobody asked for it by name."""
 
 _LOOK: dict[str, Callable[[View], Seen]] = {
     "outputs": look_at_outputs,
@@ -46,7 +51,8 @@ def audit(
     of τ (step, flow, wall, examples, tokens). ``stride``: audit every ``stride``-th snapshot (and the last): coarser
     audits give lower bounds. ``model`` (a module, or ``package.module:factory``) and ``probe`` (a file, or a `Probe`)
     replay predictions from recorded weights. ``batch_size`` gives the optimizer-state lens its nats. ``steps``: the
-    audited intervals the parameter lens looks at, all by default; ``quadrature``: its values at each step's start, or
+    audited intervals the parameter lens looks at: by default all if it was asked for by name, else up to 32 spread
+    evenly, since each costs dozens of Fisher products; ``quadrature``: its values at each step's start, or
     averaged over both ends; ``damping``: its λ, by default 1e-3 of the Fisher's mean eigenvalue at the start; ``device``:
     where it computes, by default a GPU if there is one. ``jobs``: processes. ``progress``: see `Progress`.
 
@@ -64,6 +70,8 @@ def audit(
         )
     given = probe if isinstance(probe, Probe) or probe is None else load_probe(probe)
     view = View(run, clock, stride, model, given, batch_size, steps, jobs, quadrature, damping, device, progress)
+    if lens is None and steps is None:
+        view.intervals = _spread(len(view.indices) - 1)
     lenses: dict[str, LensAudit] = {}
     missing: dict[str, str] = {}
     for name in wanted:
@@ -85,6 +93,13 @@ def audit(
         optimizer=run.info.optimizer,
         probe=None if view.probe is None else view.probe.fingerprint,
     )
+
+
+def _spread(count: int) -> list[int] | None:
+    """Up to `_GLANCE` of ``count`` intervals, evenly spread, the first and the last among them; None for all."""
+    if count <= _GLANCE:
+        return None
+    return np.unique(np.linspace(0, count - 1, _GLANCE).round().astype(int)).tolist()
 
 
 def _lenses(lens: str | Sequence[str] | None) -> Sequence[str]:

@@ -7,7 +7,8 @@ predictions on it. Dissipation is that of F; alignment compares a and Δ in one 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +33,8 @@ Quadrature = Literal["start", "trapezoid"]
 _RELATIVE_DAMPING = 1e-3
 """λ over the Fisher's mean eigenvalue at the start, when the user gives none."""
 _TRACE_PROBES = 8
+_WORTH_THREADS = 1e8
+"""Examples times parameters below which a Fisher product runs on one thread."""
 
 
 @dataclass
@@ -152,10 +155,11 @@ def look_at_parameters(view: View) -> Seen:
         raise Unsupported("it holds no weights: record them with params=True")
     if probe is None or probe.inputs is None or probe.targets is None:
         raise Unsupported("the parameter lens needs a probe with inputs and targets: give --probe")
+    targets = probe.targets
     model = view.model().to(device=view.device, dtype=torch.float64).eval()
     likelihood, notes = view.likelihood
     inputs = _map(probe.inputs, lambda t: t.double() if t.is_floating_point() else t)
-    probe = Probe(_map(inputs, lambda t: t.to(view.device)), probe.targets, probe.fingerprint)
+    probe = Probe(_map(inputs, lambda t: t.to(view.device)), targets, probe.fingerprint)
     lens = ParameterLens(run, model, probe, likelihood, view.sigma2, 0.0, view.quadrature, None)
     install(model, run.snapshots[view.indices[0]], run.info.tied)
     lens.microbatch = _microbatch(model, probe)
@@ -165,21 +169,14 @@ def look_at_parameters(view: View) -> Seen:
         lens.damping = view.damping
     elif lens._finite(pairs[0][0]):
         lens.damping = _RELATIVE_DAMPING * lens.mean_eigenvalue(pairs[0][0])
-    advance = view.advance("parameter lens", len(chosen))
-    seen: list[Interval] = []
-    for interval in _all(lens, [pairs[k] for k in chosen], view.jobs):
-        if interval is None:
-            bad = run.snapshots[pairs[chosen[len(seen)]][1]]
-            if not seen:
-                raise InputError(
-                    f"{bad.path}: weights are NaN or infinite by step {bad.step}, within the first interval"
-                )
-            notes.append(f"weights are NaN or infinite from step {bad.step}: only what precedes was audited")
-            chosen = chosen[: len(seen)]
-            break
-        seen.append(interval)
-        if advance is not None:
-            advance(1)
+    with _threads(model, targets.shape[0]):
+        seen = _finite_intervals(lens, [pairs[k] for k in chosen], view)
+    if len(seen) < len(chosen):
+        bad = run.snapshots[pairs[chosen[len(seen)]][1]]
+        if not seen:
+            raise InputError(f"{bad.path}: weights are NaN or infinite by step {bad.step}, within the first interval")
+        notes.append(f"weights are NaN or infinite from step {bad.step}: only what precedes was audited")
+        chosen = chosen[: len(seen)]
     first = _point(lens, pairs[chosen[0]][0])
     last = _point(lens, pairs[chosen[-1]][1])
     steps = np.array([run.snapshots[i].step for i in view.indices])
@@ -224,6 +221,23 @@ def look_at_parameters(view: View) -> Seen:
     )
 
 
+def _finite_intervals(lens: ParameterLens, pairs: Sequence[tuple[int, int]], view: View) -> list[Interval]:
+    """Scalars of these intervals up to the first whose weights aren't finite."""
+    advance = view.advance("parameter lens", len(pairs))
+    if view.jobs == 1:
+        intervals: Iterator[Interval | None] = (lens.interval(i, j) for i, j in pairs)
+    else:
+        intervals = Parallel(n_jobs=view.jobs, return_as="generator")(delayed(lens.interval)(i, j) for i, j in pairs)
+    seen: list[Interval] = []
+    for interval in intervals:
+        if interval is None:
+            break
+        seen.append(interval)
+        if advance is not None:
+            advance(1)
+    return seen
+
+
 def _point(lens: ParameterLens, index: int) -> Any:
     """The predictions of a snapshot as a point of the prediction manifold."""
     outputs = lens._state(index)[2].cpu().numpy()
@@ -231,10 +245,16 @@ def _point(lens: ParameterLens, index: int) -> Any:
     return embed(outputs, targets, likelihood=lens.likelihood, sigma2=lens.sigma2)
 
 
-def _all(lens: ParameterLens, pairs: Sequence[tuple[int, int]], jobs: int) -> Any:
-    if jobs == 1:
-        return (lens.interval(i, j) for i, j in pairs)
-    return Parallel(n_jobs=jobs, return_as="generator")(delayed(lens.interval)(i, j) for i, j in pairs)
+@contextmanager
+def _threads(model: nn.Module, examples: int) -> Iterator[None]:
+    """One thread where the products are so small that handing them out costs more than they do; all otherwise."""
+    before = torch.get_num_threads()
+    if examples * sum(p.numel() for p in model.parameters()) < _WORTH_THREADS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _subset(count: int, intervals: slice | Sequence[int] | None) -> list[int]:
