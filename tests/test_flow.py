@@ -186,3 +186,16 @@ def test_energy_identity_on_the_digits_mlp():
     steepest = flow.integrate(scape, start, 0.1, velocity=lambda t: -scape.gradient(t), samples=3, rtol=1e-7, atol=1e-9)
     assert abs(steepest.energy_defect) < 1e-6 * (steepest.loss[0] - steepest.loss[-1])
     assert steepest.action[-1] > 0
+
+
+@pytest.mark.parametrize("metric", ["exact", "dense", "diagonal", "empirical", "kfac"])
+def test_flow_of_a_network_in_any_metric_obeys_the_energy_identity(metric):
+    from thermo_opt.verify.networks import classifier
+
+    model, x, y = classifier(examples=12, hidden=3)
+    scape, start = flow.network(model, (x, y), metric=metric, damping=0.1)
+    path = flow.integrate(scape, start, 0.3, samples=3, rtol=1e-6, atol=1e-8)
+    decrease = path.loss[0] - path.loss[-1]
+    assert decrease > 0.05
+    assert abs(path.energy_defect) < 1e-5 * decrease
+    np.testing.assert_allclose(path.a, path.delta, rtol=1e-6)

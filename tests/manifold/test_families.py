@@ -126,7 +126,7 @@ def test_small_distances_keep_their_digits():
 
 
 def test_normal_distance_survives_extreme_scales():
-    # far apart at tiny σ the half-plane distance grows like 2√2 ln(Δμ/(√2 σ)); checked with mpmath-free algebra
+    # far apart at tiny σ the half-plane distance grows like 2√2 ln(Δμ/(√2 σ))
     d = fam.normal().distance(np.array([0.0, 1e-150]), np.array([1.0, 1e-150]))
     assert d == pytest.approx(2 * np.sqrt(2) * np.log(1 / (np.sqrt(2) * 1e-150)), rel=1e-12)
 

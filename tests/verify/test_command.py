@@ -17,6 +17,11 @@ app = typer.Typer()
 app.command()(verify)
 
 
+class Clumsy(torch.optim.Optimizer):
+    def step(self, closure=None):
+        raise RuntimeError("two left hands")
+
+
 def call(*arguments):
     return CliRunner().invoke(app, list(arguments))
 
@@ -106,6 +111,9 @@ def test_optimizers_that_need_a_closure_are_run():
         ("math:pi", "callable"),
         ("torch.nn:Linear", "no torch Optimizer"),
         ("builtins:id", "returned int"),
+        ("builtins:range", "no torch Optimizer"),
+        (lambda model: torch.optim.SGD(model.parameters(), lr=-1.0), "factory failed .*learning rate"),
+        (lambda model: Clumsy(model.parameters(), {}), "step failed .*left hands"),
     ],
 )
 def test_bad_factories_are_refused(factory, words):

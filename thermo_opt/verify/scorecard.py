@@ -127,7 +127,10 @@ def _run(make: Factory, seed: int, steps: int, scale: float) -> _Run:
     with torch.no_grad():
         next(model.parameters()).div_(scale)
     witness = copy.deepcopy(model)  # measurements run on a copy, which no optimizer has attached hooks to
-    optimizer = make(model)
+    try:
+        optimizer = make(model)
+    except Exception as error:  # whatever the user's code raises is about the user's code
+        raise InputError(f"the optimizer factory failed on a small nn.Sequential: {error}") from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InputError(f"the optimizer factory returned {type(optimizer).__name__}; it must return a torch Optimizer")
 
@@ -143,10 +146,7 @@ def _run(make: Factory, seed: int, steps: int, scale: float) -> _Run:
         before = flat(model.parameters())
         losses.append(float(loss().detach()))
         g = flat(p.grad for p in model.parameters() if p.grad is not None)
-        try:
-            optimizer.step()
-        except TypeError:  # LBFGS and others that need to evaluate the loss again
-            optimizer.step(lambda: float(loss().detach()))
+        _step(optimizer, lambda: float(loss().detach()))
         step = flat(model.parameters()) - before
         with np.errstate(over="ignore", invalid="ignore"):
             rows.append((float(step @ matrix @ step), float(-g @ step), float(g @ np.linalg.solve(matrix, g))))
@@ -159,6 +159,17 @@ def _run(make: Factory, seed: int, steps: int, scale: float) -> _Run:
     else:
         losses.append(float(loss().detach()))
     return _Run(rows, np.array(losses), np.array(costs), predictions[0], predictions[-1])
+
+
+def _step(optimizer: torch.optim.Optimizer, closure: Callable[[], float]) -> None:
+    needs = inspect.signature(optimizer.step).parameters.get("closure")
+    try:
+        if needs is not None and needs.default is inspect.Parameter.empty:  # LBFGS and its like
+            optimizer.step(closure)
+        else:
+            optimizer.step()
+    except Exception as error:  # whatever the user's code raises is about the user's code
+        raise InputError(f"the optimizer's step failed on a small nn.Sequential: {error}") from error
 
 
 def _predict(model: nn.Module, x: torch.Tensor) -> Array:
@@ -180,11 +191,12 @@ def _resolve(factory: str | Factory) -> tuple[str, Factory]:
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())  # as for `python -m`: a factory in the present folder is found
         try:
-            made = getattr(importlib.import_module(module), name)
-        except ImportError as error:
+            home = importlib.import_module(module)
+        except Exception as error:  # also what the module raises while it is imported
             raise InputError(f"--optimizer {factory!r} can't be imported ({error}); check the module's name") from None
-        except AttributeError:
-            raise InputError(f"--optimizer {factory!r}: {module} has no {name!r}; check the factory's name") from None
+        if not hasattr(home, name):
+            raise InputError(f"--optimizer {factory!r}: {module} has no {name!r}; check the factory's name")
+        made = getattr(home, name)
     if not callable(made):
         raise InputError(f"--optimizer {factory!r} is no factory: it must be callable with a model")
     if inspect.isclass(made):

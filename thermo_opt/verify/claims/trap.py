@@ -14,7 +14,10 @@ TRAJECTORIES = 100_000
 
 
 def dragging(use: Ingredients, rng: np.random.Generator) -> list[Check]:
-    """Dragging a unit trap by λ in time t costs λ²/(t+2) at best, (λ/t)²(t + e^{−t} − 1) at constant speed (§10)."""
+    """Dragging a unit trap by λ in time t costs λ²/(t+2) at best, (λ/t)²(t + e^{−t} − 1) at constant speed (§10).
+
+    A simulated mean lies beyond three standard errors for one seed in 370, even though the formula is right.
+    """
     checks = []
     for t in (0.1, 1.0, 10.0):
         distance = 2 * np.sqrt(t + 2)  # least work 4 k_BT, whatever t
