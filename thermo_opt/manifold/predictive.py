@@ -134,7 +134,7 @@ def _embed_categorical(f: NDArray[Any], y: NDArray[Any] | None, kind: str, ignor
         if kind == "logits":
             np.multiply(rows[part], 0.5, out=z)
             # Shifting by the row's maximum is only needed where exp could overflow, and costs more than the exp.
-            if not (-_SAFE < z.min() and z.max() < _SAFE):
+            if z.min() <= -_SAFE or z.max() >= _SAFE:
                 with np.errstate(invalid="ignore"):
                     z -= z.max(axis=1, keepdims=True)
             shifted_y = None if y is None else z[np.arange(len(z)), y[part]]
