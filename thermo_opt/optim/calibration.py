@@ -1,4 +1,4 @@
-"""Calibration: budgets in realised nats (THEORY §7, "calibrated budget").
+"""Calibration: budgets in realised nats, and the guard that keeps them there (THEORY §7, "calibrated budget").
 
 An approximate Fisher F̃ misjudges a step's KL by a factor that drifts slowly. The calibrated metric is κF̃, and κ follows the
 ratio of realised to predicted KL, measured now and then on the step's own minibatch.
@@ -13,32 +13,55 @@ RISE, FALL = 11.0, 0.6
 """Largest and smallest ratio of realised to predicted KL that one measurement may report to κ: underestimated cost is dangerous
 and believed at once, overestimated cost is only slow and believed by and by."""
 
+JUMP = 2.0
+"""A Δ this many times its running mean says that the gradient has left what the curvature was estimated on."""
+
+BREACH = 3.0
+"""A realised KL this many times the predicted one says that the curvature is out of date."""
+
 
 @dataclass
 class Calibration:
-    """The scale κ of the metric, and when to measure.
+    """The scale κ of the metric, when to measure, and when to distrust.
 
-    Measured on each of the first ``warmup`` steps and on every ``every``-th later. κ moves by the measured ratio to the power
-    ``gain``, so that noise of one minibatch is averaged over a few measurements.
+    Measured at every step at first, then at intervals that grow with the step up to ``every``, and whenever Δ jumps. κ moves by the
+    measured ratio to the power ``gain``, so that noise of one minibatch is averaged over a few measurements.
     """
 
     every: int = 10
     warmup: int = 30
     gain: float = 0.5
     kappa: float = 1.0
+    usual: float = 0.0
+    last: int = -1
+    breached: bool = False
 
     def due(self, step: int) -> bool:
-        """Whether the realised KL of this step (0, 1, 2, …) is to be measured."""
-        return step < self.warmup or step % self.every == 0
+        """Whether the schedule asks for a measurement at this step (0, 1, 2, …)."""
+        interval = min(max(2 * step // self.warmup, 1), self.every)
+        return step < self.warmup or step - self.last >= interval
 
-    def observe(self, predicted: float, realised: float) -> None:
-        """Correct κ from one step's predicted and realised KL (nats)."""
-        if predicted > 0:
-            ratio = min(max(realised / predicted, FALL), RISE)
-            self.kappa *= ratio**self.gain
+    def wanted(self, step: int, delta: float) -> bool:
+        """Whether to measure this step: its turn has come, or its Δ (in the uncalibrated metric) stands out."""
+        self.breached = False
+        jumped = self.usual > 0 and delta > JUMP * self.usual
+        self.usual = delta if self.usual == 0 else 0.9 * self.usual + 0.1 * min(delta, JUMP * self.usual)
+        return jumped or self.due(step)
+
+    def observe(self, step: int, predicted: float, realised: float) -> None:
+        """Take one step's predicted and realised KL (nats). Only steps measured in turn correct κ: those measured for a jump of Δ
+        are not typical, and say whether the curvature is out of date."""
+        ratio = realised / predicted
+        if self.due(step):
+            self.kappa *= min(max(ratio, FALL), RISE) ** self.gain
+            self.last = step
+        self.breached = ratio > BREACH
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kappa": self.kappa}
+        """κ, the running mean of Δ and what the last measurement said."""
+        return {"kappa": self.kappa, "usual": self.usual, "last": self.last, "breached": self.breached}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.kappa = float(state["kappa"])
+        """Restore what `state_dict` gave."""
+        self.kappa, self.usual = float(state["kappa"]), float(state["usual"])
+        self.last, self.breached = int(state["last"]), bool(state["breached"])

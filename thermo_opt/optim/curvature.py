@@ -63,8 +63,8 @@ class Curvature(ABC):
         """Whether the coming step needs to see the model's passes."""
         return self.needs_forward
 
-    def arm(self, step: int) -> None:
-        """Prepare for the forward and backward passes of this step (0, 1, 2, …)."""
+    def arm(self, step: int, urgent: bool = False) -> None:
+        """Prepare for the forward and backward passes of this step (0, 1, 2, …); ``urgent``: refresh everything in it."""
         return
 
     @abstractmethod

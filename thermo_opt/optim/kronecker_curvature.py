@@ -98,7 +98,7 @@ class KroneckerCurvature(Curvature):
                 stacklevel=4,
             )
         self._handles: list[RemovableHandle] = []
-        self._offset = 0
+        self._offset, self._urgent = 0, False
         self._limit: int | None = _UNKNOWN
         self._directions: list[tuple[Unit, Tensor, Tensor | None]] = []
         self._recipe = Recipe(0.0, [], [], False)
@@ -111,14 +111,16 @@ class KroneckerCurvature(Curvature):
     def due(self, step: int) -> list[int]:
         """Numbers of the units whose turn it is; one that has no curvature yet always has its turn."""
         count = len(self.units)
-        return [i for i, u in enumerate(self.units) if u.solver is None or self.schedule.due(step, i, count)]
+        return [
+            i for i, u in enumerate(self.units) if self._urgent or u.solver is None or self.schedule.due(step, i, count)
+        ]
 
     @property
     def hooked(self) -> bool:
         return bool(self.due(self._offset))
 
-    def arm(self, step: int) -> None:
-        self._offset = step
+    def arm(self, step: int, urgent: bool = False) -> None:
+        self._offset, self._urgent = step, urgent
         if not self.sampled:
             self._attach(self.due(step))
 

@@ -181,6 +181,7 @@ class NGDT(Optimizer):
         if isinstance(self.likelihood, Categorical):
             checks.mean_loss(passes, scale)
         step = self.steps
+        self._observer.disarm()  # the metric runs the model too
         damping = at(self.damping, step, "damping", zero=True)
         self.curvature.update(step, gradients, passes[-1] if passes else None, terms / scale**2, damping)
         lengths = self.curvature.direction(gradients, self._recipe())
@@ -228,10 +229,11 @@ class NGDT(Optimizer):
         slope = sum(lengths.decrease)
         budget = self.regulator.budget_at(step)
         realised, shortened = None, 1.0
-        if self.calibration is not None and self.calibration.due(step) and passes and predicted > 0:
+        calibration = self.calibration
+        if calibration is not None and calibration.wanted(step, delta) and passes and predicted > 0:
             realised = self._realised(passes[-1])
             if math.isfinite(realised):
-                self.calibration.observe(predicted, realised)
+                calibration.observe(step, predicted, realised)
             limit = None if budget is None else budget * self._rate**2
             if limit is not None and not realised <= limit:
                 shortened = max(math.sqrt(limit / realised), 0.1) if math.isfinite(realised) else 0.0
@@ -277,7 +279,7 @@ class NGDT(Optimizer):
 
     def _arm(self) -> None:
         self._observer.clear()
-        self.curvature.arm(self.steps)
+        self.curvature.arm(self.steps, self.calibration is not None and self.calibration.breached)
         measuring = self.calibration is not None and self.calibration.due(self.steps)
         wanted = measuring or self.curvature.hooked
         if wanted or not self.compiled:

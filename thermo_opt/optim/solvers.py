@@ -134,9 +134,9 @@ class KroneckerInverse:
         compute: bool = True,
     ) -> None:
         on_a, on_g = damping_split(A, G, damping)
-        last_a, last_g = (None, None) if last is None else last.sides
-        self.sides = Side(A, on_a, last_a, compute), Side(G, on_g, last_g, compute)
-        self.A, self.G = self.sides
+        last_a, last_g = (None, None) if last is None else (last.A, last.G)
+        self.A: Side = Side(A, on_a, last_a, compute)
+        self.G: Side = Side(G, on_g, last_g, compute)
         self.notes = [f"A: {n}" for n in self.A.notes] + [f"G: {n}" for n in self.G.notes]
 
     def solve(self, v: Tensor) -> Tensor:
