@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -141,11 +141,6 @@ def axpy(alpha: float, x: Sequence[Tensor], y: Sequence[Tensor]) -> list[Tensor]
     return [b + alpha * a for a, b in zip(x, y, strict=True)]
 
 
-def scale(alpha: float, x: Sequence[Tensor]) -> list[Tensor]:
-    """αx as new tensors."""
-    return [alpha * a for a in x]
-
-
 def flatten(v: Sequence[Tensor]) -> Tensor:
     """One vector (P,) from a list of tensors."""
     return torch.cat([t.reshape(-1) for t in v])
@@ -155,7 +150,3 @@ def unflatten(x: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     """The list of tensors of these shapes that `flatten` would make into x (views of x)."""
     sizes = [math.prod(shape) for shape in shapes]
     return [part.view(tuple(shape)) for part, shape in zip(x.split(sizes), shapes, strict=True)]
-
-
-Operator = Callable[[Sequence[Tensor]], list[Tensor]]
-"""A linear map on lists of tensors."""
