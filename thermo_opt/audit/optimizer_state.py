@@ -87,7 +87,10 @@ def _walk(
 ) -> tuple[list[StepScalars], float]:
     """Scalars of each interval up to the first that isn't finite, and the norm D of the path developed so far."""
     position = dict(start)
-    developed = {name: torch.zeros(t.shape, dtype=torch.float32) for name, t in position.items()}
+    developed = {
+        name: torch.zeros(t.shape, dtype=torch.float64 if t.dtype == torch.float64 else torch.float32)
+        for name, t in position.items()
+    }
     found: list[StepScalars] = []
     with ThreadPoolExecutor() as pool:
         for snapshot in snapshots[1:]:
@@ -122,7 +125,6 @@ def _step(
             bias2=bias2,
             batch_size=batch_size,
             developed=developed[name],
-            own=False,
         )
         position[name] = after
         return scalars

@@ -8,7 +8,6 @@ nats.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from thermo_opt.errors import InputError
 from thermo_opt.fisher.diagonal import DiagonalMetric
 
-CHUNK = 32_768
+CHUNK = 65_536
 """Elements handled at a time by `step_scalars`: its few work arrays stay in the processor's second-level cache."""
 
 
@@ -27,32 +26,34 @@ class StepScalars(NamedTuple):
     """Sums over some parameters, in the metric F of the optimizer's state; add those of several tensors with `total`.
 
     ``a`` = Σ F δ², ``d`` = −Σ m̂ δ over all parameters, ``delta`` = Σ m̂²/F where F > 0, and ``null_decrease`` = the
-    part of d where F = 0 (free motion, of which the bound d² ≤ aΔ does not speak). ``cross`` = Σ m̂²/√v̂,
-    ``gradient`` = Σ m̂² and ``dual`` = Σ m̂²/v̂ give `adam_alignment`.
+    part of d where F = 0 (free motion, of which the bound d² ≤ aΔ does not speak).
     """
 
     a: float
     d: float
     delta: float
     null_decrease: float
-    cross: float
-    gradient: float
-    dual: float
-
-    @property
-    def adam_alignment(self) -> float | None:
-        """Alignment of Adam's own direction m̂/√v̂ with the natural gradient of diag(v̂), ``(Σ m²/√v)² / (Σ m² · Σ
-        m²/v)``.
-
-        In [0, 1]; None for m = 0, and where the sums were not asked for.
-        """
-        scale = self.gradient * self.dual
-        return self.cross**2 / scale if scale > 0 else None
 
 
 def total(parts: Sequence[StepScalars]) -> StepScalars:
     """The scalars of all tensors together: plain sums."""
     return StepScalars(*(float(np.sum(column)) for column in zip(*parts, strict=True)))
+
+
+def adam_alignment(m: Sequence[Tensor], v: Sequence[Tensor]) -> float | None:
+    """Alignment of Adam's own direction m/√v with the natural gradient of diag(v): ``(Σ m²/√v)² / (Σ m² · Σ m²/v)``.
+
+    ``m``, ``v``: lists of Adam's averages, raw or bias-corrected: the ratio is the same. In [0, 1]; None for m = 0.
+    Parameters with v = 0 have no direction and are left out of all but Σ m². THEORY §9.
+    """
+    cross = squares = dual = 0.0
+    for mean, second in zip(m, v, strict=True):
+        mean, second = mean.double(), second.double()
+        root = torch.where(second > 0, mean / second.sqrt(), 0.0)
+        cross += float((mean * root).sum())
+        squares += float(mean.square().sum())
+        dual += float(root.square().sum())
+    return cross**2 / (squares * dual) if squares * dual > 0 else None
 
 
 def diagonal_fisher(m: Tensor, v: Tensor, *, bias1: float, bias2: float, batch_size: int | None) -> Tensor:
@@ -77,82 +78,49 @@ def step_scalars(
     bias1: float,
     bias2: float,
     batch_size: int | None = None,
-    damping: float = 0.0,
     developed: Tensor | None = None,
-    own: bool = True,
 ) -> StepScalars:
-    """The scalars (a, d, Δ) of the step δ = θ₁ − θ₀ in F_λ = F + λI, for one parameter tensor, in one pass over its
-    memory.
+    """The scalars (a, d, Δ) of the step δ = θ₁ − θ₀ in the metric of Adam's averages, for one parameter tensor.
 
-    ``m``, ``v``: Adam's raw averages at θ₀, with bias corrections as in `diagonal_fisher`. ``developed``: a tensor
-    like theta0 that gains √F_λ∘δ in place; over a run its norm D is the straight line beside the length ℒ = Σ√a, and
-    D ≤ ℒ. CPU tensors. Relative error about 1e-7 (of Σ|m̂δ| for d): chunks in the tensors' precision, their sums in
-    float64. Cost: a few passes over cached chunks, about the time of streaming the five arrays from memory; no
-    allocation of their size. Additive over slices and tensors, and safe to call from several threads.
+    ``m``, ``v``: raw averages, with bias corrections as in `diagonal_fisher`. ``developed``: a tensor like theta0 that
+    gains √F∘δ in place; over a run its norm D is the straight line beside the length ℒ = Σ√a, and D ≤ ℒ. CPU tensors.
+    Relative error about 1e-7 (of Σ|m̂δ| for d): chunks in the tensors' precision, their sums in float64. One pass over
+    memory in cached chunks; no allocation of the tensors' size. Additive over slices and tensors, and safe to call from
+    several threads.
     """
     _check(theta0, theta1, m, v, developed, bias1, bias2, batch_size)
-    kind = np.float64 if theta0.dtype == torch.float64 else np.float32
-    arrays = [_flat(t) for t in (theta0, theta1, m, v)]
-    plain = batch_size is None and not damping
-    path = None if developed is None else _flat(developed).numpy()
-    buffers = np.empty((8, min(CHUNK, theta0.numel())), dtype=kind)
-    scale = kind(1.0 / bias2 if batch_size is None else batch_size / bias2)
-    mean_square = kind(0.0 if batch_size is None else (batch_size - 1) / bias1**2)
-    square = kind(1.0 / bias1**2)
-    a = d = null = over_f = over_v = over_root = squares = 0.0
-    with np.errstate(divide="ignore", invalid="ignore"):
-        for start in range(0, theta0.numel(), CHUNK):
-            stop = min(start + CHUNK, theta0.numel())
-            size = stop - start
-            before, after, mean, second = (_load(t, start, stop, buffers[i, :size]) for i, t in enumerate(arrays))
-            root, step, work, extra = buffers[4:, :size]
-            np.subtract(after, before, out=step)
-            np.multiply(second, scale, out=root)
-            if batch_size is not None:
-                np.multiply(mean, mean, out=work)
-                np.multiply(work, mean_square, out=extra)
-                np.subtract(root, extra, out=root)
-                np.multiply(work, square, out=work)
-                np.maximum(root, work, out=root)
-            if damping:
-                root += kind(damping)
-            np.sqrt(root, out=root)
-            np.multiply(root, step, out=work)
-            a += float(np.dot(work, work))
-            if path is not None:
-                path[start:stop] += work
-            d -= float(np.dot(mean, step))
-            norm, lost = _divide(mean, root, step, work)
-            over_f += norm
-            null -= lost
-            squares += float(np.dot(mean, mean))
-            if own and not plain:
-                np.sqrt(second, out=root)
-                norm, _ = _divide(mean, root, step, work)
-            over_v += norm
-            over_root += float(np.dot(mean, work))
-    # Without B and λ the metric is v̂ itself; otherwise the second division was by the raw average v.
-    corrected = 1.0 if plain else bias2
-    return StepScalars(
-        a=a,
-        d=d / bias1,
-        delta=over_f / bias1**2,
-        null_decrease=null / bias1,
-        cross=over_root * corrected**0.5 / bias1**2 if own or plain else math.nan,
-        gradient=squares / bias1**2,
-        dual=over_v * corrected / bias1**2 if own or plain else math.nan,
-    )
-
-
-def _divide(mean: np.ndarray, root: np.ndarray, step: np.ndarray, out: np.ndarray) -> tuple[float, float]:
-    """``out`` = mean/root, 0 where root = 0; its squared norm, and Σ mean·step over those places."""
-    np.divide(mean, root, out=out)
-    norm = float(np.dot(out, out))
-    if math.isfinite(norm):
-        return norm, 0.0
-    null = root == 0
-    out[null] = 0
-    return float(np.dot(out, out)), float(np.dot(mean[null], step[null]))
+    dtype = torch.float64 if theta0.dtype == torch.float64 else torch.float32
+    before, after, mean, second = (_flat(t) for t in (theta0, theta1, m, v))
+    path = None if developed is None else _flat(developed)
+    buffers = torch.empty(7, min(CHUNK, theta0.numel()), dtype=dtype)
+    tiny = torch.finfo(dtype).tiny
+    # F = scale · (max(v − signal·m², 0) + floor·m²): the fewest passes; scale and the biases are put in at the end.
+    scale = (1.0 if batch_size is None else batch_size) / bias2
+    signal, floor = bias2 / bias1**2, 1.0 / (scale * bias1**2)
+    a = d = delta = null = 0.0
+    for start in range(0, theta0.numel(), CHUNK):
+        part = slice(start, min(start + CHUNK, theta0.numel()))
+        size = part.stop - start
+        x0, x1, mk, vk = (_chunk(t, part, buffers[i, :size]) for i, t in enumerate((before, after, mean, second)))
+        root, step, work = buffers[4:, :size]
+        if batch_size is None:
+            torch.clamp(vk, min=tiny, out=root)
+        else:
+            torch.addcmul(vk, mk, mk, value=-signal, out=root).clamp_(min=tiny).addcmul_(mk, mk, value=floor)
+        root.sqrt_()
+        torch.sub(x1, x0, out=step)
+        d -= torch.dot(mk, step).item()
+        torch.mul(root, step, out=work)
+        a += torch.dot(work, work).item()
+        if path is not None:
+            path[part].add_(work, alpha=scale**0.5)
+        torch.div(mk, root, out=work)
+        if batch_size is None and float(vk.min()) == 0:  # free motion; with B known F ≥ m̂², so there is none
+            free = vk == 0
+            work[free] = 0
+            null -= torch.dot(mk[free], step[free]).item()
+        delta += torch.dot(work, work).item()
+    return StepScalars(a * scale, d / bias1, delta / (bias1**2 * scale), null / bias1)
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -162,15 +130,9 @@ def _flat(t: Tensor) -> Tensor:
     return flat.view(-1)
 
 
-def _load(t: Tensor, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
-    """A chunk as an array of the buffer's precision: a view where it has it already."""
-    piece = t[start:stop]
-    if piece.dtype in (torch.float32, torch.float64):
-        array: np.ndarray = piece.numpy()
-        if array.dtype == buffer.dtype:
-            return array
-    torch.from_numpy(buffer).copy_(piece)
-    return buffer
+def _chunk(t: Tensor, part: slice, buffer: Tensor) -> Tensor:
+    """A chunk in the buffer's precision: a view where it has it already."""
+    return t[part] if t.dtype == buffer.dtype else buffer.copy_(t[part])
 
 
 def _check(
@@ -186,8 +148,11 @@ def _check(
     for name, t in (("theta1", theta1), ("m", m), ("v", v), ("developed", developed)):
         if t is not None and t.shape != theta0.shape:
             raise InputError(f"{name} has shape {tuple(t.shape)} but theta0 has {tuple(theta0.shape)}")
-    if developed is not None and not (developed.is_contiguous() and developed.dtype in (torch.float32, torch.float64)):
-        raise InputError("developed must be a contiguous float32 or float64 tensor, for it is updated in place")
+    if developed is not None and not (
+        developed.is_contiguous()
+        and developed.dtype == (torch.float64 if theta0.dtype == torch.float64 else torch.float32)
+    ):
+        raise InputError("developed must be a contiguous tensor of the step's precision, for it is updated in place")
     for name, bias in (("bias1", bias1), ("bias2", bias2)):
         if not 0 < bias <= 1:
             raise InputError(f"{name} must be 1 − βᵗ in (0, 1], got {bias!r}; at step 0 there are no averages yet")
