@@ -75,13 +75,13 @@ def optimizer_state_speed(scratch: Path) -> dict[str, Any]:
     """(b): bytes per second of the lens over those of reading the same files into memory."""
     path = scratch / "state"
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 1024), nn.ReLU(), nn.Linear(1024, 1024))
+    model = nn.Sequential(nn.Linear(1024, 4096), nn.GELU(), nn.Linear(4096, 2048), nn.GELU(), nn.Linear(2048, 1024))
     optimizer = torch.optim.Adam(model.parameters(), 1e-4)
     x = torch.randn(16, 1024)
     with to.Recorder(
         path, model=model, optimizer=optimizer, probe=None, every=1, params=True, moments=True, batch_size=16
     ) as recorder:
-        for _ in range(6):
+        for _ in range(5):
             loss = model(x).square().mean()
             optimizer.zero_grad()
             loss.backward()
