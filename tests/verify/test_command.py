@@ -48,6 +48,21 @@ def test_table_and_page(tmp_path):
     assert "src=" not in text
 
 
+def test_overview_has_a_row_a_claim_and_details_what_fails(monkeypatch):
+    only = {name: claims.CLAIMS[name] for name in ("one-step", "decomposition")}
+    only["false"] = lambda use, rng: [equal("p", "two is three", 3.0, 2.0, 0.1)]
+    only["false"].__doc__ = "Two is three."
+    for name in list(claims.CLAIMS):
+        monkeypatch.delitem(claims.CLAIMS, name)
+    for name, claim in only.items():
+        monkeypatch.setitem(claims.CLAIMS, name, claim)
+    result = call()
+    assert result.exit_code == 1
+    assert "two is three" in result.stdout
+    assert "(L − L_min) after one step" not in result.stdout
+    assert "6 of 7 checks of 3 claims hold, seed 0." in result.stdout
+
+
 def test_a_failing_claim_exits_with_one(monkeypatch):
     monkeypatch.setitem(claims.CLAIMS, "one-step", lambda use, rng: [equal("p", "two is three", 3.0, 2.0, 0.1)])
     result = call("one-step")

@@ -61,6 +61,7 @@ def verify(
     if html is not None and not html.parent.is_dir():
         raise InputError(f"--html {html}: the folder {html.parent} does not exist")
     torch.set_num_threads(1)  # the problems are tiny: threads would only wait for each other
+    verdicts: list[Verdict] = []
     console = Console(stderr=True)
     with console.status("", spinner="line") as status:
         if optimizer is not None:
@@ -85,10 +86,25 @@ def verify(
         _write_page(html, sections, summary)
     if json:
         print(encoder.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
-    else:
+    elif claims or mutants or optimizer is not None:
         _print(sections, summary)
+    else:
+        _print(_overview(verdicts), summary)
     if failed:
         raise typer.Exit(1)
+
+
+def _overview(verdicts: list[Verdict]) -> list[Section]:
+    """One row a claim, then every comparison of the claims that don't hold."""
+    columns = [Column("claim"), Column("says"), Column("checks", True), Column("seconds", True), Column("verdict")]
+    rows, wrong = [], []
+    for claim in dict.fromkeys(v.claim for v in verdicts):
+        own = [v for v in verdicts if v.claim == claim]
+        worst = next((v.verdict for v in own if v.verdict != "holds"), "holds")
+        rows.append((claim, describe(claim), str(len(own)), f"{own[0].seconds:.1f}", worst))
+        wrong += own if worst != "holds" else []
+    text = "Name claims to see what each compared: thermo-opt verify CLAIM…"
+    return [Section("Claims", text, columns, rows), *_verdicts(wrong)]
 
 
 def _verdicts(verdicts: list[Verdict]) -> list[Section]:

@@ -111,6 +111,11 @@ def null_space(use: Ingredients, rng: np.random.Generator) -> list[Check]:
         equal(where, "Δ", 4.5, g @ natural, 1e-12),
         equal(where, "|P₀g − (0, 0, 3, 4)|", 0.0, np.abs(null - [0, 0, 3, 4]).max(), 1e-12),
     ]
+    step = -0.1 * natural - 0.2 * null
+    decrease = problem.loss(problem.start) - problem.loss(problem.start + step)
+    cost = step @ matrix @ step / 2
+    checks.append(equal(where, "½δᵀFδ of δ = −0.1F⁺g − 0.2P₀g: ½·0.1²Δ", 0.0225, cost, 1e-12))
+    checks.append(equal(where, "its decrease: 0.1Δ, and 0.2|P₀g|² for nothing", 5.45, decrease, 1e-12))
     for other in (pb.overparameterised_regression(), pb.deep_linear(), pb.softmax_table()):
         theta = other.sample(rng)
         f = other.fisher(theta)
