@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from thermo_opt.runs import Run
 
 ELSEWHERE: dict[str, tuple[str, str]] = {
+    "pareto": ("thermo_opt.pareto_command:command", "Draw what runs took, in time and dissipation, to reach a loss."),
     "verify": ("thermo_opt.verify.command:verify", "Check the theory's claims on problems whose answers are known."),
 }
 """Commands defined in other modules: name → ("package.module:function", one-line help). Imported only when called."""

@@ -63,8 +63,7 @@ class Snapshot:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without loading it."""
-        self._require(name)
-        return self.contents.shapes[name]
+        return self._require(name)[name]
 
     def has_group(self, group: str) -> bool:
         """Whether there is any tensor in this group."""
@@ -72,14 +71,13 @@ class Snapshot:
 
     def load(self, name: str) -> Tensor:
         """The tensor ``name``, on the CPU, in the dtype in which it was recorded."""
-        self._require(name)
+        shape = self._require(name)[name]
         reference = self.first.contents.shapes.get(name) if self.first else None
-        if reference is not None and reference != self.contents.shapes[name]:
+        if reference is not None and reference != shape:
             assert self.first is not None
             raise InputError(
-                f"{self.path}: {name} has shape {self.contents.shapes[name]} at step {self.step} but {reference} at "
-                "step "
-                f"{self.first.step}; a run must keep one layout: audit the two parts as separate runs"
+                f"{self.path}: {name} has shape {shape} at step {self.step} but {reference} at step {self.first.step}; "
+                "a run must keep one layout: audit the two parts as separate runs"
             )
         return self.contents.load(name)
 
@@ -122,9 +120,12 @@ class Snapshot:
     def _group(self, group: str) -> list[str]:
         return [name for name in self.names() if name.startswith(group + "/")]
 
-    def _require(self, name: str) -> None:
-        if name not in self.contents.shapes:
+    def _require(self, name: str) -> Mapping[str, tuple[int, ...]]:
+        """All shapes, ``name``'s among them."""
+        shapes = self.contents.shapes
+        if name not in shapes:
             raise InputError(f"{self.path} has no {name}: {self.absent(name.split('/')[0])}")
+        return shapes
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_bytes
 from torch import Tensor
 
 from thermo_opt.errors import InputError
 
 _ROW = 1024
 """Words (8 bytes each) in a row of `checksum`'s fold."""
+
+_SMALL = 1 << 18
+"""Bytes up to which a file is read whole: mapping costs more than copying it."""
 
 
 class TensorFile(Protocol):
@@ -59,20 +63,28 @@ def metadata_checksum(metadata: Mapping[str, str]) -> str:
 
 
 class SafetensorsFile:
-    """One safetensors file, mapped. Its sizes are checked on opening; each tensor, where the file carries checksums,
-    when loaded.
+    """One safetensors file, mapped (a small one is read whole, which is quicker). Its sizes are checked on opening; each
+    tensor, where the file carries checksums, when loaded.
 
     Raises `InputError` naming the file when it is missing, cut short or altered.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._held: dict[str, Tensor] | None = None
         try:
-            self._file = safe_open(path, framework="pt")
+            if path.stat().st_size <= _SMALL:
+                data = path.read_bytes()
+                self._held = load_bytes(data)
+                header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+                self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+                self.shapes = {name: tuple(self._held[name].shape) for name in sorted(header)}
+            else:
+                self._file = safe_open(path, framework="pt")
+                self.metadata = self._file.metadata() or {}
+                self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise _unreadable(path, error) from None
-        self.metadata: dict[str, str] = self._file.metadata() or {}
-        self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
         self._checksums: dict[str, str] | None = None
         if "checksums" in self.metadata:
             self._checksums = self._read_checksums()
@@ -93,7 +105,7 @@ class SafetensorsFile:
         if name not in self.shapes:
             raise InputError(f"{self.path} has no tensor {name!r}; it has {_some(self.shapes)}")
         try:
-            tensor = self._file.get_tensor(name)
+            tensor = self._file.get_tensor(name) if self._held is None else self._held[name].clone()
         except (SafetensorError, OSError, RuntimeError) as error:
             raise _unreadable(self.path, error) from None
         if self._checksums is not None and checksum(tensor) != self._checksums[name]:
