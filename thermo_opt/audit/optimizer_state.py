@@ -17,8 +17,7 @@ from torch import Tensor
 from thermo_opt.audit.summary import Seen
 from thermo_opt.audit.view import Unsupported, View
 from thermo_opt.errors import InputError
-from thermo_opt.fisher.metric import norm
-from thermo_opt.fisher.optimizer_state import StepScalars, step_scalars, total
+from thermo_opt.fisher.optimizer_state import CHUNK, StepScalars, step_scalars, total
 from thermo_opt.runs.run import Snapshot
 
 
@@ -100,7 +99,9 @@ def _walk(
             found.append(scalars)
             if advance is not None:
                 advance(1)
-    return found, norm(list(developed.values()))
+    # dot products of cached chunks, summed in float64: no copy of the path in higher precision
+    squared = sum(torch.dot(c, c).item() for t in developed.values() for c in t.view(-1).split(CHUNK))
+    return found, squared**0.5
 
 
 def _step(
