@@ -9,9 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-RISE, FALL = 11.0, 0.6
-"""Largest and smallest ratio of realised to predicted KL that one measurement may report to κ: underestimated cost is dangerous
-and believed at once, overestimated cost is only slow and believed by and by."""
+RISE = 11.0
+"""Largest ratio of realised to predicted KL that a measurement in the warm-up reports to κ, which starts far too low."""
+
+BAND = 2.0
+"""Later measurements report ratios between 1/BAND and BAND, so that κ settles where half of the steps spend more than predicted."""
+
+EXCESS = 1.25
+"""A measured step that spends more than this many times its budget is shortened to it."""
 
 JUMP = 2.0
 """A Δ this many times its running mean says that the gradient has left what the curvature was estimated on."""
@@ -53,7 +58,8 @@ class Calibration:
         are not typical, and say whether the curvature is out of date."""
         ratio = realised / predicted
         if self.due(step):
-            self.kappa *= min(max(ratio, FALL), RISE) ** self.gain
+            top = RISE if step < self.warmup else BAND
+            self.kappa *= min(max(ratio, 1 / BAND), top) ** self.gain
             self.last = step
         self.breached = ratio > BREACH
 

@@ -16,7 +16,7 @@ from thermo_opt.errors import InputError
 from thermo_opt.fisher.likelihoods import Categorical, Likelihood
 from thermo_opt.fisher.likelihoods import likelihood as named_likelihood
 from thermo_opt.optim import checks
-from thermo_opt.optim.calibration import Calibration
+from thermo_opt.optim.calibration import EXCESS, Calibration
 from thermo_opt.optim.compiled import Compiled
 from thermo_opt.optim.curvature import BatchCurvature, Curvature, Lengths, Recipe
 from thermo_opt.optim.distributed import Processes
@@ -235,7 +235,7 @@ class NGDT(Optimizer):
             if math.isfinite(realised):
                 calibration.observe(step, predicted, realised)
             limit = None if budget is None else budget * self._rate**2
-            if limit is not None and not realised <= limit:
+            if limit is not None and not realised <= EXCESS * limit:
                 shortened = max(math.sqrt(limit / realised), 0.1) if math.isfinite(realised) else 0.0
                 self.curvature.apply([-(1 - shortened) * size for size in sizes], -(1 - shortened) * null_size)
                 realised = realised * shortened**2 if math.isfinite(realised) else None

@@ -134,15 +134,14 @@ class Forward:
     def again(self, model: nn.Module, predictions: int | None) -> tuple[Tensor, Tensor]:
         """(old outputs, outputs of ``model`` now) on about ``predictions`` predictions of evenly spaced examples (None: all).
 
-        At most a quarter of the examples (but 8), for the sake of cost. A model that mixes examples is always run on all of them,
-        with the same random draws.
+        A model that mixes examples is always run on all of them, with the same random draws.
         """
         args: Any = self.args
         kwargs, old, count = self.kwargs, self.outputs, self.examples
         mixed = mixes_examples(model)
         if predictions is not None and not mixed and old.dim() > 1:
             each = max(old[0, ..., 0].numel(), 1)
-            stride = max(count // max(min(-(-count // 4), -(-predictions // each)), 8), 1)
+            stride = max(count // max(-(-predictions // each), 8), 1)
 
             def rows(t: Tensor) -> Tensor:
                 return t[::stride] if t.dim() and t.shape[0] == count else t
