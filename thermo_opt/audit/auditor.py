@@ -66,7 +66,7 @@ def audit(
     if len(run.snapshots) < 2:
         raise InputError(
             f"{run.path}: a path needs at least two snapshots and this run has {len(run.snapshots)}: "
-            "record more often (every=)"
+            "record or save checkpoints more often"
         )
     given = probe if isinstance(probe, Probe) or probe is None else load_probe(probe)
     view = View(run, clock, stride, model, given, batch_size, steps, jobs, quadrature, damping, device, progress)
@@ -103,7 +103,7 @@ def _spread(count: int) -> list[int] | None:
 
 
 def _lenses(lens: str | Sequence[str] | None) -> Sequence[str]:
-    wanted = LENSES if lens is None else [lens] if isinstance(lens, str) else list(lens)
+    wanted = LENSES if lens is None else [lens] if isinstance(lens, str) else list(dict.fromkeys(lens))
     for name in wanted:
         if name not in LENSES:
             raise InputError(f"lens {name!r} is unknown: use one of {', '.join(LENSES)}")

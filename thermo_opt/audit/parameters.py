@@ -6,6 +6,7 @@ predictions on it. Dissipation is that of F; alignment compares a and Δ in one 
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,15 +25,18 @@ from thermo_opt.audit.summary import Seen
 from thermo_opt.audit.view import Unsupported, View
 from thermo_opt.audit.walk import squared_distance
 from thermo_opt.errors import InputError
+from thermo_opt.fisher.exact import JacobianMetric
 from thermo_opt.fisher.metric import dot
 from thermo_opt.manifold import embed
 from thermo_opt.runs import Probe, Run
-from thermo_opt.runs.probing import install
+from thermo_opt.runs.probing import install, predict
 
 Quadrature = Literal["start", "trapezoid"]
 _RELATIVE_DAMPING = 1e-3
 """λ over the Fisher's mean eigenvalue at the start, when the user gives none."""
 _TRACE_PROBES = 8
+_MOST_PRODUCTS = 60
+"""Fisher products after which Δ's bracket is taken as it is, if it hasn't reached 10 % before."""
 _WORTH_THREADS = 1e8
 """Examples times parameters below which a Fisher product runs on one thread."""
 
@@ -91,8 +95,8 @@ class ParameterLens:
             by_parameter=by_parameter.tolist(),
         )
 
-    def _metric(self, damping: float) -> fisher.Metric:
-        return fisher.make(
+    def _metric(self, damping: float) -> JacobianMetric:
+        metric = fisher.make(
             "exact",
             self.model,
             (self.probe.inputs, self.probe.targets),
@@ -101,18 +105,20 @@ class ParameterLens:
             sigma2=self.sigma2 if self.likelihood == "gaussian" else None,
             microbatch=self.microbatch,
         )
+        assert isinstance(metric, JacobianMetric)
+        return metric
 
     def _scalars(self, step: list[Tensor]) -> tuple[float, float, float, float, np.ndarray]:
         """(a, d, Δ_λ lower, Δ_λ upper, a by parameter) at the weights the model holds now."""
         metric = self._metric(self.damping)
-        gradient = metric.predictor.loss_and_gradient()[1]  # type: ignore[attr-defined]
+        gradient = metric.predictor.loss_and_gradient()[1]
         product = metric.matvec(step)
         parts = np.array([dot([v], [fv]) - self.damping * dot([v], [v]) for v, fv in zip(step, product, strict=True)])
-        bracket = metric.dual_norm(gradient)
+        bracket = metric.gradient_norm(max_iterations=_MOST_PRODUCTS)
         return float(parts.sum()), -dot(gradient, step), bracket.lower, bracket.upper, parts
 
     def _finite(self, index: int) -> bool:
-        return all(bool(torch.isfinite(t).all()) for t in self.run.snapshots[index].load_group("params").values())
+        return all(bool(torch.isfinite(t.double()).all()) for t in self.run.snapshots[index].load_group("params").values())
 
     def _state(self, index: int) -> tuple[list[Tensor], float, Tensor]:
         """Install snapshot ``index``; its trainable weights, probe loss and outputs."""
@@ -155,19 +161,25 @@ def look_at_parameters(view: View) -> Seen:
         raise Unsupported("it holds no weights: record them with params=True")
     if probe is None or probe.inputs is None or probe.targets is None:
         raise Unsupported("the parameter lens needs a probe with inputs and targets: give --probe")
-    targets = probe.targets
-    model = view.model().to(device=view.device, dtype=torch.float64).eval()
     likelihood, notes = view.likelihood
+    targets = probe.targets
+    if likelihood == "categorical" and bool((targets.double() == targets.long()).all()):
+        targets = targets.long()  # class numbers that a file kept as floating-point or boolean
+    model = copy.deepcopy(view.model()).to(device=view.device, dtype=torch.float64).eval()
     inputs = _map(probe.inputs, lambda t: t.double() if t.is_floating_point() else t)
     probe = Probe(_map(inputs, lambda t: t.to(view.device)), targets, probe.fingerprint)
     lens = ParameterLens(run, model, probe, likelihood, view.sigma2, 0.0, view.quadrature, None)
-    install(model, run.snapshots[view.indices[0]], run.info.tied)
+    first_snapshot = run.snapshots[view.indices[0]]
+    if not lens._finite(view.indices[0]):
+        raise InputError(f"{first_snapshot.path}: weights are NaN or infinite at step {first_snapshot.step}, the first")
+    install(model, first_snapshot, run.info.tied)
+    predict(model, _map(probe.inputs, lambda t: t[:1]))  # refuses inputs that the model can't take
     lens.microbatch = _microbatch(model, probe)
     pairs = list(zip(view.indices[:-1], view.indices[1:], strict=True))
     chosen = _subset(len(pairs), view.intervals)
     if view.damping is not None:
         lens.damping = view.damping
-    elif lens._finite(pairs[0][0]):
+    else:
         lens.damping = _RELATIVE_DAMPING * lens.mean_eigenvalue(pairs[0][0])
     with _threads(model, targets.shape[0]):
         seen = _finite_intervals(lens, [pairs[k] for k in chosen], view)
@@ -227,7 +239,7 @@ def _finite_intervals(lens: ParameterLens, pairs: Sequence[tuple[int, int]], vie
     if view.jobs == 1:
         intervals: Iterator[Interval | None] = (lens.interval(i, j) for i, j in pairs)
     else:
-        intervals = Parallel(n_jobs=view.jobs, return_as="generator")(delayed(lens.interval)(i, j) for i, j in pairs)
+        intervals = Parallel(n_jobs=min(view.jobs, len(pairs)), return_as="generator")(delayed(lens.interval)(i, j) for i, j in pairs)
     seen: list[Interval] = []
     for interval in intervals:
         if interval is None:
@@ -263,7 +275,7 @@ def _subset(count: int, intervals: slice | Sequence[int] | None) -> list[int]:
     chosen = range(count)[intervals] if isinstance(intervals, slice) else sorted(set(intervals))
     kept = [k for k in chosen if 0 <= k < count]
     if not kept or len(kept) != len(chosen):
-        raise Unsupported(f"--steps selects intervals outside 0 … {count - 1}: choose among those")
+        raise InputError(f"--steps selects none of the intervals 0 … {count - 1}, or others too: choose among those")
     return kept
 
 

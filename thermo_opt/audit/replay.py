@@ -6,10 +6,10 @@ this package's own demo models, or from the `transformers` library by the class 
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from thermo_opt.errors import InputError
 from thermo_opt.manifold import Point, embed
 from thermo_opt.runs import Probe, Run
 from thermo_opt.runs.probing import install, predict
+from thermo_opt.runs.readers.huggingface import model_from_config
 
 
 @dataclass
@@ -80,7 +81,14 @@ def targets_of(probe: Probe | None) -> np.ndarray | None:
 
 def _embed(outputs: Tensor, targets: np.ndarray | None, likelihood: str, sigma2: float, source: str) -> Point:
     values = outputs.detach()
-    array = (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()
+    if values.is_complex():
+        raise InputError(f"{source}: the outputs are complex numbers: record real logits or means")
+    array = (values.float() if values.is_floating_point() and values.dtype != torch.float64 else values).numpy()
+    if likelihood == "categorical" and (array.ndim < 2 or array.shape[-1] < 2):
+        raise InputError(
+            f"{source}: outputs of shape {tuple(array.shape)} aren't class logits, which have a row of two or more for "
+            "each example: name the run's likelihood, bernoulli or gaussian, in its run.json"
+        )
     try:
         return embed(array, targets, likelihood=likelihood, sigma2=sigma2)
     except InputError as error:
@@ -95,14 +103,14 @@ def build_model(run: Run, spec: str | nn.Module | None = None) -> nn.Module:
     other name found in a run directory is not imported. Raises InputError saying what is missing.
     """
     if isinstance(spec, nn.Module):
-        return spec
+        return copy.deepcopy(spec)  # the caller's own keeps its weights
     if spec is not None:
         return _call_factory(spec)
     recorded = run.info.model
     if recorded is not None and recorded.startswith("thermo_opt."):
         return _call_factory(recorded)
     if run.info.hf_config_path is not None:
-        return _from_transformers(run.info.hf_config_path)
+        return model_from_config(run.info.hf_config_path)
     hint = f"; the record names {recorded}, which is only imported on request" if recorded else ""
     raise InputError(f"{run.path}: the model is unknown{hint}: pass --model package.module:factory")
 
@@ -115,26 +123,14 @@ def _call_factory(spec: str) -> nn.Module:
         sys.path.insert(0, "")  # as `python -m` would: a factory in the user's working directory
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"--model {spec!r} can't be imported ({error})") from None
+    except (Exception, SystemExit) as error:  # the user's module may fail in any way
+        raise InputError(f"--model {spec!r} can't be imported ({type(error).__name__}: {error})") from None
     try:
         model = factory() if not isinstance(factory, nn.Module) else factory
-    except Exception as error:
-        raise InputError(f"--model {spec!r} failed when called without arguments ({error})") from error
+    except (Exception, SystemExit) as error:
+        raise InputError(
+            f"--model {spec!r} failed when called without arguments ({type(error).__name__}: {error})"
+        ) from error
     if not isinstance(model, nn.Module):
         raise InputError(f"--model {spec!r} returned {type(model).__name__}, not a torch.nn.Module")
-    return model
-
-
-def _from_transformers(config_path: Path) -> nn.Module:
-    try:
-        import transformers
-    except ImportError:
-        raise InputError(f"{config_path}: replay needs transformers: pip install 'thermo-opt[transformers]'") from None
-    config = transformers.AutoConfig.from_pretrained(str(config_path.parent), trust_remote_code=False)
-    names = getattr(config, "architectures", None) or []
-    architecture = getattr(transformers, names[0], None) if names else None
-    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
-        raise InputError(f"{config_path}: architecture {names} isn't one of transformers' own: pass --model")
-    model: nn.Module = architecture._from_config(config)
     return model

@@ -11,6 +11,7 @@ import pandas as pd
 from thermo_opt import thermodynamics as td
 from thermo_opt.audit.results import Landmarks, LensAudit
 from thermo_opt.audit.start import Start
+from thermo_opt.errors import InputError
 
 
 @dataclass
@@ -47,6 +48,11 @@ class Seen:
 
 def lens_audit(seen: Seen, run: str, lens: str, clock: str) -> LensAudit:
     """The tidy table, summary and coarse curves of what a lens saw. Every figure is arithmetic of §2-5."""
+    for k in np.flatnonzero((seen.tau == 0) & (seen.a > 0)):
+        raise InputError(
+            f"{run}: clock {clock!r} stands still from step {seen.step[k]} to {seen.step_end[k]} while the run moves: "
+            "use another clock"
+        )
     q = td.dissipation(seen.a, seen.tau)
     parts = td.decompose(seen.a, seen.tau, seen.geodesic)
     a_alignment = seen.a if seen.a_alignment is None else seen.a_alignment

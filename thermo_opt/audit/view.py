@@ -52,6 +52,8 @@ class View:
         self.intervals = intervals
         if quadrature not in ("start", "trapezoid"):
             raise InputError(f"quadrature {quadrature!r} is unknown: use 'start' or 'trapezoid'")
+        if jobs == 0:
+            raise InputError("jobs must be a number of processes, or -1 for one a core, not 0")
         if damping is not None and not damping > 0:
             raise InputError(f"damping must be positive, not {damping}")
         self.quadrature, self.damping = quadrature, damping
@@ -86,10 +88,13 @@ class View:
 
     def tau(self, steps: np.ndarray) -> np.ndarray:
         """Durations of the intervals between these steps on the chosen clock."""
-        try:
-            return td.durations(self.run.clock_readings(self.clock, steps))
-        except ValueError as error:
-            raise InputError(f"{self.run.path}: clock {self.clock!r}: {error}") from None
+        readings = self.run.clock_readings(self.clock, steps)
+        for k in np.flatnonzero(np.diff(readings) < 0):
+            raise InputError(
+                f"{self.run.path}: clock {self.clock!r} runs backwards from step {steps[k]} to {steps[k + 1]}: correct "
+                "what the run logged, or use clock 'step'"
+            )
+        return td.durations(readings)
 
     def training_loss(self, steps: np.ndarray) -> np.ndarray:
         """The training loss logged last before or at these steps (nats), NaN where there is none yet."""

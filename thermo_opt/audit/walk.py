@@ -70,15 +70,15 @@ def walk(
     strides = [m for m in (1, 2, 4, 8, 16, 32, 64) if m <= max(1, intervals)][:widest]
     starts = range(0, intervals, _SEGMENT)
     parts: Iterator[Walk]
-    if jobs == 1:
+    if jobs == 1 or len(starts) == 1:
         parts = (_segment(source, indices, s, strides, marks, advance) for s in starts)
     else:
-        parts = Parallel(n_jobs=jobs, return_as="generator")(
+        parts = Parallel(n_jobs=min(jobs, len(starts)), return_as="generator")(
             delayed(_segment)(source, indices, s, strides, marks, None) for s in starts
         )
     total = Walk(chords={m: [] for m in strides})
     for part in parts:
-        if jobs != 1 and advance is not None:
+        if jobs != 1 and len(starts) > 1 and advance is not None:
             advance(len(part.loss))
         total.loss += part.loss if not total.loss else part.loss[1:]
         total.a += part.a
