@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import io
+import math
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
 ELSEWHERE: dict[str, tuple[str, str]] = {
     "pareto": ("thermo_opt.pareto_command:command", "Draw what runs took, in time and dissipation, to reach a loss."),
+    "sweep": ("thermo_opt.sweep.command:command", "Train over optimizers, settings and seeds, and draw the front."),
     "verify": ("thermo_opt.verify.command:verify", "Check the theory's claims on problems whose answers are known."),
 }
 """Commands defined in other modules: name → ("package.module:function", one-line help). Imported only when called."""
@@ -56,6 +60,7 @@ def audit(
     jobs: Jobs = 1,
 ) -> None:
     """Audit a recorded run: what its path dissipated, how much was unavoidable, where the rest went."""
+    _check_page(html, "--html")
     audits = _audits([run], format, _options(lens, clock, stride, model, probe, batch_size, steps, jobs))
     from thermo_opt.report import terminal
 
@@ -79,6 +84,7 @@ def compare(
     jobs: Jobs = 1,
 ) -> None:
     """Audit several runs and compare them, the most efficient first."""
+    _check_page(html, "--html")
     audits = _audits(runs, format, _options(lens, clock, stride, model, probe, batch_size, steps, jobs))
     _compare(audits, json, html)
 
@@ -99,8 +105,7 @@ def info(run: RunPath, json: Json = False, format: Format = None) -> None:
 
 def demo(output: Output = Path("report.html"), jobs: Jobs = 1) -> None:
     """Audit the recorded runs that come with thermo-opt, compare them, and write a report page."""
-    if output.exists() and not _is_report(output):
-        raise InputError(f"{output} exists and is no thermo-opt report: name another file with --output.")
+    _check_page(output, "--output")
     from thermo_opt import demo as recorded
     from thermo_opt.report.terminal import Bars
 
@@ -112,6 +117,10 @@ def demo(output: Output = Path("report.html"), jobs: Jobs = 1) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 done, 2 bad input (a sentence on stderr), 1 our bug."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a letter shows a question mark for it
+    warnings.showwarning = _warn
     try:
         _app(arguments)(args=arguments, prog_name="thermo-opt")
     except SystemExit as status:
@@ -244,7 +253,11 @@ def _finish(audits: list[Audit], json: bool, html: Path | None) -> None:
 def _facts(run: Run) -> dict[str, Any]:
     """What `info` says of a run; null where the record doesn't tell."""
     snapshots = run.snapshots
-    settings = {str(k): v for k, v in run.info.settings.items() if isinstance(v, int | float | str | bool)}
+    settings = {
+        str(key): value
+        for key, value in run.info.settings.items()
+        if isinstance(value, int | str) or (isinstance(value, float) and math.isfinite(value))
+    }
     parameters = run.info.parameters
     groups = {name.split("/")[0]: None for name in snapshots[0].names()} if len(snapshots) else {}
     return {
@@ -272,6 +285,16 @@ def _count(parameter: Any) -> int:
     return product
 
 
+def _check_page(path: Path | None, option: str) -> None:
+    """Refuse, before any work, a report page that can't be written or would replace a file of somebody's own."""
+    if path is None:
+        return
+    if path.exists() and not _is_report(path):
+        raise InputError(f"{path} exists and is no thermo-opt report: name another file with {option}.")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent}: no such folder: make it, or name another file with {option}.")
+
+
 def _is_report(path: Path) -> bool:
     if not path.is_file():
         return False
@@ -282,6 +305,11 @@ def _is_report(path: Path) -> bool:
 def _refuse(sentence: str) -> int:
     print(f"thermo-opt: {sentence}", file=sys.stderr)
     return 2
+
+
+def _warn(message: Warning | str, *_: object) -> None:
+    """A warning as a sentence on stderr, without the line of code that gave it."""
+    print(f"thermo-opt: {message}", file=sys.stderr)
 
 
 def _confess() -> int:

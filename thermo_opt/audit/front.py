@@ -116,11 +116,11 @@ class ParetoFront:
             found[str(group)] = points[hull(np.log(points[:, 0]), np.log(points[:, 1]))]
         return found
 
-    def plot(self, ax: Any = None) -> Any:
-        """Draw the front of the first target (see `thermo_opt.plots.pareto`); returns the Matplotlib Axes."""
+    def plot(self, ax: Any = None, target_loss: float | None = None) -> Any:
+        """Draw the front of a target, by default the first (see `thermo_opt.plots.pareto`); returns the Matplotlib Axes."""
         from thermo_opt.plots.front import pareto
 
-        return pareto(self, ax)
+        return pareto(self, ax, target_loss)
 
     def to_html(self, path: str | PathLike[str]) -> Path:
         """Write a one-file page with a figure a target and the table (opens offline) and return its path."""
