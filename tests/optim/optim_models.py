@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
+from pathlib import Path
+
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -66,9 +69,7 @@ def images() -> tuple[Tensor, Tensor]:
 
 def text() -> tuple[Tensor, Tensor]:
     """Next-character windows of the standard library's own words, letters folded into 32 codes."""
-    import textwrap
-
-    source = open(textwrap.__file__).read()
+    source = Path(textwrap.__file__).read_text()
     codes = torch.tensor([ord(c) % 32 for c in source])
     rows = codes[torch.arange(0, len(codes) - 17, 5)[:, None] + torch.arange(17)]
     return rows[:, :-1], rows[:, 1:]

@@ -145,7 +145,9 @@ def test_trajectory_is_the_same_in_any_linear_coordinates_of_a_layer(momentum: f
     plain = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     mixing = torch.randn(3, 3, dtype=torch.float64) + 2 * torch.eye(3, dtype=torch.float64)
     first = plain[0]
-    mixed = nn.Sequential(Mixed(first.weight.detach(), first.bias.detach(), mixing), nn.Tanh(), nn.Linear(4, 2)).double()
+    mixed = nn.Sequential(
+        Mixed(first.weight.detach(), first.bias.detach(), mixing), nn.Tanh(), nn.Linear(4, 2)
+    ).double()
     mixed[2].load_state_dict(plain[2].state_dict())
     outputs = []
     for model in (plain, mixed):
@@ -161,7 +163,9 @@ def test_trajectory_is_the_same_in_any_linear_coordinates_of_a_layer(momentum: f
     assert float((outputs[0] - plain(x).detach()).abs().max()) < 1e-12
 
 
-def _random_fisher(rng: np.random.Generator, size: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, np.ndarray, np.ndarray]:
+def _random_fisher(
+    rng: np.random.Generator, size: int, rank: int, dtype: torch.dtype
+) -> tuple[Tensor, np.ndarray, np.ndarray]:
     basis = np.linalg.qr(rng.standard_normal((size, size)))[0]
     values = np.zeros(size)
     values[:rank] = 10.0 ** rng.uniform(-16, 0, rank) * 10.0 ** rng.uniform(-3, 3)
@@ -191,10 +195,14 @@ def test_ten_thousand_rank_deficient_fishers() -> None:
         coordinates = basis.T @ null.double().numpy()
         exact = basis.T @ g.double().numpy()
         # Eigenvectors on the two sides of the threshold are told apart up to rounding over their distance to it.
-        slack = 50 * size * eps * values.max() / max(cut, 1e-300) * np.linalg.norm(exact) + 50 * eps if rank else 50 * eps
+        slack = (
+            50 * size * eps * values.max() / max(cut, 1e-300) * np.linalg.norm(exact) + 50 * eps if rank else 50 * eps
+        )
         slack = min(slack, 10.0)
         kept, lost = values > 100 * cut, values < 0.01 * cut if rank else np.ones(size, dtype=bool)
-        assert np.all(np.abs(coordinates[kept]) <= slack * cut / np.maximum(values[kept], 1e-300) + 1e-3 * slack + 50 * eps)
+        assert np.all(
+            np.abs(coordinates[kept]) <= slack * cut / np.maximum(values[kept], 1e-300) + 1e-3 * slack + 50 * eps
+        )
         if kept.sum() + lost.sum() == size:
             assert np.allclose(coordinates[lost], exact[lost], atol=slack)
             assert np.allclose(null.double() @ (g - null).double(), 0.0, atol=100 * eps * float(g @ g) + 1e-12)

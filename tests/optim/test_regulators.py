@@ -39,7 +39,7 @@ def test_schedules_are_functions_of_the_step() -> None:
     rule = Dissipation(budget=lambda k: 0.1 / (k + 1), eta_max=100.0)
     assert math.isclose(rule.step_size(2.0, 9), math.sqrt(0.01), rel_tol=1e-12)
     assert Fixed(lambda k: float(k + 1)).step_size(5.0, 2) == 3.0
-    with pytest.raises(InputError, match="budget must be a finite number > 0, got 0.0 at step 3"):
+    with pytest.raises(InputError, match=r"budget must be a finite number > 0, got .* at step 3"):
         Dissipation(budget=lambda k: 0.0 if k == 3 else 1.0).step_size(1.0, 3)
 
 

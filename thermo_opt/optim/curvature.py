@@ -147,6 +147,8 @@ class BatchCurvature(Curvature):
         g = [gradients[i] for i in self._order]
         decay = [recipe.decay[i] for i in self._order]
         self._null = None
+        if not all(bool(torch.isfinite(t).all()) for t in g):
+            return Lengths([math.nan], [math.nan], [math.nan])
         if recipe.null:
             g_range, self._null = metric.split(g)
             u = metric.solve(g_range)

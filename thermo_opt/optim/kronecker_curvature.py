@@ -185,7 +185,7 @@ class KroneckerCurvature(Curvature):
             unit.refresh(damping, compute=self.processes.mine(job))
         self.processes.hand_out([unit.shared() for unit in refreshed])
         for unit in refreshed:
-            unit.finish()
+            unit.finish(self.processes.average)
             self._measure(unit)
             if unit.solver is not None and unit.solver.notes:
                 self.failures += 1

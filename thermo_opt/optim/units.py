@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,8 @@ from thermo_opt.fisher.kronecker.placement import place_tied
 from thermo_opt.fisher.kronecker.rules import ConvRule
 from thermo_opt.fisher.spectral import Spectrum, default_rtol
 from thermo_opt.optim.solvers import DenseInverse, DiagonalInverse, KroneckerInverse, Solver, Spectral
+
+Average = Callable[[Sequence[Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,8 @@ class Unit(ABC):
         """Costly tensors of the last refresh, in place, for broadcasting."""
         return [] if self.solver is None else self.solver.cached()
 
-    def finish(self) -> None:
-        """Called after `shared` tensors have arrived."""
+    def finish(self, average: Average) -> None:
+        """Called after `shared` tensors have arrived; ``average`` replaces tensors by their means over processes."""
         return
 
     def discard(self) -> None:
@@ -150,7 +152,7 @@ class Unit(ABC):
         self.solver = None
         if state["ready"]:
             self.refresh(float(state["damping"]))
-            self.finish()
+            self.finish(lambda tensors: None)
         self.squared, self.crossed, self.decayed = (float(x) for x in state["lengths"])
 
 
@@ -456,7 +458,7 @@ class KroneckerUnit(LayerUnit):
         sides: list[Factor] = [f for f in (self._block.A, self._block.G) if not f.diagonal]
         return [t for f in sides for t in (f.spectrum.basis, f.spectrum.eigenvalues)]
 
-    def finish(self) -> None:
+    def finish(self, average: Average) -> None:
         if self._block is None:
             return
         block = self._block
@@ -468,7 +470,8 @@ class KroneckerUnit(LayerUnit):
                 new = projected_squares(side.layer, block, inputs, rows.unsqueeze(-2)).mul_(total / rows.shape[-2])
                 squares = new if squares is None else squares.add_(new)
             if squares is not None:
-                self.eigenvalues.add([squares.mul_(self._terms)], self.settings.decay)
+                average([squares.mul_(self._terms)])
+                self.eigenvalues.add([squares], self.settings.decay)
             side.samples = []
             if self.eigenvalues.value:
                 block = EigenvalueCorrectedBlock(block, self.eigenvalues.value[0])
