@@ -97,6 +97,20 @@ class KroneckerMetric(Metric):
         value = max(dot(g, self._solve(g)), 0.0)
         return Bracket(value, value)
 
+    def inverse_root(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """``F_λ^{-1/2} v`` for λ > 0, symmetric in v: what a certified preconditioner needs (`JacobianMetric.dual_norm`)."""
+        if self.damping == 0:
+            raise InputError("the inverse root needs damping > 0: the undamped metric may be singular")
+        roots = self._apply(
+            self._vector(v),
+            lambda block, x: block.unproject((block.eigenvalues + self.damping).rsqrt() * block.project(x)),
+        )
+        return self._own(roots)
+
+    def largest(self) -> float:
+        """The largest eigenvalue of F_λ, over all blocks."""
+        return max(float(placed.block.eigenvalues.max()) for placed in self.blocks) + self.damping
+
     def split(self, g: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         g = self._vector(g, "g")
         null = self._apply(g, lambda block, x: block.split(x, self.cut)[1])
