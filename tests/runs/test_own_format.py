@@ -132,6 +132,11 @@ def test_missing_empty_and_foreign_folders(tmp_path):
         ({"sigma2": 0}, "sigma2"),
         ({"batch_size": -3}, "batch_size"),
         ({"settings": "none"}, "settings"),
+        ({"name": 5}, "name"),
+        ({"batch_size": True}, "batch_size"),
+        ({"parameters": [1]}, "parameters"),
+        ({"parameters": [{"name": "a"}]}, "parameters"),
+        ({"parameters": [{"name": "a", "shape": ["x"]}]}, "parameters"),
     ],
 )
 def test_run_json_that_does_not_fit(copy, change, message):
@@ -141,7 +146,7 @@ def test_run_json_that_does_not_fit(copy, change, message):
         load_run(copy)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", "\xff"])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "\xff", pytest.param("[" * 10**5, id="deep")])
 def test_run_json_that_is_not_ours(copy, text):
     (copy / "run.json").write_text(text, encoding="latin-1")
     with pytest.raises(InputError, match=r"run\.json"):
@@ -194,6 +199,14 @@ def test_snapshots_named_wrongly_or_twice(copy):
     (copy / "snapshots/2.safetensors").rename(copy / "snapshots/best.safetensors")
     with pytest.raises(InputError, match=r"best\.safetensors"):
         load_run(copy)
+
+
+def test_hidden_files_are_none_of_ours(copy):
+    before = [snapshot.path for snapshot in load_run(copy).snapshots]
+    for name in ("._00000001.safetensors", ".DS_Store", "00000009.safetensors.partial"):
+        (copy / "snapshots" / name).write_bytes(b"\0")
+        (copy / name).write_bytes(b"\0")
+    assert [snapshot.path for snapshot in load_run(copy).snapshots] == before
 
 
 def test_a_layout_that_changes_is_named(copy):

@@ -246,9 +246,32 @@ def test_damage_is_named(copy):
         load_run(copy)
 
 
-def test_one_checkpoint_folder_is_not_a_run(copy):
+@pytest.mark.parametrize("format", ["huggingface", None])
+def test_one_checkpoint_folder_is_not_a_run(copy, format):
     with pytest.raises(InputError, match="folder that holds it"):
-        load_run(copy / "checkpoint-2", format="huggingface")
+        load_run(copy / "checkpoint-2", format=format)
+
+
+@pytest.mark.parametrize(
+    "change", [{"model_type": "no-such"}, {"architectures": [3]}, {"n_embd": "wide"}, {"n_embd": 33, "n_head": 2}]
+)
+def test_a_config_that_builds_nothing_is_named(copy, change):
+    for file in copy.glob("checkpoint-*/config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    run = load_run(copy)
+    assert run.snapshots[0].load_group("params")
+    with pytest.raises(InputError, match=r"config\.json.*--model"):
+        model_from_config(run.info.hf_config_path)
+
+
+def test_a_log_without_numbers_is_named_and_tokens_are_counted_from_the_row_before(copy):
+    state = copy / "checkpoint-6/trainer_state.json"
+    state.write_text(json.dumps({"log_history": [{"step": 1, "loss": "low"}]}))
+    with pytest.raises(InputError, match=r"trainer_state\.json: 'loss'"):
+        load_run(copy)
+    seen = [{"step": 1, "num_input_tokens_seen": 10}, {"step": 2}, {"step": 3, "num_input_tokens_seen": 40}]
+    state.write_text(json.dumps({"log_history": seen}))
+    assert load_run(copy).steps["tokens"].dropna().to_dict() == {1: 10.0, 3: 30.0}
 
 
 def test_probe_beside_the_checkpoints(copy):

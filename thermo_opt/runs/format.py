@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ PROBE_FILE = "probe.safetensors"
 SNAPSHOT_FOLDER = "snapshots"
 PARTIAL = ".partial"
 _NUMERIC = {"loss", "lr", "wall", "examples", "tokens"}
+_LAST_STEP = 10**15
+"""Whole numbers beyond this in a file's name are times of day or hashes, and differences of them lose digits."""
 
 
 def snapshot_path(run: Path, step: int) -> Path:
@@ -61,6 +63,11 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.close(folder)
 
 
+def visible(files: Iterable[Path]) -> Iterator[Path]:
+    """``files`` but for hidden ones, such as the ``._*`` files that macOS leaves on other systems' disks."""
+    return (file for file in files if not file.name.startswith("."))
+
+
 def remove_partial(folder: Path) -> None:
     """Remove what a killed `write_atomically` left in ``folder``."""
     for file in folder.glob("*" + PARTIAL):
@@ -79,7 +86,7 @@ def read_run_file(path: Path) -> dict[str, Any]:
     file = path / RUN_FILE
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} can't be read ({error}); restore it from a copy") from None
     if not isinstance(content, dict) or "schema_version" not in content:
         raise InputError(
@@ -118,15 +125,21 @@ def read_steps(file: Path) -> pd.DataFrame:
             raise InputError(f"{file}, line {number}: step {step} {how}; steps must increase: keep one line a step")
         rows.append(row)
         last = step
-    frame = pd.DataFrame(rows, columns=None if rows else ["step"]).set_index("step")
-    for column in _NUMERIC & set(frame.columns):
+    return with_numbers(pd.DataFrame(rows, columns=None if rows else ["step"]).set_index("step"), file)
+
+
+def with_numbers(curve: pd.DataFrame, file: Path) -> pd.DataFrame:
+    """A training curve with the columns an audit uses as float64; raises `InputError` naming ``file`` if one isn't
+    numeric.
+    """
+    for column in _NUMERIC & set(curve.columns):
         try:
-            frame[column] = pd.to_numeric(frame[column]).astype("float64")
+            curve[column] = pd.to_numeric(curve[column]).astype("float64")
         except (ValueError, TypeError):
             raise InputError(
                 f"{file}: {column!r} isn't a number on every line; correct or remove those lines"
             ) from None
-    return frame
+    return curve
 
 
 @dataclass
@@ -172,6 +185,10 @@ def link(snapshots: list[tuple[int, Path, Any]]) -> list[Snapshot]:
     number.
     """
     ordered = sorted(snapshots, key=lambda item: item[0])
+    if ordered and ordered[-1][0] > _LAST_STEP:
+        raise InputError(
+            f"{ordered[-1][1]}: {ordered[-1][0]} can't be a step number; name the file by its step, or remove it"
+        )
     for (step, path, _), (following, other, _) in itertools.pairwise(ordered):
         if step == following:
             raise InputError(f"{path} and {other} both hold step {step}; keep one of them")
@@ -191,7 +208,7 @@ def read_own(path: Path) -> Run:
     content = read_run_file(path)
     folder = path / SNAPSHOT_FOLDER
     found: list[tuple[int, Path, Any]] = []
-    for file in folder.glob("*.safetensors") if folder.is_dir() else ():
+    for file in visible(folder.glob("*.safetensors")) if folder.is_dir() else ():
         if not file.stem.isdecimal():
             raise InputError(
                 f"{file}: a snapshot's name must be its step number, like 00000010.safetensors; rename or remove it"
@@ -199,7 +216,7 @@ def read_own(path: Path) -> Run:
         found.append((int(file.stem), file, OwnSnapshot(file)))
     probe = path / PROBE_FILE
     return Run(
-        name=content.get("name") or path.resolve().name,
+        name=_checked(content, "name", str, path / RUN_FILE) or path.resolve().name,
         path=path,
         format="thermo-opt",
         info=_info(content, path / RUN_FILE),
@@ -209,12 +226,16 @@ def read_own(path: Path) -> Run:
     )
 
 
+def _checked(content: dict[str, Any], key: str, kind: type | tuple[type, ...], file: Path) -> Any:
+    value = content.get(key)
+    if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+        raise InputError(f"{file}: {key} is {value!r}; correct it")
+    return value
+
+
 def _info(content: dict[str, Any], file: Path) -> RunInfo:
     def checked(key: str, kind: type | tuple[type, ...]) -> Any:
-        value = content.get(key)
-        if value is not None and not isinstance(value, kind):
-            raise InputError(f"{file}: {key} is {value!r}; correct it")
-        return value
+        return _checked(content, key, kind, file)
 
     likelihood, clock = checked("likelihood", str), checked("clock", str)
     if likelihood is not None and likelihood not in LIKELIHOODS:
@@ -226,6 +247,15 @@ def _info(content: dict[str, Any], file: Path) -> RunInfo:
         raise InputError(f"{file}: sigma2 is {sigma2!r}; it must be positive")
     if batch_size is not None and batch_size < 1:
         raise InputError(f"{file}: batch_size is {batch_size!r}; it must be at least 1")
+    parameters = checked("parameters", list)
+    for parameter in parameters or ():
+        if not (
+            isinstance(parameter, dict)
+            and isinstance(parameter.get("name"), str)
+            and isinstance(shape := parameter.get("shape"), list)
+            and all(isinstance(size, int) for size in shape)
+        ):
+            raise InputError(f"{file}: parameters holds {parameter!r}; each needs a name and a shape: correct it")
     return RunInfo(
         optimizer=checked("optimizer", str),
         settings=checked("settings", dict) or {},
@@ -233,7 +263,7 @@ def _info(content: dict[str, Any], file: Path) -> RunInfo:
         likelihood=likelihood,
         sigma2=sigma2,
         batch_size=batch_size,
-        parameters=checked("parameters", list),
+        parameters=parameters,
         tied=checked("tied", dict) or {},
         probe_fingerprint=checked("probe_fingerprint", str),
         model=checked("model", str),

@@ -129,7 +129,7 @@ def _nested(cell: object) -> object:
 
 def _tensor(array: np.ndarray, path: Path, name: str) -> Tensor:
     try:
-        return torch.from_numpy(np.ascontiguousarray(array))
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
     except TypeError:
         raise InputError(
             f"{path}: {name!r} isn't a rectangular numeric array ({array.dtype}); make all rows the same shape"

@@ -6,7 +6,7 @@ Used while recording (the training must be bit-identical to an unrecorded one) a
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -80,7 +80,9 @@ def predict(model: nn.Module, inputs: Inputs, batch_size: int = 256) -> Tensor:
             batch = _rows(inputs, slice(start, start + batch_size), device)
             try:
                 outputs = outputs_of(_call(model, batch))
-            except (RuntimeError, IndexError, TypeError) as error:
+            except InputError:
+                raise
+            except Exception as error:  # whatever a model raises on inputs it wasn't made for
                 raise InputError(
                     f"probe: the model can't be evaluated on its inputs ({_first_line(error)}); check their shapes, "
                     "types and names"
@@ -206,12 +208,15 @@ def _call(model: nn.Module, batch: Inputs) -> Any:
     return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 
-def _rows(inputs: Inputs, rows: slice, device: torch.device) -> Inputs:
+def map_inputs(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
+    """Inputs of the same form, ``function`` of each tensor."""
     if isinstance(inputs, dict):
-        return {key: value[rows].to(device) for key, value in inputs.items()}
-    if isinstance(inputs, tuple):
-        return tuple(value[rows].to(device) for value in inputs)
-    return inputs[rows].to(device)
+        return {key: function(value) for key, value in inputs.items()}
+    return tuple(map(function, inputs)) if isinstance(inputs, tuple) else function(inputs)
+
+
+def _rows(inputs: Inputs, rows: slice, device: torch.device) -> Inputs:
+    return map_inputs(inputs, lambda tensor: tensor[rows].to(device))
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -20,6 +20,8 @@ Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
 CLOCKS = ("step", "flow", "wall", "examples", "tokens")
 
+_JOINERS = "\u200c\u200d"
+"""Invisible characters that scripts and emoji need within a word."""
 _CONSTANT_GROUPS = ("params", "probe")
 """Groups that must hold the same tensors in every snapshot."""
 
@@ -189,6 +191,10 @@ class Run:
     snapshots: Sequence[Snapshot]
     probe_path: Path | None = None
 
+    def __post_init__(self) -> None:
+        # names go to terminals and pages: no control characters, no bytes that aren't text
+        self.name = "".join(c if c.isprintable() or c in _JOINERS else "\ufffd" for c in self.name)
+
     @cached_property
     def probe(self) -> Probe | None:
         """The probe, read when first asked for; None when the run has none."""
@@ -236,7 +242,10 @@ class Run:
         values = self.steps[column].astype(np.float64)
         values = values[values.index > 0]
         if clock == "flow":
-            self._require_rows(clock, column, values, np.arange(1, at.max() + 1))
+            logged = values.index[np.isfinite(values.to_numpy()) & (values.index <= at.max())].to_numpy()
+            if len(logged) < at.max():
+                gap = int(np.searchsorted(logged - np.arange(1, len(logged) + 1), 1)) + 1
+                self._refuse_clock(clock, column, gap, int(at.max()) - len(logged), int(at.max()))
         elif clock == "wall":
             self._require_rows(clock, column, values, at[at > 0])
             return np.where(at > 0, values.reindex(at).to_numpy(), 0.0)
@@ -249,7 +258,10 @@ class Run:
     def _require_rows(self, clock: str, column: str, values: pd.Series, needed: np.ndarray) -> None:
         missing = needed[~np.isfinite(values.reindex(needed).to_numpy())]
         if missing.size:
-            raise InputError(
-                f"{self.path}: clock {clock!r} needs {column!r} at step {missing[0]}, which this run didn't log "
-                f"({missing.size} of {needed.size} needed steps lack it); log every step, or use clock 'step'"
-            )
+            self._refuse_clock(clock, column, int(missing[0]), missing.size, needed.size)
+
+    def _refuse_clock(self, clock: str, column: str, first: int, missing: int, needed: int) -> None:
+        raise InputError(
+            f"{self.path}: clock {clock!r} needs {column!r} at step {first}, which this run didn't log "
+            f"({missing} of {needed} needed steps lack it); log every step, or use clock 'step'"
+        )

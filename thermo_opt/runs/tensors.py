@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -137,7 +138,9 @@ def load_torch(path: Path) -> Any:
     """
     try:
         zipped = zipfile.is_zipfile(path)  # the format of torch < 1.6 can't be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what can't be read is refused anyway
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         reason = str(error)
         if "nsupported" in reason or "weights_only" in reason.lower() or "WeightsUnpickler" in reason:

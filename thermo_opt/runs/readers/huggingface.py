@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from thermo_opt.errors import InputError
+from thermo_opt.runs.format import with_numbers
 from thermo_opt.runs.readers.checkpoint import Checkpoint, open_run
 from thermo_opt.runs.run import Run
 from thermo_opt.runs.tensors import SafetensorsFile, TorchFile, load_torch, opened
@@ -35,29 +36,26 @@ _CATEGORICAL = (
 
 
 def recognise(path: Path) -> bool:
-    """Whether a folder has ``checkpoint-<step>/`` folders with weights in them."""
-    return any(_has_weights(folder) for folder in _checkpoints(path).values())
+    """Whether a folder has ``checkpoint-<step>/`` folders with weights in them, or is one of them."""
+    return any(_has_weights(folder) for folder in _checkpoints(path).values()) or _is_checkpoint(path)
 
 
 def read(path: Path) -> Run:
     """Open the output folder of a Hugging Face `Trainer`."""
     folders = {step: folder for step, folder in _checkpoints(path).items() if _has_weights(folder)}
     if not folders:
-        hint = (
-            "give the folder that holds it"
-            if re.fullmatch(r"checkpoint-\d+", path.name)
-            else "give a Trainer's output folder"
-        )
+        hint = "give the folder that holds it" if _is_checkpoint(path) else "give a Trainer's output folder"
         raise InputError(f"{path} has no checkpoint-<step> folders with {_WEIGHTS[0]}; {hint}")
     last = folders[max(folders)]
     config_path = next((file for folder in folders.values() if (file := folder / "config.json").exists()), None)
     config = _read_json(config_path) if config_path else {}
-    architectures = config.get("architectures") or []
+    architectures = _architectures(config)
     categorical = any(name.endswith(_CATEGORICAL) for name in architectures) and config.get("problem_type") in (
         None,
         "single_label_classification",
     )
-    state = _read_json(last / "trainer_state.json") if (last / "trainer_state.json").exists() else {}
+    state_path = last / "trainer_state.json"
+    state = _read_json(state_path) if state_path.exists() else {}
     notes = {
         key: state[key] for key in ("train_batch_size", "max_steps", "num_train_epochs") if state.get(key) is not None
     }
@@ -65,7 +63,7 @@ def read(path: Path) -> Run:
         path,
         "huggingface",
         [(step, HuggingFaceCheckpoint(folder)) for step, folder in folders.items()],
-        _training_curve(state, last),
+        _training_curve(state, state_path),
         clock="step",
         likelihood="categorical" if categorical else None,
         hf_config_path=config_path,
@@ -158,7 +156,7 @@ def model_from_config(config_path: Path, device: str = "cpu") -> nn.Module:
             f"{config_path}: building the model needs transformers; pip install 'thermo-opt[transformers]'"
         ) from None
     config = _read_json(config_path)
-    kind, names = str(config.get("model_type")), config.get("architectures") or []
+    kind, names = str(config.get("model_type")), _architectures(config)
     architecture = getattr(transformers, names[0], None) if names else None
     if kind not in transformers.CONFIG_MAPPING or not (
         isinstance(architecture, type) and issubclass(architecture, nn.Module)
@@ -168,8 +166,20 @@ def model_from_config(config_path: Path, device: str = "cpu") -> nn.Module:
             "lacks; "
             "give --model package.module:factory"
         )
-    with torch.random.fork_rng(), torch.device(device):
-        return architecture(transformers.CONFIG_MAPPING[kind].from_dict(config))
+    try:
+        with torch.random.fork_rng(), torch.device(device):
+            return architecture(transformers.CONFIG_MAPPING[kind].from_dict(config))
+    except Exception as error:  # each architecture checks its settings in its own way
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{config_path}: {names[0]} can't be built from it ({reason or type(error).__name__}); restore the file, or "
+            "give --model package.module:factory"
+        ) from None
+
+
+def _architectures(config: Mapping[str, Any]) -> list[str]:
+    names = config.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 @lru_cache(maxsize=2)
@@ -193,7 +203,7 @@ def _trainer_orders(config_path: Path, modified: int) -> list[list[list[str]]] |
     return [split(decayed), split(matrices), [names]]
 
 
-def _training_curve(state: dict[str, Any], folder: Path) -> pd.DataFrame:
+def _training_curve(state: dict[str, Any], file: Path) -> pd.DataFrame:
     """``log_history`` as a table, one row a step: the Trainer's names, but for lr, tokens (since the row before) and
     wall.
     """
@@ -201,7 +211,7 @@ def _training_curve(state: dict[str, Any], folder: Path) -> pd.DataFrame:
     if not isinstance(history, list) or not all(
         isinstance(row, dict) and isinstance(row.get("step"), int) for row in history
     ):
-        raise InputError(f"{folder / 'trainer_state.json'}: log_history isn't a list of steps; restore the file")
+        raise InputError(f"{file}: log_history isn't a list of steps; restore the file")
     rows: dict[int, dict[str, Any]] = {}
     for row in history:
         rows.setdefault(row["step"], {}).update(
@@ -210,8 +220,10 @@ def _training_curve(state: dict[str, Any], folder: Path) -> pd.DataFrame:
     frame = pd.DataFrame([rows[step] for step in sorted(rows)], columns=None if rows else ["step"]).set_index("step")
     frame = frame.rename(columns={"learning_rate": "lr", "train_runtime": "wall"})
     if "num_input_tokens_seen" in frame:
-        seen = frame.pop("num_input_tokens_seen").astype(float)
-        frame["tokens"] = seen.diff().fillna(seen)
+        frame["tokens"] = frame.pop("num_input_tokens_seen")
+    frame = with_numbers(frame, file)
+    if "tokens" in frame:  # cumulative in the log
+        frame["tokens"] -= frame["tokens"].ffill().shift().fillna(0.0)
     return frame
 
 
@@ -223,6 +235,10 @@ def _checkpoints(path: Path) -> dict[int, Path]:
     }
 
 
+def _is_checkpoint(path: Path) -> bool:
+    return re.fullmatch(r"checkpoint-\d+", path.resolve().name) is not None and _has_weights(path)
+
+
 def _has_weights(folder: Path) -> bool:
     return any((folder / name).exists() or (folder / f"{name}.index.json").exists() for name in _WEIGHTS)
 
@@ -230,7 +246,7 @@ def _has_weights(folder: Path) -> bool:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} can't be read ({error}); restore it from a copy") from None
     if not isinstance(content, dict):
         raise InputError(f"{file} isn't a JSON object; restore it from a copy")

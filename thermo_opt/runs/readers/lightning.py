@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from thermo_opt.errors import InputError
+from thermo_opt.runs.format import visible, with_numbers
 from thermo_opt.runs.readers.checkpoint import Checkpoint, open_run
 from thermo_opt.runs.readers.torch_folder import TorchCheckpoint, tied_names
 from thermo_opt.runs.run import Run
@@ -16,7 +17,7 @@ from thermo_opt.runs.run import Run
 
 def recognise(path: Path) -> bool:
     """Whether there are ``*.ckpt`` files in a folder or below it."""
-    return next(path.rglob("*.ckpt"), None) is not None
+    return next(visible(path.rglob("*.ckpt")), None) is not None
 
 
 def read(path: Path) -> Run:
@@ -24,7 +25,7 @@ def read(path: Path) -> Run:
 
     The step is each file's ``global_step``. ``last.ckpt`` is left out where it repeats another checkpoint.
     """
-    files = sorted(path.rglob("*.ckpt"))
+    files = sorted(visible(path.rglob("*.ckpt")))
     if not files:
         raise InputError(f"{path} has no .ckpt files; give the folder of a Lightning run")
     folders = sorted({file.parent for file in files})
@@ -65,4 +66,6 @@ def _metrics(folder: Path, top: Path) -> pd.DataFrame | None:
         if "loss" not in table and name in table:
             table = table.rename(columns={name: "loss"})
     rates = [column for column in table if str(column).startswith("lr-")]  # LearningRateMonitor's names
-    return table.rename(columns={rates[0]: "lr"}) if len(rates) == 1 and "lr" not in table else table
+    if len(rates) == 1 and "lr" not in table:
+        table = table.rename(columns={rates[0]: "lr"})
+    return with_numbers(table, file)

@@ -16,7 +16,7 @@ import pandas as pd
 from torch import Tensor
 
 from thermo_opt.errors import InputError
-from thermo_opt.runs.format import PROBE_FILE, OwnSnapshot, link
+from thermo_opt.runs.format import PROBE_FILE, OwnSnapshot, link, visible
 from thermo_opt.runs.readers.checkpoint import Checkpoint, find_probe, open_run, step_in_name
 from thermo_opt.runs.run import Run, RunInfo
 from thermo_opt.runs.tensors import SafetensorsFile, opened
@@ -75,4 +75,4 @@ class SafetensorsCheckpoint(Checkpoint):
 
 
 def _files(path: Path) -> list[Path]:
-    return sorted(file for file in path.glob("*.safetensors") if file.is_file() and file.name != PROBE_FILE)
+    return sorted(file for file in visible(path.glob("*.safetensors")) if file.is_file() and file.name != PROBE_FILE)

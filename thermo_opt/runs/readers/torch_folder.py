@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from thermo_opt.errors import InputError
+from thermo_opt.runs.format import visible
 from thermo_opt.runs.readers.checkpoint import Checkpoint, open_run, step_in_name
 from thermo_opt.runs.run import Run
 from thermo_opt.runs.tensors import load_torch, opened
@@ -97,4 +98,4 @@ def _identity(name: str, tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _files(path: Path) -> list[Path]:
-    return sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
+    return sorted(file for file in visible(path.iterdir()) if file.suffix in _SUFFIXES and file.is_file())
