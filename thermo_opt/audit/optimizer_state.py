@@ -112,6 +112,10 @@ def _step(
     pool: ThreadPoolExecutor,
 ) -> StepScalars:
     """Scalars of the step to ``snapshot``; moves ``position`` there and develops the path."""
+    if not snapshot.has_group("exp_avg"):
+        raise Unsupported(
+            f"{snapshot.path} holds no Adam moments, unlike the last snapshot: {snapshot.absent('exp_avg')}"
+        )
     meta = snapshot.moments_meta()
     bias1, bias2 = (1 - beta ** meta["step"] for beta in meta["betas"])
 

@@ -10,6 +10,7 @@ from thermo_opt.audit.summary import Seen
 from thermo_opt.audit.view import Unsupported, View
 from thermo_opt.audit.walk import Predictions, landmarks, squared_distance, walk
 from thermo_opt.errors import InputError
+from thermo_opt.fisher.likelihoods import likelihood
 from thermo_opt.manifold import Point
 
 
@@ -31,6 +32,10 @@ def look_at_outputs(view: View) -> Seen:
             )
         notes.append(f"predictions are NaN or infinite from step {found.stopped}: only what precedes was audited")
     first, last = source.point(view.indices[0]), source.point(view.indices[len(audited) - 1])
+    if likelihood(source.likelihood).suspicious(source.outputs(view.indices[0]).float()):
+        notes.append(
+            "the outputs look like probabilities (rows sum to one), not logits: record them before the softmax"
+        )
     end_loss = last.mean_loss
     least = None
     if end_loss is None:
@@ -64,10 +69,10 @@ def look_at_outputs(view: View) -> Seen:
 
 def _predictions(view: View) -> tuple[Predictions, list[str]]:
     first = view.run.snapshots[0]
-    likelihood, notes = view.likelihood
+    family, notes = view.likelihood
     recorded = "probe/logits" in first.names()
     if recorded and not view.probe_given:
-        return RecordedPredictions(view.run, likelihood, view.sigma2), notes
+        return RecordedPredictions(view.run, family, view.sigma2), notes
     if not first.has_group("params"):
         raise Unsupported(
             "it holds neither predictions on a probe nor weights to replay them from"
@@ -76,7 +81,7 @@ def _predictions(view: View) -> tuple[Predictions, list[str]]:
         )
     if view.probe is None:
         raise Unsupported("it recorded no predictions: give --probe (and --model) to replay them from its weights")
-    return ReplayedPredictions(view.run, view.model(), view.probe, likelihood, view.sigma2), [*notes, "replayed"]
+    return ReplayedPredictions(view.run, view.model(), view.probe, family, view.sigma2), [*notes, "replayed"]
 
 
 def frontier(start: Point, loss: float, likelihood: str, sigma2: float = 1.0) -> float:

@@ -29,7 +29,8 @@ from thermo_opt.fisher.exact import JacobianMetric
 from thermo_opt.fisher.metric import dot
 from thermo_opt.manifold import embed
 from thermo_opt.runs import Probe, Run
-from thermo_opt.runs.probing import install, predict
+from thermo_opt.runs.probing import install, map_inputs, predict
+from thermo_opt.runs.run import Inputs
 
 Quadrature = Literal["start", "trapezoid"]
 _RELATIVE_DAMPING = 1e-3
@@ -118,7 +119,9 @@ class ParameterLens:
         return float(parts.sum()), -dot(gradient, step), bracket.lower, bracket.upper, parts
 
     def _finite(self, index: int) -> bool:
-        return all(bool(torch.isfinite(t.double()).all()) for t in self.run.snapshots[index].load_group("params").values())
+        return all(
+            bool(torch.isfinite(t.double()).all()) for t in self.run.snapshots[index].load_group("params").values()
+        )
 
     def _state(self, index: int) -> tuple[list[Tensor], float, Tensor]:
         """Install snapshot ``index``; its trainable weights, probe loss and outputs."""
@@ -166,15 +169,15 @@ def look_at_parameters(view: View) -> Seen:
     if likelihood == "categorical" and bool((targets.double() == targets.long()).all()):
         targets = targets.long()  # class numbers that a file kept as floating-point or boolean
     model = copy.deepcopy(view.model()).to(device=view.device, dtype=torch.float64).eval()
-    inputs = _map(probe.inputs, lambda t: t.double() if t.is_floating_point() else t)
-    probe = Probe(_map(inputs, lambda t: t.to(view.device)), targets, probe.fingerprint)
+    inputs = map_inputs(probe.inputs, lambda t: (t.double() if t.is_floating_point() else t).to(view.device))
+    probe = Probe(inputs, targets, probe.fingerprint)
     lens = ParameterLens(run, model, probe, likelihood, view.sigma2, 0.0, view.quadrature, None)
     first_snapshot = run.snapshots[view.indices[0]]
     if not lens._finite(view.indices[0]):
         raise InputError(f"{first_snapshot.path}: weights are NaN or infinite at step {first_snapshot.step}, the first")
     install(model, first_snapshot, run.info.tied)
-    predict(model, _map(probe.inputs, lambda t: t[:1]))  # refuses inputs that the model can't take
-    lens.microbatch = _microbatch(model, probe)
+    predict(model, map_inputs(inputs, lambda t: t[:1]))  # refuses inputs that the model can't take
+    lens.microbatch = _microbatch(model, inputs)
     pairs = list(zip(view.indices[:-1], view.indices[1:], strict=True))
     chosen = _subset(len(pairs), view.intervals)
     if view.damping is not None:
@@ -239,7 +242,9 @@ def _finite_intervals(lens: ParameterLens, pairs: Sequence[tuple[int, int]], vie
     if view.jobs == 1:
         intervals: Iterator[Interval | None] = (lens.interval(i, j) for i, j in pairs)
     else:
-        intervals = Parallel(n_jobs=min(view.jobs, len(pairs)), return_as="generator")(delayed(lens.interval)(i, j) for i, j in pairs)
+        intervals = Parallel(n_jobs=min(view.jobs, len(pairs)), return_as="generator")(
+            delayed(lens.interval)(i, j) for i, j in pairs
+        )
     seen: list[Interval] = []
     for interval in intervals:
         if interval is None:
@@ -279,18 +284,10 @@ def _subset(count: int, intervals: slice | Sequence[int] | None) -> list[int]:
     return kept
 
 
-def _map(tree: Any, function: Any) -> Any:
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, dict):
-        return {key: _map(value, function) for key, value in tree.items()}
-    return tuple(_map(value, function) for value in tree)
-
-
-def _microbatch(model: nn.Module, probe: Probe) -> int | None:
+def _microbatch(model: nn.Module, inputs: Inputs) -> int | None:
     """Examples at a time such that linearised products stay within a quarter of the free memory; None for all at once."""
     few = 2
-    inputs = _map(probe.inputs, lambda t: t[:few])
+    inputs = map_inputs(inputs, lambda t: t[:few])
     saved = 0
 
     def count(tensor: Tensor) -> Tensor:

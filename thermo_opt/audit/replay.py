@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from thermo_opt.errors import InputError
 from thermo_opt.manifold import Point, embed
 from thermo_opt.runs import Probe, Run
-from thermo_opt.runs.probing import install, predict
+from thermo_opt.runs.probing import install, map_inputs, predict
 from thermo_opt.runs.readers.huggingface import model_from_config
+from thermo_opt.runs.run import Inputs
 
 
 @dataclass
@@ -34,11 +35,14 @@ class RecordedPredictions:
         self.steps = [s.step for s in self.run.snapshots]
         self.targets = targets_of(self.run.probe)
 
+    def outputs(self, index: int) -> Tensor:
+        """The outputs recorded in snapshot ``index``."""
+        return self.run.snapshots[index].load("probe/logits")
+
     def point(self, index: int) -> Point:
         """The embedded predictions of snapshot ``index``."""
-        snapshot = self.run.snapshots[index]
-        outputs = snapshot.load("probe/logits")
-        return _embed(outputs, self.targets, self.likelihood, self.sigma2, f"{snapshot.path}")
+        source = str(self.run.snapshots[index].path)
+        return _embed(self.outputs(index), self.targets, self.likelihood, self.sigma2, source)
 
 
 @dataclass
@@ -51,39 +55,44 @@ class ReplayedPredictions:
     likelihood: str
     sigma2: float = 1.0
     steps: list[int] = field(init=False)
+    inputs: Inputs = field(init=False)
 
     def __post_init__(self) -> None:
         if self.probe.inputs is None:
             raise InputError(f"{self.run.path}: replay needs the probe's inputs: give a file of inputs with --probe")
         self.steps = [s.step for s in self.run.snapshots]
         self.targets = targets_of(self.probe)
+        dtypes = [weight.dtype for weight in self.model.parameters()]
+
+        def fitting(tensor: Tensor) -> Tensor:  # NumPy and pandas write float64 whatever the model computes in
+            return tensor if not tensor.is_floating_point() or tensor.dtype in dtypes else tensor.to(dtypes[0])
+
+        self.inputs = map_inputs(self.probe.inputs, fitting) if dtypes else self.probe.inputs
+
+    def outputs(self, index: int) -> Tensor:
+        """The model's outputs with the weights of snapshot ``index``."""
+        install(self.model, self.run.snapshots[index], self.run.info.tied)
+        return predict(self.model, self.inputs)
 
     def point(self, index: int) -> Point:
         """The embedded predictions of snapshot ``index``."""
-        install(self.model, self.run.snapshots[index], self.run.info.tied)
-        assert self.probe.inputs is not None
-        try:
-            outputs = predict(self.model, self.probe.inputs)
-        except InputError:
-            raise
-        except Exception as error:  # whatever a user's forward raises on inputs it wasn't made for
-            raise InputError(
-                f"the model can't be run on the probe's inputs ({type(error).__name__}: {error}): "
-                "check their shape and dtype"
-            ) from error
-        return _embed(outputs, self.targets, self.likelihood, self.sigma2, "the probe")
+        return _embed(self.outputs(index), self.targets, self.likelihood, self.sigma2, "the probe")
 
 
 def targets_of(probe: Probe | None) -> np.ndarray | None:
     """The probe's targets as an array, or None."""
-    return None if probe is None or probe.targets is None else probe.targets.numpy()
+    return None if probe is None or probe.targets is None else _array(probe.targets)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    narrow = tensor.is_floating_point() and tensor.dtype != torch.float64  # NumPy knows neither bfloat16 nor float8
+    return (tensor.float() if narrow else tensor).detach().numpy()
 
 
 def _embed(outputs: Tensor, targets: np.ndarray | None, likelihood: str, sigma2: float, source: str) -> Point:
-    values = outputs.detach()
-    if values.is_complex():
+    if outputs.is_complex():
         raise InputError(f"{source}: the outputs are complex numbers: record real logits or means")
-    array = (values.float() if values.is_floating_point() and values.dtype != torch.float64 else values).numpy()
+    array = _array(outputs)
     if likelihood == "categorical" and (array.ndim < 2 or array.shape[-1] < 2):
         raise InputError(
             f"{source}: outputs of shape {tuple(array.shape)} aren't class logits, which have a row of two or more for "

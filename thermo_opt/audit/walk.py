@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 from joblib import Parallel, delayed
+from torch import Tensor
 
 from thermo_opt.audit.results import Landmarks
 from thermo_opt.manifold import Point, move, row_distances
@@ -32,6 +33,10 @@ class Predictions(Protocol):
     @property
     def steps(self) -> Sequence[int]:
         """Step number of each snapshot."""
+        ...
+
+    def outputs(self, index: int) -> Tensor:
+        """The outputs of snapshot ``index``, as the model gave them."""
         ...
 
     def point(self, index: int) -> Point:

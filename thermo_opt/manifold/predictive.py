@@ -145,7 +145,8 @@ def _embed_categorical(f: NDArray[Any], y: NDArray[Any] | None, kind: str, ignor
             with np.errstate(invalid="ignore"):
                 z /= np.sqrt(norm2)[:, None]
             if log_y is not None:
-                log_y[part] = shifted_y - 0.5 * np.log(norm2)
+                # a saturated prediction's probability may round to just above 1
+                log_y[part] = np.minimum(shifted_y - 0.5 * np.log(norm2), 0.0)
         else:
             p = _checked_probabilities(rows[part])
             finite = finite and bool(np.isfinite(p).all())
