@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -87,6 +88,8 @@ def test_info(capfd: pytest.CaptureFixture[str]) -> None:
         (["audit", SGD, "--lens", "telescope"], "telescope"),
         (["audit", SGD, "--clock", "lunar"], "lunar"),
         (["audit", SGD, "--stride", 0], "stride"),
+        (["audit", SGD, "--jobs", 0], "jobs"),
+        (["audit", SGD, "--steps", "500:600"], "--steps"),
         (["audit", SGD, "--steps", "1"], "--steps 1"),
         (["audit", SGD, "--steps", "a:b"], "--steps a:b"),
         (["audit", SGD, "--steps", "::0"], "--steps ::0"),
@@ -102,6 +105,56 @@ def test_bad_input_gets_a_sentence(arguments: list[object], sentence: str, capfd
     assert sentence in err
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["audit", "compare"])
+def test_a_file_of_somebodys_own_is_not_replaced(
+    command: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes.html"
+    notes.write_text("somebody's own notes")
+    assert _run(command, SGD, "--lens", "outputs", "--html", notes) == 2
+    out, err = capfd.readouterr()
+    assert "notes.html exists" in err
+    assert out == ""
+    assert notes.read_text() == "somebody's own notes"
+    page = tmp_path / "page.html"
+    assert [_run(command, SGD, "--lens", "outputs", "--html", page) for _ in range(2)] == [0, 0]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_terminals_that_lack_letters(encoding: str) -> None:
+    code = "import sys; from thermo_opt.cli import main; sys.exit(main(sys.argv[1:]))"
+    told = subprocess.run(
+        [sys.executable, "-c", code, "compare", SGD, "--lens", "outputs"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        check=True,
+    )
+    assert told.stderr == b""
+    assert b"(2QT)" in told.stdout
+
+
+def test_warnings_are_sentences_and_models_that_fail_are_the_users(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "warns.py").write_text(
+        "import warnings\nfrom thermo_opt.demo_models import digits_mlp\n"
+        "def model():\n    warnings.warn('a word of caution')\n    return digits_mlp()\n"
+    )
+    arguments = ["audit", SGD, "--lens", "parameters", "--steps", "::60", "--json", "--model"]
+    assert _run(*arguments, "warns:model") == 0
+    out, err = capfd.readouterr()
+    assert err == "thermo-opt: a word of caution\n"
+    assert len(json.loads(out)["runs"]) == 1
+    (tmp_path / "broken.py").write_text("def (")
+    (tmp_path / "quits.py").write_text("def model():\n    raise SystemExit(3)\n")
+    for spec in ("broken:model", "quits:model"):
+        assert _run(*arguments, spec) == 2
+        out, err = capfd.readouterr()
+        assert spec in err
+        assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(

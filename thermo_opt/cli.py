@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import math
@@ -120,14 +121,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter shows a question mark for it
-    warnings.showwarning = _warn
     try:
-        _app(arguments)(args=arguments, prog_name="thermo-opt")
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            _app(arguments)(args=arguments, prog_name="thermo-opt")
     except SystemExit as status:
         return status.code if isinstance(status.code, int) else int(status.code is not None)
     except InputError as error:
         return _refuse(str(error))
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _refuse(f"{error.filename or 'the output'} can't be written: {error.strerror}")
         if error.filename is None:
             return _confess()
         return _refuse(f"{error.filename}: {error.strerror}")
@@ -292,7 +296,7 @@ def _check_page(path: Path | None, option: str) -> None:
     if path.exists() and not _is_report(path):
         raise InputError(f"{path} exists and is no thermo-opt report: name another file with {option}.")
     if not path.parent.is_dir():
-        raise InputError(f"{path.parent}: no such folder: make it, or name another file with {option}.")
+        raise InputError(f"{path} can't be written, as its folder doesn't exist: make it, or name another file.")
 
 
 def _is_report(path: Path) -> bool:
@@ -303,11 +307,11 @@ def _is_report(path: Path) -> bool:
 
 
 def _refuse(sentence: str) -> int:
-    print(f"thermo-opt: {sentence}", file=sys.stderr)
+    print("thermo-opt:", " ".join(line.strip() for line in sentence.splitlines()), file=sys.stderr)
     return 2
 
 
-def _warn(message: Warning | str, *_: object) -> None:
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     """A warning as a sentence on stderr, without the line of code that gave it."""
     print(f"thermo-opt: {message}", file=sys.stderr)
 
