@@ -29,7 +29,10 @@ def write_run(path: Path, outputs: np.ndarray, targets: np.ndarray, *, every: in
     for k, z in enumerate(outputs):
         data = save({"probe/logits": torch.tensor(z)})
         (path / "snapshots" / f"{every * k:08d}.safetensors").write_bytes(data)
-    rows = [{"step": k, "loss": 1.0, "lr": 0.1, "wall": 0.5 * k} for k in range(1, every * (len(outputs) - 1) + 1)]
+    rows = [
+        {"step": k, "loss": 1.0, "lr": 0.1, "wall": 0.5 * k, "examples": 8}
+        for k in range(1, every * (len(outputs) - 1) + 1)
+    ]
     (path / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

@@ -17,7 +17,8 @@ GRID = st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)), min_size=1, m
 def test_the_nondominated_set_is_what_no_point_beats(points):
     x, y = np.array(points, dtype=float).T
     beaten = [
-        any(a <= x[i] and b <= y[i] and (a < x[i] or b < y[i]) for a, b in zip(x, y, strict=True)) for i in range(len(x))
+        any(a <= x[i] and b <= y[i] and (a < x[i] or b < y[i]) for a, b in zip(x, y, strict=True))
+        for i in range(len(x))
     ]
     assert nondominated(x, y).tolist() == [not b for b in beaten]
 
@@ -66,4 +67,5 @@ def test_the_hull_has_the_corners_that_qhull_finds(seed):
 )
 def test_points_without_area_have_their_ends_for_a_hull(points, ends):
     found = set(hull(*np.array(points, dtype=float).T).tolist())
-    assert found and found <= ends
+    assert found
+    assert found <= ends

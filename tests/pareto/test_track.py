@@ -52,9 +52,7 @@ def test_crossings_lie_on_or_above_the_frontier_and_not_before_the_geodesic_meet
     assert found.frontier == pytest.approx(least, rel=1e-9)
     assert found.dissipation * found.time >= 0.5 * least**2 * (1 - 1e-9)
     end = int(np.flatnonzero(loss <= target)[0])
-    meets = brentq(
-        lambda s: -np.log(along(p[end - 1], p[end], s)[rows, y]).mean() - target, 0, 1, xtol=1e-14
-    )
+    meets = brentq(lambda s: -np.log(along(p[end - 1], p[end], s)[rows, y]).mean() - target, 0, 1, xtol=1e-14)
     assert end - 1 + meets <= found.time + 1e-9
 
 
@@ -87,7 +85,10 @@ def test_the_first_crossing_counts_not_the_last(tmp_path, write_run):
 
 OUTPUTS = {
     "categorical": lambda rng: (rng.normal(size=(6, 9, 4)), rng.integers(0, 4, 9)),
-    "sequences": lambda rng: (rng.normal(size=(6, 4, 5, 3)), np.where(np.eye(4, 5) > 0, -100, rng.integers(0, 3, (4, 5)))),
+    "sequences": lambda rng: (
+        rng.normal(size=(6, 4, 5, 3)),
+        np.where(np.eye(4, 5) > 0, -100, rng.integers(0, 3, (4, 5))),
+    ),
     "bernoulli": lambda rng: (rng.normal(size=(6, 7, 3)), rng.integers(0, 2, (7, 3))),
     "gaussian": lambda rng: (rng.normal(size=(6, 7, 3)), rng.normal(size=(7, 3))),
     "masked": lambda rng: (np.where(np.arange(4) == 3, -np.inf, rng.normal(size=(6, 9, 4))), rng.integers(0, 3, 9)),

@@ -99,7 +99,10 @@ def track_of(audit: Audit, clock: str | None = None) -> Track:
     loss = np.append(lens.steps["loss"].to_numpy(), lens.steps["loss_end"].iloc[-1])
     tau = lens.steps["tau"].to_numpy()
     if clock is not None and clock != lens.summary["clock"]:
-        tau = _tau(audit.path, audit.curve, None, clock, steps)
+        try:
+            tau = _tau(audit.path, audit.curve, None, clock, steps)
+        except InputError as error:  # a reading of the whole record may know more, a constant batch size for one
+            raise InputError(f"{error}; or audit it with clock={clock!r}") from None
     return _track(
         audit.run,
         audit.path,

@@ -225,7 +225,8 @@ def nearest(word: str, known: Any) -> str:
     """ "; did you mean …?" when something known is close to a word, else what is known."""
     known = list(known)
     by_case = [k for k in known if k.casefold() == word.casefold()]
-    close = by_case or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    # among the closest, the one as long as the word: swapped letters are the commonest slip
+    close = by_case or sorted(difflib.get_close_matches(word, known, n=3), key=lambda k: abs(len(k) - len(word)))
     return f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}"
 
 

@@ -64,12 +64,12 @@ def build_task(task: str, seed: int) -> tuple[nn.Module, Any, Pair]:
         raise
     except Exception as error:  # whatever a user's function raises
         raise InputError(f"[task] {task} failed for seed {seed} ({type(error).__name__}: {error})") from error
-    if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], nn.Module) and _is_pair(made[2])):
+    if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], nn.Module) and is_pair(made[2])):
         raise InputError(f"[task] {task} must return (model, train, probe), train and probe pairs (inputs, targets)")
     train = made[1]
-    if not _is_pair(train) and not (hasattr(train, "__len__") and hasattr(train, "__getitem__")):
+    if not is_pair(train) and not (hasattr(train, "__len__") and hasattr(train, "__getitem__")):
         raise InputError(f"[task] {task}: training data must be a pair of tensors or a dataset with a length")
-    if len(train[0] if _is_pair(train) else train) == 0:
+    if len(train[0] if is_pair(train) else train) == 0:
         raise InputError(f"[task] {task}: there are no training data")
     return made
 
@@ -88,5 +88,6 @@ def load_function(spec: str, what: str) -> Callable[..., Any]:
     return function
 
 
-def _is_pair(value: Any) -> bool:
+def is_pair(value: Any) -> bool:
+    """Whether training data or a probe are two tensors rather than a dataset."""
     return isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(part, Tensor) for part in value)

@@ -19,7 +19,7 @@ from thermo_opt.runs import Recorder, load_run
 from thermo_opt.runs.format import RUN_FILE, read_run_file
 from thermo_opt.runs.probing import outputs_of
 from thermo_opt.sweep.config import Trial, nearest
-from thermo_opt.sweep.tasks import build_task, load_function
+from thermo_opt.sweep.tasks import build_task, is_pair, load_function
 
 UNFINISHED = ".unfinished"
 """Folder of the runs being trained: a run's own folder exists only when the run is whole."""
@@ -117,7 +117,7 @@ def batches(data: Any, trial: Trial) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled passes over the training data without end, in an order that depends on the seed alone."""
     from torch.utils.data import default_collate
 
-    tensors = isinstance(data, tuple | list)
+    tensors = is_pair(data)
     count = len(data[0]) if tensors else len(data)
     size = min(trial.training.batch_size or count, count)
     generator = torch.Generator().manual_seed(trial.seed)
