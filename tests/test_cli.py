@@ -208,6 +208,19 @@ def test_commands_from_elsewhere(capfd: pytest.CaptureFixture[str], monkeypatch:
     assert json.loads(capfd.readouterr().out)["runs"][0]["run"] == "digits-sgd"
 
 
+@pytest.mark.parametrize("width", [46, 60, 80, 120, 200])
+def test_comparison_on_narrow_and_wide_terminals(
+    width: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    audits = [make_audit("a"), make_audit("b", noise=2)]
+    print_comparison(audits, compare(audits))
+    told = capfd.readouterr().out
+    assert max(map(len, told.splitlines())) <= width
+    assert "effic." in told
+    assert "…" not in told
+
+
 def test_bars_count_without_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     with Bars() as bars:
         advance = bars("snapshots", 3)

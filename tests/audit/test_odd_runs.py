@@ -112,6 +112,16 @@ def test_a_saturated_prediction_has_no_negative_loss():
     assert loss.min() >= 0
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_the_frontier_stays_below_the_geodesic_where_they_meet(tmp_path, seed):
+    """One example of two classes: only one path, so D* = D but for rounding, also at a loss that rounds to 0."""
+    start = torch.randn(1, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    path = [start, start + torch.tensor([[10.0 * (seed + 1), 0.0]])]
+    seen = to.audit(write(tmp_path / "run", path, torch.tensor([0]))).summary
+    assert seen["frontier"] <= seen["geodesic"]
+    assert seen["frontier"] == pytest.approx(seen["geodesic"], rel=1e-6)
+
+
 def test_nothing_moved(tmp_path, logits, weights):
     seen = to.audit(write(tmp_path / "run", [logits[0]] * 4, TARGETS)).summary
     assert [seen[key] for key in ("dissipation", "length", "geodesic", "frontier", "detour", "pacing")] == [0.0] * 6

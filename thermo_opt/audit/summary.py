@@ -13,6 +13,9 @@ from thermo_opt.audit.results import Landmarks, LensAudit
 from thermo_opt.audit.start import Start
 from thermo_opt.errors import InputError
 
+_FRONTIER_ROUNDING = 1e-6
+"""Relative excess of D* over D that is rounding; any larger would be a mistake worth seeing."""
+
 
 @dataclass
 class Seen:
@@ -102,7 +105,7 @@ def lens_audit(seen: Seen, run: str, lens: str, clock: str) -> LensAudit:
         "dissipation": nats(parts.dissipation),
         "length": nats(parts.length),
         "geodesic": nats(parts.geodesic),
-        "frontier": nats(seen.frontier),
+        "frontier": nats(_below(seen.frontier, parts.geodesic)),
         "irreducible": nats(parts.irreducible),
         "detour": nats(parts.detour),
         "pacing": nats(parts.pacing),
@@ -139,6 +142,13 @@ def _coarse_points(seen: Seen) -> list[td.CoarsePoint]:
         tau = seen.tau[first] if m == 1 else elapsed[last] - elapsed[first]
         points.append(td.coarse_point(m, a, tau, whole=last - first == m))
     return points
+
+
+def _below(frontier: float | None, geodesic: float | None) -> float | None:
+    """D* ≤ D also in rounding: where predictions saturate, D* has half of the loss's digits only."""
+    if frontier is None or geodesic is None or frontier > geodesic * (1 + _FRONTIER_ROUNDING) + _FRONTIER_ROUNDING**2:
+        return frontier
+    return min(frontier, geodesic)
 
 
 def _number(value: float) -> float | None:

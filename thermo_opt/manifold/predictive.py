@@ -79,6 +79,8 @@ def embed(
     """
     if likelihood not in LIKELIHOODS:
         raise InputError(f"likelihood {likelihood!r} is unknown: use one of {', '.join(LIKELIHOODS)}")
+    if kind not in ("logits", "probabilities"):
+        raise InputError(f"kind {kind!r} is unknown: use 'logits' or 'probabilities'")
     f = np.asarray(outputs)
     y = None if targets is None else np.asarray(targets)
     if f.ndim == 0 or f.size == 0:

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -22,6 +23,10 @@ from thermo_opt.audit import words
 from thermo_opt.audit.quantities import QUANTITIES, number, percent, unit
 from thermo_opt.audit.results import Audit
 
+_SPARE = ("bound", "loss_end", "steadiness", "frontier", "straightness", "geodesic", "ε", "length")
+"""Columns of a comparison that a narrow terminal does without, the first of them first."""
+_WIDEST = 1000
+"""Columns of text that no comparison needs."""
 _PATIENCE = 0.8
 """Seconds before a progress bar appears: what is quicker shows none."""
 
@@ -101,7 +106,9 @@ def print_comparison(audits: Sequence[Audit], table: pd.DataFrame) -> None:
     said = words.comparison([(audit.run, audit.headline) for audit in audits])
     for lens, rows in table.groupby("lens", sort=False):
         console.print(Text(f"{lens} lens: {words.LENS_WORDS[str(lens)]}", style="bold"))
-        console.print(_comparison_table([{str(k): v for k, v in row.items()} for row in rows.to_dict("records")]))
+        console.print(
+            _comparison_table([{str(k): v for k, v in row.items()} for row in rows.to_dict("records")], console)
+        )
         console.print()
     if said:
         console.print(Text(said))
@@ -126,7 +133,7 @@ def say(text: str) -> None:
     Console(highlight=False, soft_wrap=True).print(Text(text))
 
 
-def _comparison_table(rows: list[dict[str, Any]]) -> Table:
+def _comparison_table(rows: list[dict[str, Any]], console: Console) -> Table:
     rows = [{key: None if _missing(value) else value for key, value in row.items()} for row in rows]
     for row in rows:
         known = row["dissipation"] is not None and row["duration"] is not None
@@ -138,6 +145,16 @@ def _comparison_table(rows: list[dict[str, Any]]) -> Table:
     else:
         columns = {"dissipation": "Q", "length": "ℒ", "straightness": "straight", "steadiness": "steady", "ε": "ε"}
     columns = {key: name for key, name in columns.items() if any(row[key] is not None for row in rows)}
+    table = _filled(rows, columns)
+    for key in _SPARE:  # on a narrow terminal, whole columns fewer rather than all of them cut
+        if Measurement.get(console, console.options.update(max_width=_WIDEST), table).minimum <= console.width:
+            break
+        columns.pop(key, None)
+        table = _filled(rows, columns)
+    return table
+
+
+def _filled(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> Table:
     table = _table()
     table.add_column("run", overflow="fold", min_width=20)
     for name in columns.values():
