@@ -12,7 +12,7 @@ from thermo_opt.audit.front import CLOCK_OF, ParetoFront, Target, pareto
 from thermo_opt.audit.track import Track, read_track, track_of
 from thermo_opt.errors import InputError
 
-_MANY = 48
+_MANY = 128
 """Runs from which on starting other processes pays."""
 _SHOWN = 24
 """Rows a table in the terminal has at most; the front is always shown whole."""

@@ -59,6 +59,11 @@ class Snapshot:
     contents: Contents = field(repr=False, compare=False)
     first: Snapshot | None = field(default=None, repr=False, compare=False)
 
+    @cached_property
+    def layout(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes by name, read once and kept: of a run's first snapshot, which all others are held against."""
+        return dict(self.contents.shapes)
+
     def names(self) -> tuple[str, ...]:
         """Names of all tensors."""
         return tuple(self.contents.shapes)
@@ -74,7 +79,7 @@ class Snapshot:
     def load(self, name: str) -> Tensor:
         """The tensor ``name``, on the CPU, in the dtype in which it was recorded."""
         shape = self._require(name)[name]
-        reference = self.first.contents.shapes.get(name) if self.first else None
+        reference = self.first.layout.get(name) if self.first else None
         if reference is not None and reference != shape:
             assert self.first is not None
             raise InputError(
