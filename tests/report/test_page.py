@@ -101,7 +101,8 @@ def test_absent_quantities_leave_no_empty_figure() -> None:
 def test_figures_hold_no_nan() -> None:
     audit = make_audit("gaps", parameters=True)
     audit.lenses["outputs"].steps.loc[3:6, ["loss", "alignment_lower"]] = np.nan
-    json.dumps([[f.data, f.layout] for f in figures([audit])], allow_nan=False)
+    text = json.dumps([[f.data, f.layout] for f in figures([audit])], allow_nan=False)  # raises for NaN
+    assert "NaN" not in text
 
 
 def test_runs_on_other_probes_are_named_not_mapped() -> None:

@@ -118,6 +118,8 @@ def trace(
 
 
 def derivative(curve: Curve, duration: float) -> Curve:
+    """The velocity of a smooth curve on [0, duration], by seven-point differences of width 6h, h = duration/1000."""
+
     def rate(t: float) -> Array:
         h = min(1e-3 * duration, duration / 8)
         centre = min(max(t, 3 * h), duration - 3 * h)
