@@ -6,6 +6,7 @@ import errno
 import importlib
 import io
 import math
+import os
 import sys
 import traceback
 import warnings
@@ -297,6 +298,8 @@ def _check_page(path: Path | None, option: str) -> None:
         raise InputError(f"{path} exists and is no thermo-opt report: name another file with {option}.")
     if not path.parent.is_dir():
         raise InputError(f"{path} can't be written, as its folder doesn't exist: make it, or name another file.")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path} can't be written, as its folder is read-only: name another with {option}.")
 
 
 def _is_report(path: Path) -> bool:

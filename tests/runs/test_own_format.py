@@ -209,6 +209,15 @@ def test_hidden_files_are_none_of_ours(copy):
     assert [snapshot.path for snapshot in load_run(copy).snapshots] == before
 
 
+def test_a_folder_of_snapshots_that_may_not_be_read_is_named(copy, monkeypatch):
+    def refused(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(type(copy), "iterdir", refused)  # the superuser may read whatever its permissions say
+    with pytest.raises(InputError, match=r"snapshots can't be read \(Permission denied"):
+        load_run(copy, format="thermo-opt")
+
+
 def test_a_layout_that_changes_is_named(copy):
     path = copy / "snapshots/00000003.safetensors"
     tensors = load_run(copy).snapshots[3].load_group("params")

@@ -208,7 +208,9 @@ def read_own(path: Path) -> Run:
     content = read_run_file(path)
     folder = path / SNAPSHOT_FOLDER
     found: list[tuple[int, Path, Any]] = []
-    for file in visible(folder.glob("*.safetensors")) if folder.is_dir() else ():
+    for file in visible(folder.iterdir()) if folder.is_dir() else ():
+        if file.suffix != ".safetensors":
+            continue
         if not file.stem.isdecimal():
             raise InputError(
                 f"{file}: a snapshot's name must be its step number, like 00000010.safetensors; rename or remove it"
