@@ -94,7 +94,6 @@ def test_a_killed_sweep_resumes_without_repeating_and_ends_with_the_same_table(w
     assert process.wait() == -signal.SIGKILL
     done = {path.name: path.stat().st_ino for path in output.glob("*-seed=*")}
     assert 3 <= len(done) < 8
-    assert list((output / UNFINISHED).iterdir())
     outcome = run_sweep(read_config(config), jobs=2)
     assert outcome.trained == 8 - len(done)
     assert {name: (output / name).stat().st_ino for name in done} == done
@@ -140,6 +139,7 @@ IMPOSSIBLE = [
     ('name = "blobs"', 'factory = "math:sqrt"', "must return"),
     ('name = "blobs"', 'factory = "builtins:list"', "failed for seed"),
     ('name = "blobs"', 'name = "blobs"\nlikelihood = "gaussian"', "can't take a step"),
+    ("every = 4", 'device = "abacus"', "device 'abacus'"),
 ]
 
 

@@ -74,6 +74,10 @@ def check(trial: Trial, step: bool) -> str:
 
     with torch.random.fork_rng():
         model, data, probe = build_task(trial.task, trial.seed)
+        try:
+            model.to(trial.training.device).train()
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"[training] device {trial.training.device!r} can't be used: {error}") from None
         optimizer = build_optimizer(trial, model)
         if step:
             try:
