@@ -62,6 +62,13 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(data.data / 16.0, dtype=torch.float32), torch.tensor(data.target)
 
 
+def noisy(data: tuple[Tensor, Tensor], share: float = 0.3) -> tuple[Tensor, Tensor]:
+    """The same inputs with a share of the labels drawn at random, so that no model gets certain of them all."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randint(10, data[1].shape, generator=generator)
+    return data[0], torch.where(torch.rand(data[1].shape, generator=generator) < share, random, data[1])
+
+
 def images() -> tuple[Tensor, Tensor]:
     x, y = digits()
     return x.unflatten(1, (8, 8)), y

@@ -12,13 +12,13 @@ from typing import Any
 RISE = 11.0
 """Largest ratio of realised to predicted KL that a measurement in the warm-up reports to κ, which starts far too low."""
 
-BAND = 2.0
+BAND = 1.5
 """Later measurements report ratios between 1/BAND and BAND, so that κ settles where half of the steps spend more than predicted."""
 
 EXCESS = 1.25
 """A measured step that spends more than this many times its budget is shortened to it."""
 
-JUMP = 2.0
+JUMP = 4.0
 """A Δ this many times its running mean says that the gradient has left what the curvature was estimated on."""
 
 BREACH = 3.0
@@ -35,7 +35,7 @@ class Calibration:
 
     every: int = 10
     warmup: int = 30
-    gain: float = 0.5
+    gain: float = 0.7
     kappa: float = 1.0
     usual: float = 0.0
     last: int = -1

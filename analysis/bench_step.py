@@ -1,0 +1,186 @@
+"""What a full training step costs with each optimizer, over torch's AdamW in the same run.
+
+    python -m analysis.bench_step [--task cifar10|transformer|resnet18|all] [--steps 300] [--others 40] [--threads 2] [--methods SOAP,Shampoo,Muon]
+
+CIFAR-10 CNN (152 k parameters, batch 128) and character GPT (4 layers, width 128, context 64, batch 32); `--task resnet18` on CUDA: ResNet-18,
+bf16 autocast, batch 512, random images. A step is forward, zero_grad, backward, optimizer step, refreshes included, default settings. All methods
+train their own copy on the same batches and take turns at every step. Ratios are of mean step
+times, which count each refresh: over ``all`` steps from the first one (NGD-T refreshes and measures most at the start), and over the ``late``
+half of them. Each is given in wall seconds and in processor seconds (the latter don't count other work on the machine). The other methods run
+``--others`` steps only, compared with AdamW's on the same steps.
+Memory: optimizer state in multiples of the parameters. Writes bench_step.csv and a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from analysis.methods import METHODS
+from analysis.tasks import Task, characters, cifar10, cross_entropy
+from analysis.timing import RESULTS, report
+
+KNOBS = {"NGD-T": 0.03, "AdamW": 1e-3, "SGD": 0.1, "SOAP": 3e-3, "Muon": 1e-2, "Shampoo": 1e-3}
+
+
+def state_size(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of every distinct tensor reachable from the optimizer's own state, parameters and gradients excluded."""
+    skip = {
+        t.data_ptr() for group in optimizer.param_groups for p in group["params"] for t in (p, p.grad) if t is not None
+    }
+    seen: dict[int, Any] = {}  # keeps what was visited alive, so that no id is used twice
+    found: dict[int, int] = {}
+
+    def walk(node: Any, depth: int) -> None:
+        if id(node) in seen or depth > 12:
+            return
+        seen[id(node)] = node
+        if isinstance(node, Tensor):
+            storage = node.untyped_storage()
+            if storage.data_ptr() not in skip:
+                found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(node, dict):
+            for value in node.values():
+                walk(value, depth + 1)
+        elif isinstance(node, list | tuple | set):
+            for value in node:
+                walk(value, depth + 1)
+        elif (
+            hasattr(node, "__dict__")
+            and not isinstance(node, nn.Module | type)
+            and type(node).__module__.startswith("thermo_opt")
+        ):
+            walk(vars(node), depth + 1)
+
+    walk(dict(optimizer.state), 0)
+    if hasattr(optimizer, "curvature"):
+        walk(optimizer.curvature, 0)
+    return sum(found.values())
+
+
+def resnet18() -> nn.Module:
+    """ResNet-18 for 32×32 images, written out (torchvision is not needed)."""
+
+    class Residual(nn.Module):
+        def __init__(self, inside: int, out: int, stride: int) -> None:
+            super().__init__()
+            self.body = nn.Sequential(
+                *(nn.Conv2d(inside, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()),
+                *(nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)),
+            )
+            same = stride == 1 and inside == out
+            self.skip = (
+                nn.Identity()
+                if same
+                else nn.Sequential(nn.Conv2d(inside, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.body(x) + self.skip(x))
+
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    widths = (64, 64, 128, 256, 512)
+    for i, (inside, out) in enumerate(itertools.pairwise(widths)):
+        layers += [Residual(inside, out, 1 if i == 0 else 2), Residual(out, out, 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+
+
+def bench(name: str, task: Task | None, methods: list[str], steps: int, others: int) -> list[dict[str, Any]]:
+    """One row a method: step-time ratios over AdamW, and memory."""
+    device = torch.device("cuda" if task is None else "cpu")
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        if task is not None:
+            return task.batches(0)
+        generator = torch.Generator(device).manual_seed(0)
+        images = torch.randn(512, 3, 32, 32, generator=generator, device=device)
+        labels = torch.randint(10, (512,), generator=generator, device=device)
+        return itertools.repeat((images, labels))
+
+    names = ["AdamW", "NGD-T", *methods]
+    nets = {m: (task.build(0) if task is not None else resnet18().to(device)) for m in names}
+    optimizers = {m: METHODS[m].make(nets[m], KNOBS[m]) for m in names}
+    wall: dict[str, list[float]] = {m: [] for m in names}
+    busy: dict[str, list[float]] = {m: [] for m in names}
+    warm = 3
+    for k, (x, y) in enumerate(itertools.islice(batches(), steps + warm)):
+        for m in names if k < others + warm else names[:2]:
+            net, optimizer = nets[m], optimizers[m]
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            t, c = time.perf_counter(), time.process_time()
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+                loss = cross_entropy(net(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if k >= warm:
+                wall[m].append(time.perf_counter() - t)
+                busy[m].append(time.process_time() - c)
+    parameters = sum(p.numel() * p.element_size() for p in nets["AdamW"].parameters())
+    rows = []
+    for m in names:
+        count = len(wall[m])
+        row: dict[str, Any] = {"task": name, "method": m, "steps": count, "parameters": parameters // 4}
+        for kind, times in (("wall", wall), ("processor", busy)):
+            for label, part in (("all", slice(0, count)), ("late", slice(count // 2, count))):
+                row[f"{kind}_{label}"] = statistics.mean(times[m][part]) / statistics.mean(times["AdamW"][part])
+            row[f"{kind}_ms"] = 1e3 * statistics.median(times[m])
+        row["memory_over_parameters"] = state_size(optimizers[m]) / parameters
+        rows.append(row)
+    return rows
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Bars of the mean step-time ratio, one group a task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import pandas as pd
+
+    frame = pd.DataFrame(rows).pivot_table(index="task", columns="method", values="processor_late", sort=False)
+    axis = frame.plot.bar(figsize=(7, 3.6), rot=0, width=0.8)
+    axis.axhline(1.1, color="0.3", lw=0.8, ls="--")
+    axis.set_ylabel("mean step time over AdamW (late half)")
+    axis.set_xlabel("")
+    axis.legend(frameon=False, ncols=3)
+    axis.figure.tight_layout()
+    axis.figure.savefig(RESULTS / "bench_step.png", dpi=120)
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="all", choices=["cifar10", "transformer", "resnet18", "all"])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--others", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--methods", default="SOAP,Shampoo,Muon")
+    parser.add_argument("--data", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    tasks: dict[str, Task | None] = {}
+    if options.task in ("cifar10", "all"):
+        tasks["cifar10"] = cifar10(options.data, limit=6000, probe=10)
+    if options.task in ("transformer", "all"):
+        tasks["transformer"] = characters(None, probe=4)
+    if options.task == "resnet18" or (options.task == "all" and torch.cuda.is_available()):
+        tasks["resnet18"] = None
+    methods = [m for m in options.methods.split(",") if m]
+    rows = [row for name, task in tasks.items() for row in bench(name, task, methods, options.steps, options.others)]
+    report("step time over AdamW", rows, "bench_step")
+    draw(rows)
+
+
+if __name__ == "__main__":
+    main()
