@@ -36,7 +36,10 @@ Html = Annotated[Path | None, typer.Option(help="Also write a report page, one f
 Lens = Annotated[
     list[str] | None, typer.Option(help="outputs, parameters or optimizer-state; may be repeated. Default: all.")
 ]
-Clock = Annotated[str, typer.Option(help="What counts as time: step, flow, wall, examples or tokens.")]
+Clock = Annotated[
+    str | None,
+    typer.Option(help="What counts as time: step, flow, wall, examples or tokens. Default: the run's own, or step."),
+]
 Stride = Annotated[int, typer.Option(help="Use every M-th snapshot.", metavar="M")]
 Model = Annotated[str | None, typer.Option(help="Architecture, as package.module:factory, to replay weights with.")]
 Probe = Annotated[Path | None, typer.Option(help="Inputs and targets to replay on (safetensors, npz, parquet).")]
@@ -52,7 +55,7 @@ def audit(
     json: Json = False,
     html: Html = None,
     lens: Lens = None,
-    clock: Clock = "step",
+    clock: Clock = None,
     stride: Stride = 1,
     model: Model = None,
     probe: Probe = None,
@@ -76,7 +79,7 @@ def compare(
     json: Json = False,
     html: Html = None,
     lens: Lens = None,
-    clock: Clock = "step",
+    clock: Clock = None,
     stride: Stride = 1,
     model: Model = None,
     probe: Probe = None,
@@ -185,7 +188,7 @@ def _import(target: str) -> Callable[..., Any]:
 
 def _options(
     lens: list[str] | None,
-    clock: str,
+    clock: str | None,
     stride: int,
     model: str | None,
     probe: Path | None,

@@ -22,6 +22,8 @@ Array = NDArray[np.float64]
 
 _ROUNDING = 1e-9
 """Relative slack within which an inequality of the theory counts as met: beyond it the inputs contradict each other."""
+_NOTHING = 1e-14
+"""Relative difference of two sums below which it is their rounding."""
 
 
 def dissipation(a: ArrayLike, tau: ArrayLike = 1.0) -> Array:
@@ -148,6 +150,8 @@ def decompose(a: ArrayLike, tau: ArrayLike, geodesic: float | None) -> Decomposi
     time = float(tau.sum())
     steady = min(path * path / (2 * time), q) if time > 0 else 0.0  # Cauchy-Schwarz: below q but for rounding
     moved = path > 0
+    if q - steady <= _NOTHING * q:
+        steady = q  # what is left is rounding of the sums, not uneven pacing
     steadiness = steady / q if moved else None
     if geodesic is None:
         return Decomposition(q, path, None, time, None, None, q - steady, None, steadiness, None)

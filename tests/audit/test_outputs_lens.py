@@ -289,3 +289,22 @@ def test_the_public_name_is_callable_whatever_was_imported_first(adam_run):
     code = f"import thermo_opt.audit.walk, thermo_opt as to; print(to.audit({str(adam_run)!r}, lens='outputs').summary['steps'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=".")
     assert done.stdout.strip() == "37", done.stderr
+
+
+def test_the_recorders_clock_is_the_audits_default(tmp_path, make_run):
+    path = make_run(tmp_path / "run", steps=4, clock="examples")
+    assert to.audit(path, lens="outputs").summary["clock"] == "examples"
+    assert to.audit(path, lens="outputs", clock="step").summary["duration"] == 4
+
+
+def test_rounding_is_no_motion_with_a_direction(tmp_path):
+    z = np.random.default_rng(0).integers(-8, 8, size=(5, 3)) / 4  # a shift of these by 1 is exact, and changes nothing
+    s = to.audit(write_run(tmp_path / "still", [z, z + 1.0, z], np.zeros(5))).summary
+    assert s["alignment_lower"] is None
+
+
+def test_a_single_interval_is_perfectly_steady(tmp_path):
+    z = np.random.default_rng(0).normal(size=(2, 50, 3))
+    s = to.audit(write_run(tmp_path / "two", z, np.zeros(50))).summary
+    assert s["pacing"] == 0
+    assert s["steadiness"] == 1

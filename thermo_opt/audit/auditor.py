@@ -32,7 +32,7 @@ def audit(
     run: Run | str | PathLike[str],
     *,
     lens: str | Sequence[str] | None = None,
-    clock: str = "step",
+    clock: str | None = None,
     stride: int = 1,
     model: Any = None,
     probe: Probe | str | PathLike[str] | None = None,
@@ -48,7 +48,7 @@ def audit(
 
     ``run``: a `Run` or a path. ``lens``: one or several of ``outputs``, ``parameters``, ``optimizer-state``; by default
     every lens the record supports, the reasons why others could not look being kept in ``missing``. ``clock``: the unit
-    of τ (step, flow, wall, examples, tokens). ``stride``: audit every ``stride``-th snapshot (and the last): coarser
+    of τ (step, flow, wall, examples, tokens); by default the one its recorder named, else step. ``stride``: audit every ``stride``-th snapshot (and the last): coarser
     audits give lower bounds. ``model`` (a module, or ``package.module:factory``) and ``probe`` (a file, or a `Probe`)
     replay predictions from recorded weights. ``batch_size`` gives the optimizer-state lens its nats. ``steps``: the
     audited intervals the parameter lens looks at: by default all if it was asked for by name, else up to 32 spread
@@ -60,6 +60,7 @@ def audit(
     does not support. Cost: outputs lens O(snapshots x probe); optimizer-state O(bytes of the snapshots).
     """
     run = run if isinstance(run, Run) else load_run(run)
+    clock = clock or run.info.clock or "step"
     wanted = _lenses(lens)
     if stride < 1:
         raise InputError(f"stride must be at least 1, not {stride}")

@@ -14,6 +14,10 @@ from thermo_opt.fisher.likelihoods import likelihood
 from thermo_opt.manifold import Point
 
 
+_RESOLUTION = 1e-29
+"""Squared distances below this are rounding of the embedded predictions: such a motion has no direction."""
+
+
 def look_at_outputs(view: View) -> Seen:
     """Scalars of the path the predictions took: a exact, d to first order, Δ between Cauchy-Schwarz and χ².
 
@@ -47,7 +51,7 @@ def look_at_outputs(view: View) -> Seen:
     a, d, chi2 = (np.array(x) for x in (found.a, found.d, found.chi2))
     if end_loss is not None:
         notes.append("alignment is certified only from below (Δ ≤ χ²): the parameter lens brackets it from both sides")
-    d = np.where(np.isfinite(d), d, np.nan)
+    d = np.where(np.isfinite(d) & (a > _RESOLUTION), d, np.nan)
     return Seen(
         step=audited[:-1],
         step_end=audited[1:],
