@@ -32,6 +32,7 @@ COLUMNS = (
     "efficiency",
     "dissipation_scaled",
     "on_front",
+    "energy",
     "lowest_loss",
     "duration",
     "dissipation_total",
@@ -75,7 +76,8 @@ class ParetoFront:
     clock) up to the crossing, interpolated between snapshots; NaN where ``censored``: never reached within ``duration``
     and ``dissipation_total``, which are then lower bounds. ``frontier``: D*(L*) from the run's own starting predictions;
     ``efficiency`` ``D*²/(2QT)`` ≤ 1; ``dissipation_scaled``: Q times (`Target.frontier`/D*)², which puts runs of different
-    starts under one hyperbola; ``on_front``: not dominated in (time, dissipation/D*²). ``targets``: one `Target` each.
+    starts under one hyperbola; ``on_front``: not dominated in (time, dissipation/D*²); ``energy``: joules to the crossing,
+    where the run logged them. ``targets``: one `Target` each.
     """
 
     x: str
@@ -116,11 +118,12 @@ class ParetoFront:
             found[str(group)] = points[hull(np.log(points[:, 0]), np.log(points[:, 1]))]
         return found
 
-    def plot(self, ax: Any = None, target_loss: float | None = None) -> Any:
-        """Draw the front of a target, by default the first (see `thermo_opt.plots.pareto`); returns the Matplotlib Axes."""
-        from thermo_opt.plots.front import pareto
+    def plot(self, ax: Any = None, target_loss: float | None = None, *, energy: bool = False) -> Any:
+        """Draw the front of a target, by default the first, or with ``energy`` its joules against its dissipation; returns
+        the Matplotlib Axes (see `thermo_opt.plots.pareto`, `thermo_opt.plots.energy`)."""
+        from thermo_opt.plots import front
 
-        return pareto(self, ax, target_loss)
+        return (front.energy if energy else front.pareto)(self, ax, target_loss)
 
     def to_html(self, path: str | PathLike[str]) -> Path:
         """Write a one-file page with a figure a target and the table (opens offline) and return its path."""
@@ -245,6 +248,7 @@ def _front(
             "efficiency": 0.5 / (per_frontier * time),
             "dissipation_scaled": scaled,
             "on_front": on_front,
+            "energy": [c.energy for c in crossings],
             "lowest_loss": [track.best for track in tracks],
             "duration": [track.time[-1] for track in tracks],
             "dissipation_total": [track.dissipation[-1] for track in tracks],

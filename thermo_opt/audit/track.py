@@ -35,12 +35,14 @@ _BLOCK_BYTES = 1 << 22
 @dataclass(frozen=True)
 class Crossing:
     """Where a run first meets a target: optimizer ``step`` (fractional), ``time`` and ``dissipation`` since its start, and
-    ``frontier``, D*(L*) from that start. NaN but for the frontier where it never does."""
+    ``frontier``, D*(L*) from that start; ``energy`` in joules where the run logged it. NaN but for the frontier where it never
+    does."""
 
     step: float
     time: float
     dissipation: float
     frontier: float
+    energy: float = np.nan
 
     @property
     def reached(self) -> bool:
@@ -50,7 +52,8 @@ class Crossing:
 
 @dataclass(frozen=True)
 class Track:
-    """A run's line: ``steps``, ``loss`` (nats), ``time`` and ``dissipation`` since the start, each (K+1,) over snapshots."""
+    """A run's line: ``steps``, ``loss`` (nats), ``time`` and ``dissipation`` since the start, each (K+1,) over snapshots;
+    ``energy``, joules since the start, where each step logged them."""
 
     run: str
     path: str
@@ -62,6 +65,7 @@ class Track:
     loss: np.ndarray
     time: np.ndarray
     dissipation: np.ndarray
+    energy: np.ndarray | None = None
 
     @property
     def best(self) -> float:
@@ -83,7 +87,8 @@ class Track:
         def between(values: np.ndarray) -> float:
             return float(values[end - 1] + s * (values[end] - values[end - 1]))
 
-        return Crossing(between(self.steps), between(self.time), between(self.dissipation), frontier)
+        energy = np.nan if self.energy is None else between(self.energy)
+        return Crossing(between(self.steps), between(self.time), between(self.dissipation), frontier, energy)
 
 
 def track_of(audit: Audit, clock: str | None = None) -> Track:
@@ -114,6 +119,7 @@ def track_of(audit: Audit, clock: str | None = None) -> Track:
         loss,
         lens.steps["a"].to_numpy(),
         tau,
+        _energy(audit.curve, steps),
     )
 
 
@@ -149,8 +155,19 @@ def read_track(run: Run, clock: str = "step") -> Track:
     steps = np.array([snapshot.step for snapshot in run.snapshots[: len(loss)]])
     tau = _tau(str(run.path), run.steps, run.info.batch_size, clock, steps)
     probe = None if run.probe is None else run.probe.fingerprint
+    energy = _energy(run.steps, steps)
     return _track(
-        run.name, str(run.path), run.info.optimizer, probe, clock, start, steps, np.array(loss), np.array(a), tau
+        run.name,
+        str(run.path),
+        run.info.optimizer,
+        probe,
+        clock,
+        start,
+        steps,
+        np.array(loss),
+        np.array(a),
+        tau,
+        energy,
     )
 
 
@@ -205,6 +222,16 @@ def _tau(path: str, curve: pd.DataFrame, batch_size: int | None, clock: str, ste
         raise InputError(f"{path}: clock {clock!r}: {error}") from None
 
 
+def _energy(curve: pd.DataFrame, steps: np.ndarray) -> np.ndarray | None:
+    """Joules drawn up to these steps since the first of them; None unless every step between logged them."""
+    if "energy" not in curve:
+        return None
+    joules = (
+        pd.to_numeric(curve["energy"], errors="coerce").reindex(np.arange(steps[0] + 1, steps[-1] + 1)).to_numpy(float)
+    )
+    return None if np.isnan(joules).any() else np.concatenate([[0.0], np.cumsum(joules)])[steps - steps[0]]
+
+
 def _track(
     run: str,
     path: str,
@@ -216,6 +243,7 @@ def _track(
     loss: np.ndarray,
     a: np.ndarray,
     tau: np.ndarray,
+    energy: np.ndarray | None,
 ) -> Track:
     if start is None or np.isnan(loss).any():
         raise InputError(f"{run}: the probe has no targets, so the run has no loss; record it with targets")
@@ -227,4 +255,4 @@ def _track(
     def total(values: np.ndarray) -> np.ndarray:
         return np.concatenate([[0.0], np.cumsum(values)])
 
-    return Track(run, path, optimizer, probe, clock, start, steps, loss, total(tau), total(q))
+    return Track(run, path, optimizer, probe, clock, start, steps, loss, total(tau), total(q), energy)

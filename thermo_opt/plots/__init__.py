@@ -4,7 +4,7 @@ Matplotlib is imported when the first figure is drawn. The Axes may be left out:
 """
 
 from thermo_opt.plots.curves import alignment, coarse_graining, loss_and_dissipation, predicted_vs_realised
-from thermo_opt.plots.front import pareto
+from thermo_opt.plots.front import energy, pareto
 from thermo_opt.plots.maps import decomposition_bars, dissipation_heatmap, trajectory_map
 from thermo_opt.plots.overview import overview
 
@@ -13,6 +13,7 @@ __all__ = [
     "coarse_graining",
     "decomposition_bars",
     "dissipation_heatmap",
+    "energy",
     "loss_and_dissipation",
     "overview",
     "pareto",

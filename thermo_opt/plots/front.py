@@ -8,6 +8,7 @@ import numpy as np
 
 from thermo_opt.audit.front import ParetoFront, Target
 from thermo_opt.audit.quantities import DURATION_UNITS, cost_unit, number, percent
+from thermo_opt.errors import InputError
 from thermo_opt.plots.axes import KEY, given_or_new, log_axes, plain, quiet
 from thermo_opt.plots.palette import look
 
@@ -66,6 +67,29 @@ def pareto(front: ParetoFront, ax: Axes | None = None, target_loss: float | None
         ax.annotate(percent(efficiency), (time[label], line[label]), fontsize="x-small", color="0.45")
     ax.set_xlabel(f"time to reach it ({DURATION_UNITS[front.clock]})")
     ax.set_ylabel(cost_label(front, target))
+    ax.legend(**KEY)
+    return ax
+
+
+def energy(front: ParetoFront, ax: Axes | None = None, target_loss: float | None = None) -> Axes:
+    """Joules against dissipation, each up to the target loss (by default the first): one point a run that logged both.
+
+    Nothing binds one to the other (see `thermo_opt.runs.energy`), so there is no frontier to draw. Raises InputError when no
+    run that reaches the target logged its energy.
+    """
+    target = front.targets[0] if target_loss is None else next(t for t in front.targets if t.target_loss == target_loss)
+    rows = front.rows(target.target_loss).dropna(subset=["time", "energy"])
+    if rows.empty:
+        raise InputError("no run logged its energy: record with energy=True on a machine that has a meter")
+    ax = given_or_new(ax, 6.8, 4.8)
+    quiet(ax, f"Joules and nats of reaching loss {target.target_loss:.3g}")
+    for index, group in enumerate(front.groups):
+        own = rows[rows["group"] == group]
+        style = look(index)
+        ax.scatter(own["dissipation"], own["energy"], s=26, color=style.hex, marker=style.marker, label=plain(group))
+    log_axes(ax)
+    ax.set_xlabel(f"dissipation Q ({cost_unit(front.clock)})")
+    ax.set_ylabel("energy (J)")
     ax.legend(**KEY)
     return ax
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from thermo_opt import __version__
 from thermo_opt.errors import InputError
+from thermo_opt.runs.energy import EnergyMeter
 from thermo_opt.runs.format import (
     PARTIAL,
     PROBE_FILE,
@@ -70,6 +71,8 @@ class Recorder:
         clock: the clock an audit uses by default.
         factory: ``package.module:factory`` that builds the architecture, so that an audit can replay it.
         name, notes: a name (default: the folder's) and free JSON-able metadata.
+        energy: log the joules of each step (`thermo_opt.runs.energy`), probing and recording left out; where the machine has
+            no meter, the run's record and one warning say why.
         resume: continue a recorded run. True: at its last logged step; a number: at that step, what was recorded
             later is removed.
 
@@ -98,6 +101,7 @@ class Recorder:
         name: str | None = None,
         notes: Mapping[str, Any] | None = None,
         resume: bool | int = False,
+        energy: bool = False,
     ) -> None:
         self.path = Path(path)
         self._model, self._optimizer = model, optimizer
@@ -155,6 +159,14 @@ class Recorder:
             "probe_fingerprint": self._probe.fingerprint if self._probe else None,
             "notes": dict(notes or {}),
         }
+        self._meter: EnergyMeter | None = None
+        if energy:
+            try:
+                self._meter = EnergyMeter()
+                self._header["energy"] = {"devices": self._meter.devices}
+            except InputError as reason:
+                self._header["energy"] = {"devices": [], "reason": str(reason)}
+                warnings.warn(f"{reason}; recording goes on without", stacklevel=2)
         try:
             json.dumps(self._header, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -197,6 +209,8 @@ class Recorder:
             raise _unwritable(self.path, error) from None
         self._snapshotted = self._count
         self._writer = _Writer()
+        if self._meter is not None:
+            self._meter.restart()
         self._start = time.perf_counter()
         return self
 
@@ -225,6 +239,8 @@ class Recorder:
                     raise self._writer.error
                 if self._due(self._count):
                     self._snapshot()
+                if self._meter is not None:
+                    self._meter.restart()
             except Exception as error:  # whatever fails in recording must not end the training
                 self._stop(error)
         self._warn()
@@ -384,6 +400,7 @@ class Recorder:
             "wall": round(wall, 6),
             "examples": examples,
             "tokens": tokens,
+            "energy": None if self._meter is None else self._meter.read(),
         }
         diagnostics = getattr(self._optimizer, "last_step", None)
         if isinstance(diagnostics, Mapping):
