@@ -28,7 +28,7 @@ from thermo_opt.manifold import Point, embed, row_distances
 from thermo_opt.runs import Run
 from thermo_opt.runs.run import RunInfo
 
-_BLOCK_BYTES = 1 << 22
+_BLOCK_BYTES = 1 << 18
 """Predictions embedded at a time by `read_track`: enough to spread NumPy's overheads, few enough for the cache."""
 
 
