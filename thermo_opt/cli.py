@@ -65,7 +65,7 @@ def audit(
     jobs: Jobs = 1,
 ) -> None:
     """Audit a recorded run: what its path dissipated, how much was unavoidable, where the rest went."""
-    _check_page(html, "--html")
+    check_page(html, "--html")
     audits = _audits([run], format, _options(lens, clock, stride, model, probe, batch_size, steps, jobs))
     from thermo_opt.report import terminal
 
@@ -89,7 +89,7 @@ def compare(
     jobs: Jobs = 1,
 ) -> None:
     """Audit several runs and compare them, the most efficient first."""
-    _check_page(html, "--html")
+    check_page(html, "--html")
     audits = _audits(runs, format, _options(lens, clock, stride, model, probe, batch_size, steps, jobs))
     _compare(audits, json, html)
 
@@ -110,7 +110,7 @@ def info(run: RunPath, json: Json = False, format: Format = None) -> None:
 
 def demo(output: Output = Path("report.html"), jobs: Jobs = 1) -> None:
     """Audit the recorded runs that come with thermo-opt, compare them, and write a report page."""
-    _check_page(output, "--output")
+    check_page(output, "--output")
     from thermo_opt import demo as recorded
     from thermo_opt.report.terminal import Bars
 
@@ -293,7 +293,7 @@ def _count(parameter: Any) -> int:
     return product
 
 
-def _check_page(path: Path | None, option: str) -> None:
+def check_page(path: Path | None, option: str) -> None:
     """Refuse, before any work, a report page that can't be written or would replace a file of somebody's own."""
     if path is None:
         return

@@ -37,8 +37,10 @@ def command(
     ] = None,
 ) -> None:
     """Draw what runs took, in time and dissipation, to reach a loss, beside the frontier that none can cross."""
+    from thermo_opt.cli import check_page
     from thermo_opt.report import terminal
 
+    check_page(html, "--html")
     if x not in CLOCK_OF:
         raise InputError(f"--x {x}: use one of {', '.join(CLOCK_OF)}")
     if jobs == 0:

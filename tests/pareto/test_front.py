@@ -269,6 +269,14 @@ def test_the_command_prints_tables_within_80_columns(runs, capsys, monkeypatch):
     assert out.count("★") == len(to.pareto([to.audit(path) for path in runs]).front())
 
 
+def test_the_command_does_not_overwrite_what_is_no_page_of_ours(runs, tmp_path, capsys):
+    notes = tmp_path / "notes.html"
+    notes.write_text("somebody's own notes")
+    assert main(["pareto", *map(str, runs), "--html", str(notes)]) == 2
+    assert "notes.html exists" in capsys.readouterr().err
+    assert notes.read_text() == "somebody's own notes"
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
