@@ -12,8 +12,6 @@ from thermo_opt.audit.front import CLOCK_OF, ParetoFront, Target, pareto
 from thermo_opt.audit.track import Track, read_track, track_of
 from thermo_opt.errors import InputError
 
-_MANY = 128
-"""Runs from which on starting other processes pays."""
 _SHOWN = 24
 """Rows a table in the terminal has at most; the front is always shown whole."""
 
@@ -32,9 +30,7 @@ def command(
     ] = None,
     probe: Annotated[Path | None, typer.Option(help="Inputs and targets to replay on.")] = None,
     format: Annotated[str | None, typer.Option(help="Layout of the runs, where their files don't tell.")] = None,
-    jobs: Annotated[
-        int | None, typer.Option(help="Processes. Default: all cores for many runs, else one.", show_default=False)
-    ] = None,
+    jobs: Annotated[int, typer.Option(help="Processes; more than one pays for large probes.")] = 1,
 ) -> None:
     """Draw what runs took, in time and dissipation, to reach a loss, beside the frontier that none can cross."""
     from thermo_opt.cli import check_page
@@ -64,15 +60,14 @@ def read_tracks(
     clock: str,
     format: str | None = None,
     replay: dict[str, Any] | None = None,
-    jobs: int | None = None,
+    jobs: int = 1,
     advance: Callable[[int], None] | None = None,
 ) -> list[Track]:
-    """Each run's line in the speed-cost plane, read in parallel when there are many; InputError names what can't be read."""
+    """Each run's line in the speed-cost plane, in the order given; InputError names what can't be read."""
     from joblib import Parallel, delayed
 
-    count = jobs if jobs is not None else -1 if len(paths) >= _MANY else 1
     tracks = []
-    for track in Parallel(n_jobs=count, return_as="generator")(
+    for track in Parallel(n_jobs=jobs, return_as="generator")(
         delayed(_read)(path, clock, format, replay) for path in paths
     ):
         tracks.append(track)
