@@ -137,6 +137,15 @@ def race(
         for method in methods:  # methods take turns
             run(method, best[method], seed)
     everything = pd.concat(curves, ignore_index=True)
+    RESULTS.mkdir(exist_ok=True)
+    everything.to_csv(RESULTS / f"race_{name}_curves.csv", index=False, float_format="%.5g")
+    trials = len(METHODS[methods[0]].grid) if tune else 1
+    return summarise(name, everything, best, trials)
+
+
+def summarise(name: str, everything: pd.DataFrame, best: dict[str, float], trials: int) -> Path:
+    """The table and the figure from all runs' curves and each method's best setting."""
+    methods, length = list(best), int(everything["step"].max())
     chosen = {m: everything[(everything["method"] == m) & (everything["knob"] == best[m])] for m in methods}
     reference = chosen["AdamW" if "AdamW" in chosen else methods[0]].groupby("step")["loss"]
     # The worst seed's loss, so that every run of the reference reaches its own targets.
@@ -151,7 +160,7 @@ def race(
             "task": name,
             "method": method,
             "knob": f"{METHODS[method].knob}={best[method]:g}",
-            "trials": len(METHODS[method].grid) if tune else 1,
+            "trials": trials,
         }
         final = [float(r["loss"].iloc[-1]) for r in runs]
         row |= {"final_loss": float(np.mean(final)), "final_spread": float(np.std(final))}
@@ -169,16 +178,25 @@ def race(
             for column in ("steps", "seconds", "dissipation"):
                 table[f"{column}_{label}_over_AdamW"] = table[f"{column}_{label}"] / float(adam[f"{column}_{label}"])
     table = table.assign(
-        target_half=targets["half"], target_end=targets["end"], length=length, seeds=seeds, machine=machine()
+        target_half=targets["half"],
+        target_end=targets["end"],
+        length=length,
+        seeds=everything["seed"].nunique(),
+        machine=machine(),
     )
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"race_{name}.csv"
     table.to_csv(path, index=False, float_format="%.5g")
-    everything.to_csv(RESULTS / f"race_{name}_curves.csv", index=False, float_format="%.5g")
     draw(name, chosen, targets)
     shown = ["method", "knob", "final_loss", *[c for c in table if c.endswith("over_AdamW")]]
     print(table[shown].to_string(index=False, float_format="%.3f"), flush=True)
     return path
+
+
+def summarise_again(name: str) -> Path:
+    """Table and figure anew from the curves and the chosen settings of an earlier race."""
+    table = pd.read_csv(RESULTS / f"race_{name}.csv")
+    best = {row.method: float(str(row.knob).split("=")[1]) for row in table.itertuples()}
+    return summarise(name, pd.read_csv(RESULTS / f"race_{name}_curves.csv"), best, int(table["trials"].iloc[0]))
 
 
 def draw(name: str, chosen: dict[str, pd.DataFrame], targets: dict[str, float]) -> None:
@@ -215,11 +233,17 @@ def main() -> None:
     parser.add_argument("--methods", default="NGD-T,AdamW,SGD,SOAP,Muon")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--no-tuning", action="store_true", help="one setting a method: the third of its grid")
+    parser.add_argument(
+        "--again", action="store_true", help="only make table and figure anew from the curves of an earlier race"
+    )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     names = list(TASKS) if options.task == "all" else [options.task]
     for name in names:
+        if options.again:
+            print(summarise_again(name))
+            continue
         print(
             race(
                 name,

@@ -57,7 +57,7 @@ class NGDT(Optimizer):
         "diagonal" (Dropout and BatchNorm then in evaluation mode; ``metric_options`` go to `thermo_opt.fisher.make`).
     regulator: "dissipation" (default), "heat", "fixed" (η_T = eta_max), or an object with `Regulator`'s methods.
     null_space: "damped" (F_λ⁻¹ acts everywhere), "none" (pseudo-inverse, no motion in the null space), "hybrid" (adds −eta_null·P₀g).
-    damping: λ, absolute, for the Fisher of one prediction's log-likelihood; 1e-3 with "damped", otherwise 0. K-FAC with "damped"
+    damping: λ, absolute, for the Fisher of one prediction's log-likelihood; 1e-4 (1e-3 for metrics of a minibatch) with "damped", otherwise 0. K-FAC with "damped"
         splits λ between the two factors (Martens & Grosse's π) and inverts them; every other combination uses eigenbases, where
         eigenvalues ≤ max(rtol·σ_max, atol) (K-FAC: of the products) count as zero.
     targets: "empirical" (the labels of the batch, no extra cost) or "sampled" (from the model: one more forward and backward pass on
@@ -66,7 +66,7 @@ class NGDT(Optimizer):
         overhead: largest share of the passes' multiplications that F_λ⁻¹g may cost; where it would cost more, wide factors are cut into
         diagonal blocks of side ≥ 128 (`math.inf`: never).
     calibrate: steps between measurements (0: never; default 10 for K-FAC kinds and "diagonal", 0 otherwise); calibration_predictions:
-        about how many predictions a measurement reads (None: the whole minibatch). A model with Dropout or BatchNorm in training mode is measured on the whole minibatch.
+        about how many predictions a measurement reads, in 8 examples at least (None: the whole minibatch). A model with Dropout or BatchNorm in training mode is measured on the whole minibatch.
     grad_scaler: the ``torch.amp.GradScaler`` in use; needed only when ``scaler.unscale_(opt)`` is called before the step.
 
     ``last_step`` holds plain numbers: ``budget, delta`` (Δ), ``eta`` (η_T), ``predicted`` and ``realised`` dissipation in nats (realised:
@@ -106,7 +106,7 @@ class NGDT(Optimizer):
         rtol: float | None = None,
         atol: float = 0.0,
         calibrate: int | None = None,
-        calibration_predictions: int | None = 512,
+        calibration_predictions: int | None = 64,
         metric_options: dict[str, Any] | None = None,
         grad_scaler: Any = None,
     ) -> None:
@@ -121,7 +121,9 @@ class NGDT(Optimizer):
         self.likelihood = named_likelihood(likelihood, sigma2)
         self.regulator = named(regulator, budget, eta_max)
         self.null_space, self.eta_null = null_space, eta_null
-        self.damping: Schedule = damping if damping is not None else (1e-3 if null_space == "damped" else 0.0)
+        if damping is None:
+            damping = 0.0 if null_space != "damped" else 1e-4 if metric in KRONECKER else 1e-3
+        self.damping: Schedule = damping
         self.metric = metric
         self.processes = Processes()
         self._pools, self._shares = checks.pools(self.param_groups)
