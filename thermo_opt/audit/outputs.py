@@ -13,7 +13,6 @@ from thermo_opt.errors import InputError
 from thermo_opt.fisher.likelihoods import likelihood
 from thermo_opt.manifold import Point
 
-
 _RESOLUTION = 1e-29
 """Squared distances below this are rounding of the embedded predictions: such a motion has no direction."""
 
