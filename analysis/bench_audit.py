@@ -66,7 +66,7 @@ def recorder_overhead(scratch: Path) -> dict[str, Any]:
             if k < steps:
                 float(step().detach())  # the loss is read each step, as any training loop that logs does
 
-    seconds = interleaved({"bare": lambda: training(False), "recorded": lambda: training(True)}, repeats=9)
+    seconds = interleaved({"bare": lambda: training(False), "recorded": lambda: training(True)}, repeats=15)
     value = ratio(seconds, "recorded", "bare")
     return {"benchmark": "(a) Recorder, every=10: time / (bare + probe passes)", "ratio": value, "target": "≤ 1.05"}
 
