@@ -22,75 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from analysis.memory import state_size
 from analysis.methods import METHODS
+from analysis.networks import resnet18
 from analysis.tasks import Task, characters, cifar10, cross_entropy
 from analysis.timing import RESULTS, report
 
 KNOBS = {"NGD-T": 0.03, "AdamW": 1e-3, "SGD": 0.1, "SOAP": 3e-3, "Muon": 1e-2, "Shampoo": 1e-3}
-
-
-def state_size(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of every distinct tensor reachable from the optimizer's own state, parameters and gradients excluded."""
-    skip = {
-        t.data_ptr() for group in optimizer.param_groups for p in group["params"] for t in (p, p.grad) if t is not None
-    }
-    seen: dict[int, Any] = {}  # keeps what was visited alive, so that no id is used twice
-    found: dict[int, int] = {}
-
-    def walk(node: Any, depth: int) -> None:
-        if id(node) in seen or depth > 12:
-            return
-        seen[id(node)] = node
-        if isinstance(node, Tensor):
-            storage = node.untyped_storage()
-            if storage.data_ptr() not in skip:
-                found[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(node, dict):
-            for value in node.values():
-                walk(value, depth + 1)
-        elif isinstance(node, list | tuple | set):
-            for value in node:
-                walk(value, depth + 1)
-        elif (
-            hasattr(node, "__dict__")
-            and not isinstance(node, nn.Module | type)
-            and type(node).__module__.startswith("thermo_opt")
-        ):
-            walk(vars(node), depth + 1)
-
-    walk(dict(optimizer.state), 0)
-    if hasattr(optimizer, "curvature"):
-        walk(optimizer.curvature, 0)
-    return sum(found.values())
-
-
-def resnet18() -> nn.Module:
-    """ResNet-18 for 32×32 images, written out (torchvision is not needed)."""
-
-    class Residual(nn.Module):
-        def __init__(self, inside: int, out: int, stride: int) -> None:
-            super().__init__()
-            self.body = nn.Sequential(
-                *(nn.Conv2d(inside, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()),
-                *(nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)),
-            )
-            same = stride == 1 and inside == out
-            self.skip = (
-                nn.Identity()
-                if same
-                else nn.Sequential(nn.Conv2d(inside, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-            )
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.relu(self.body(x) + self.skip(x))
-
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-    widths = (64, 64, 128, 256, 512)
-    for i, (inside, out) in enumerate(itertools.pairwise(widths)):
-        layers += [Residual(inside, out, 1 if i == 0 else 2), Residual(out, out, 1)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
 
 
 def bench(name: str, task: Task | None, methods: list[str], steps: int, others: int) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The optimizers that races and benchmarks compare, each with one knob and one grid of settings to tune it on."""
+"""The optimizers that studies and benchmarks compare, each with one knob and the settings where its tuning starts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ import thermo_opt as to
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer family: ``make(model, knob)``, the knob's name and its tuning grid (the same number of trials for all)."""
+    """An optimizer family: ``make(model, setting)``, its knob's name and the settings where tuning starts (`analysis.tuning`).
+
+    ``weight_decay``: used at full scale only, where regularisation decides the final accuracy; in each family's own unit, not tuned.
+    """
 
     make: Callable[[nn.Module, float], torch.optim.Optimizer]
     knob: str
     grid: tuple[float, ...]
+    weight_decay: float = 0.0
 
 
 def _adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -58,18 +62,24 @@ def _muon(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return optimizer
 
 
+def _ngdt(metric: str) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
+    return lambda model, budget: to.NGDT(model, budget=budget, metric=metric)
+
+
 METHODS = {
-    "NGD-T": Method(lambda model, budget: to.NGDT(model, budget=budget), "budget", (0.003, 0.01, 0.03, 0.1)),
-    "AdamW": Method(_adamw, "lr", (1e-3, 3e-3, 6e-3, 1e-2)),
-    "SGD": Method(_sgd, "lr", (0.03, 0.1, 0.3, 1.0)),
-    "SOAP": Method(_soap, "lr", (1e-3, 3e-3, 6e-3, 1e-2)),
-    "Muon": Method(_muon, "lr", (3e-3, 1e-2, 3e-2, 1e-1)),
-    "Shampoo": Method(_shampoo, "lr", (0.03, 0.1, 0.3, 1.0)),
+    "NGD-T": Method(_ngdt("kfac"), "budget", (0.01, 0.03, 0.1), 5e-4),
+    "NGD-T EKFAC": Method(_ngdt("ekfac"), "budget", (0.01, 0.03, 0.1), 5e-4),
+    "AdamW": Method(_adamw, "lr", (3e-3, 1e-2, 3e-2), 0.05),
+    "SGD": Method(_sgd, "lr", (0.1, 0.3, 1.0), 5e-4),
+    "SOAP": Method(_soap, "lr", (3e-3, 1e-2, 3e-2), 0.05),
+    "Muon": Method(_muon, "lr", (1e-2, 3e-2, 1e-1), 0.05),
+    "Shampoo": Method(_shampoo, "lr", (0.03, 0.1, 0.3), 0.05),
 }
 
 
-def cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 20) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule all methods share: linear warm-up, then a cosine to 5 % of the full rate."""
+def cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule all methods share: linear warm-up (20 steps; a fiftieth of long runs), then a cosine to 5 % of the full rate."""
+    warmup = max(min(20, steps // 5), steps // 50, 1)
 
     def factor(step: int) -> float:
         return min(1.0, (step + 1) / warmup) * (0.05 + 0.475 * (1 + math.cos(math.pi * min(step / steps, 1.0))))

@@ -1,4 +1,4 @@
-"""Training tasks that the studies and benchmarks share: digits MLP, CIFAR-10 CNN, character transformer.
+"""Training tasks that the studies and benchmarks share: digits MLP, CIFAR-10, ImageNet-style images, character transformer.
 
 A task gives a model, an endless stream of minibatches that depends only on the seed (every method sees the same data in the same order),
 and fixed held-out data. Losses are mean negative log-likelihoods in nats (a token for the transformer).
@@ -6,36 +6,42 @@ and fixed held-out data. Losses are mean negative log-likelihoods in nats (a tok
 
 from __future__ import annotations
 
-import io
 import string
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from analysis.images import Images, crop_and_flip, open_images
+from analysis.networks import CharGPT, ConvNet, resnet18
 from thermo_opt.errors import InputError
 
 DATASETS = Path(__file__).resolve().parents[2] / "shared" / "datasets"
+SPLIT_SEED = 0
+"""Of the draw of held-out examples, whatever a run's seed."""
+
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One training problem. `sample(generator)` draws a minibatch from the training set.
+    """One training problem. ``stream(generator)`` gives minibatches of the training data without end.
 
-    ``probe`` is what results are reported on, ``validation`` what settings are chosen on; neither is trained on, and they are disjoint.
+    ``probe`` is what runs are recorded and results reported on, ``validation`` what settings are chosen on; neither is trained on, and
+    they are disjoint. ``test``: parts of a larger set for the final loss and accuracy; None: the probe serves.
     """
 
     name: str
     model: Callable[[], nn.Module]
-    sample: Callable[[torch.Generator], tuple[Tensor, Tensor]]
-    probe: tuple[Tensor, Tensor]
-    validation: tuple[Tensor, Tensor]
+    stream: Callable[[torch.Generator], Iterator[Pair]]
+    probe: Pair
+    validation: Pair
     batch_size: int
+    test: Callable[[], Iterator[Pair]] | None = None
 
     def build(self, seed: int) -> nn.Module:
         """The model at its start for this seed."""
@@ -43,11 +49,9 @@ class Task:
             torch.manual_seed(seed)
             return self.model()
 
-    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, seed: int) -> Iterator[Pair]:
         """An endless stream of minibatches, the same for every method given the seed."""
-        generator = torch.Generator().manual_seed(1000 + seed)
-        while True:
-            yield self.sample(generator)
+        return self.stream(torch.Generator().manual_seed(1000 + seed))
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -55,100 +59,155 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
 
-def _from_arrays(x: Tensor, y: Tensor, batch_size: int) -> Callable[[torch.Generator], tuple[Tensor, Tensor]]:
-    def sample(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        rows = torch.randint(len(x), (batch_size,), generator=generator)
-        return x[rows], y[rows]
-
-    return sample
+def _passes(rows: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Minibatches of these rows, reshuffled at each pass; the last ones of a pass that don't fill a minibatch are left out."""
+    size = min(batch_size, len(rows))
+    while True:
+        order = rows[torch.randperm(len(rows), generator=generator)]
+        yield from order[: len(rows) // size * size].split(size)
 
 
 def digits(data: Path | None = None, batch_size: int = 128) -> Task:
-    """scikit-learn's 8×8 digits (1,797 images) and a 64-64-32-10 tanh MLP; the last 360 images are validation and probe. `data` is not used."""
-    from sklearn.datasets import load_digits
+    """scikit-learn's 8×8 digits (1,797 images) and a 64-64-32-10 tanh MLP.
 
-    bunch = load_digits()
-    x = torch.tensor(bunch.data / 16.0, dtype=torch.float32)
-    y = torch.tensor(bunch.target)
+    360 images are the probe and 180 validation, drawn at random within each class: the file's last images come from other
+    writers than its first. ``batch_size`` 0: all training data at every step. ``data`` is not used.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(pixels / 16.0, dtype=torch.float32), torch.tensor(labels)
+    train, held = train_test_split(range(len(y)), test_size=540, stratify=labels, random_state=SPLIT_SEED)
+    probe, validation = train_test_split(held, test_size=180, stratify=labels[held], random_state=SPLIT_SEED)
 
     def model() -> nn.Module:
         return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
 
-    sample = _from_arrays(x[:-360], y[:-360], batch_size)
-    return Task("digits", model, sample, (x[-180:], y[-180:]), (x[-360:-180], y[-360:-180]), batch_size)
+    def stream(generator: torch.Generator) -> Iterator[Pair]:
+        rows = torch.tensor(train)
+        for batch in _passes(rows, batch_size or len(rows), generator):
+            yield x[batch], y[batch]
+
+    return Task("digits", model, stream, (x[probe], y[probe]), (x[validation], y[validation]), batch_size or len(train))
 
 
-def _read_images(path: Path, limit: int) -> tuple[Tensor, Tensor]:
-    import pyarrow.parquet as parquet
-    from PIL import Image
+def _image_task(
+    name: str,
+    train: Images,
+    held: Images,
+    model: Callable[[], nn.Module],
+    batch_size: int,
+    augment: bool,
+    limit: int | None,
+    probe: int,
+    validation: int,
+    whole_test: bool,
+    moments: tuple[tuple[float, ...], tuple[float, ...]],
+) -> Task:
+    """A task on images: validation and training rows drawn from the training split, the probe from the held-out one."""
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    order = torch.randperm(len(train), generator=generator)
+    drawn = torch.randperm(len(held), generator=generator)[:probe]
+    if len(order) <= validation:
+        raise InputError(f"{name}: {len(order)} training images can't spare {validation} for validation: give more")
+    rows = order[validation:][:limit]
+    mean, deviation = (torch.tensor(m)[:, None, None] for m in moments)
 
-    if not path.is_file():
-        raise InputError(
-            f"{path} does not exist: pass --data a folder with CIFAR-10's train.parquet and test.parquet (columns img, label)."
-        )
-    table = parquet.read_table(path).slice(0, limit)
-    images = [np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in table.column("img").to_pylist()]
-    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(255)
-    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
-    return (x - mean[:, None, None]) / std[:, None, None], torch.tensor(table.column("label").to_pylist())
+    def read(images: Images, chosen: Tensor) -> Pair:
+        x, y = images.batch(chosen)
+        return (x - mean) / deviation, y
+
+    def stream(generator: torch.Generator) -> Iterator[Pair]:
+        for batch in _passes(rows, batch_size, generator):
+            x, y = read(train, batch)
+            yield (crop_and_flip(x, generator) if augment else x), y
+
+    def test() -> Iterator[Pair]:
+        for part in torch.arange(len(held)).split(500):
+            yield read(held, part)
+
+    return Task(
+        name,
+        model,
+        stream,
+        read(held, drawn),
+        read(train, order[:validation]),
+        min(batch_size, len(rows)),
+        test if whole_test else None,
+    )
 
 
-class ConvNet(nn.Sequential):
-    """Three 3×3 convolutions with pooling and a linear read-out: 151,290 parameters."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            *(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4)),
-            *(nn.Flatten(), nn.Linear(512, 112), nn.ReLU(), nn.Linear(112, 10)),
-        )
-
-
-def cifar10(data: Path | None = None, batch_size: int = 128, limit: int = 50_000, probe: int = 1000) -> Task:
-    """CIFAR-10 without augmentation and a three-convolution network of 152 k parameters; the test set's head is the probe, what follows it validation."""
+def cifar10(
+    data: Path | None = None,
+    batch_size: int = 128,
+    limit: int | None = None,
+    probe: int = 1000,
+    validation: int = 1000,
+    network: str = "cnn",
+    width: int | None = None,
+    augment: bool = False,
+    whole_test: bool = False,
+) -> Task:
+    """CIFAR-10 and a three-convolution network of 151 k parameters ("cnn") or ResNet-18 ("resnet18"); ``limit``: images trained on."""
     folder = data or DATASETS / "cifar10"
-    x, y = _read_images(folder / "train.parquet", limit)
-    held, labels = _read_images(folder / "test.parquet", 2 * probe)
-    sample = _from_arrays(x, y, batch_size)
-    return Task("cifar10", ConvNet, sample, (held[:probe], labels[:probe]), (held[probe:], labels[probe:]), batch_size)
+    source = "https://www.cs.toronto.edu/~kriz/cifar.html, as Parquet uoft-cs/cifar10 on the Hugging Face hub"
+    train = open_images(folder, ("train",), 32, source)
+    held = open_images(folder, ("test",), 32, source, train.classes)
+
+    def model() -> nn.Module:
+        return ConvNet(width=width or 32) if network == "cnn" else resnet18(width=width or 64)
+
+    moments = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    return _image_task(
+        "cifar10", train, held, model, batch_size, augment, limit, probe, validation, whole_test, moments
+    )
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block with causal attention."""
+def imagenet(
+    data: Path | None = None,
+    batch_size: int = 128,
+    limit: int | None = None,
+    probe: int = 1000,
+    validation: int = 1000,
+    width: int = 64,
+    stem: str = "small",
+    size: int = 64,
+    classes: int | None = None,
+    augment: bool = True,
+) -> Task:
+    """ImageNet-style images at ``size`` × ``size`` pixels and ResNet-18; ``classes``: only the first so many. By default Tiny-ImageNet's 50."""
+    folder = data or DATASETS / "tiny-imagenet-50"
+    source = "Tiny-ImageNet: http://cs231n.stanford.edu/tiny-imagenet-200.zip; ImageNet: https://image-net.org"
+    train = open_images(folder, ("train",), size, source)
+    held = open_images(folder, ("val", "valid", "test"), size, source, train.classes)
+    known = 1 + int(train.labels.max())
+    if int(held.labels.max()) >= known:
+        raise InputError(f"{folder}: the held-out images have classes that the training images lack: give all of them")
+    count = min(classes or known, known)
+    if count < known:
+        train, held = (_first_classes(images, count) for images in (train, held))
 
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+    moments = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return _image_task(
+        "imagenet",
+        train,
+        held,
+        lambda: resnet18(count, width, stem),
+        batch_size,
+        augment,
+        limit,
+        probe,
+        validation,
+        True,
+        moments,
+    )
 
-    def forward(self, x: Tensor) -> Tensor:
-        n, t, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(y.transpose(1, 2).reshape(n, t, width))
-        return x + self.down(functional.gelu(self.up(self.norm2(x))))
 
-
-class CharGPT(nn.Module):
-    """A decoder-only character transformer with learned positions and an untied read-out."""
-
-    def __init__(self, vocabulary: int, layers: int = 4, width: int = 128, context: int = 64, heads: int = 4) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                nn.init.normal_(
-                    p, std=0.02 / (2 * layers) ** 0.5 if name.endswith(("out.weight", "down.weight")) else 0.02
-                )
-
-    def forward(self, x: Tensor) -> Tensor:
-        places = torch.arange(x.shape[1], device=x.device)
-        return self.head(self.norm(self.blocks(self.tokens(x) + self.positions(places))))
+def _first_classes(images: Images, count: int) -> Images:
+    rows = torch.nonzero(images.labels < count).flatten().tolist()
+    names = [images.names[row] for row in rows]
+    return Images(names, images.labels[rows].tolist(), lambda i: images.read(rows[i]), images.size)
 
 
 def _read_text(data: Path | None) -> str:
@@ -157,9 +216,13 @@ def _read_text(data: Path | None) -> str:
         path = data / "input.txt" if data.is_dir() else data
         if not path.is_file():
             raise InputError(
-                f"{path} does not exist: pass --data a text file (tiny Shakespeare's input.txt, or any other)."
+                f"{path} does not exist: pass a text file (tiny Shakespeare's input.txt, "
+                "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt, or any other)."
             )
-        return path.read_text()
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"{path} is no text in UTF-8: convert it, or give another file") from None
     folder = Path(sysconfig.get_paths()["stdlib"])
     keep = set(string.printable)
     text = ""
@@ -176,31 +239,47 @@ def characters(
     layers: int = 4,
     width: int = 128,
     context: int = 64,
+    heads: int = 4,
+    dropout: float = 0.0,
     probe: int = 128,
+    text: str = "stdlib",
 ) -> Task:
-    """A character transformer on `data` (a text file or its folder), or on the standard library's source; the last tenth of the text is held out."""
-    text = _read_text(data)
-    letters = sorted(set(text))
+    """A character transformer on `data` (a text file or its folder), on the standard library's source ("stdlib") or on tiny Shakespeare.
+
+    The last tenth of the text is held out: probe and validation are windows of it, in turns.
+    """
+    if data is None and text == "shakespeare":
+        data = DATASETS / "tinyshakespeare"
+    content = _read_text(data)
+    letters = sorted(set(content))
     index = {c: i for i, c in enumerate(letters)}
-    ids = torch.tensor([index[c] for c in text])
+    ids = torch.tensor([index[c] for c in content])
     train, held_out = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
+    if len(held_out) < 2 * (context + 1):
+        raise InputError(f"a text of {len(ids)} characters is too short for a context of {context}: give a longer one")
     window = torch.arange(context + 1)
 
-    def sample(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        starts = torch.randint(len(train) - context - 1, (batch_size,), generator=generator)
-        rows = train[starts[:, None] + window]
-        return rows[:, :-1], rows[:, 1:]
+    def stream(generator: torch.Generator) -> Iterator[Pair]:
+        while True:
+            starts = torch.randint(len(train) - context - 1, (batch_size,), generator=generator)
+            rows = train[starts[:, None] + window]
+            yield rows[:, :-1], rows[:, 1:]
 
     starts = torch.linspace(0, len(held_out) - context - 2, 2 * probe).long()
     rows = held_out[starts[:, None] + window]
     return Task(
         "transformer",
-        lambda: CharGPT(len(letters), layers, width, context),
-        sample,
+        lambda: CharGPT(len(letters), layers, width, context, heads, dropout),
+        stream,
         (rows[::2, :-1], rows[::2, 1:]),
         (rows[1::2, :-1], rows[1::2, 1:]),
         batch_size,
     )
 
 
-TASKS: dict[str, Callable[..., Task]] = {"digits": digits, "cifar10": cifar10, "transformer": characters}
+TASKS: dict[str, Callable[..., Task]] = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "imagenet": imagenet,
+    "transformer": characters,
+}
