@@ -52,8 +52,8 @@ class Images:
         from PIL import Image
 
         try:
-            with Image.open(io.BytesIO(self.read(index))) as image:
-                image = image.convert("RGB")
+            with Image.open(io.BytesIO(self.read(index))) as file:
+                image = file.convert("RGB")
         except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
             raise InputError(
                 f"{self.names[index]} is no readable image ({error}): restore it, or remove it from the data"

@@ -1,0 +1,297 @@
+"""The protocol that all studies share, and their command line.
+
+Every method gets the same number of tuning trials (5, `analysis.tuning`), of seed 0, chosen by the final loss on validation data that is
+neither trained on nor reported; then more seeds at its best, up to three in all. Same starts, data order and schedule for all methods, which
+take turns. Every run is recorded on a fixed probe and audited through the outputs lens. Targets: the probe loss of AdamW's worst seed half-way
+through its best runs and at their end; steps and dissipation up to them from `to.pareto`; seconds are processor seconds of forward,
+backward and optimizer step alone (wall seconds on a GPU). Alignment: the parameter lens's certified bracket, mean over four moments of a run.
+
+Writes <study>_<scale>.csv (a row a method: means and standard deviations over seeds), <study>_<scale>_runs.csv (a row a run) and figures into
+analysis/results/, recorded runs into analysis/runs/<study>_<scale>/. Finished runs are not repeated, so a killed study can be called again.
+With fewer methods, seeds or steps than the scale's, or --tiny, tables and figures go beside the runs instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from joblib import Parallel, delayed
+
+import thermo_opt as to
+from analysis import study_figures, study_table, tuning
+from analysis.compare_results import differences
+from analysis.methods import METHODS
+from analysis.timing import RESULTS, machine
+from analysis.training import STRIDE, Trial, align, is_finished, record, result
+
+RUNS = Path(__file__).parent / "runs"
+COMPARED = ("NGD-T", "NGD-T EKFAC", "AdamW", "SGD", "SOAP", "Muon")
+SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a study is: options of its task for each variant, steps, steps between recorded predictions, probe examples for the
+    parameter lens (0: no alignment), and whether the methods' weight decay is on.
+    """
+
+    variants: Mapping[str, Mapping[str, Any]]
+    length: int
+    every: int = STRIDE
+    aligned: int = 0
+    decay: bool = False
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study: a task of `analysis.tasks.TASKS` at its scales: "small" (minutes on two cores), "full" (one GPU), "tiny" (seconds, for tests)."""
+
+    name: str
+    scales: Mapping[str, Scale]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One call of a study: what is run, and where it goes."""
+
+    study: Study
+    scale: str = "small"
+    data: Path | None = None
+    methods: tuple[str, ...] = COMPARED
+    seeds: int = SEEDS
+    steps: int | None = None
+    aligned: int | None = None
+    jobs: int = 1
+    device: str = "cpu"
+    runs: Path | None = None
+    results: Path | None = None
+    trials: int = tuning.TRIALS
+    size: Scale = field(init=False)
+
+    def __post_init__(self) -> None:
+        size = self.study.scales[self.scale]
+        size = replace(
+            size,
+            length=size.length if self.steps is None else self.steps,
+            aligned=size.aligned if self.aligned is None else self.aligned,
+        )
+        object.__setattr__(self, "size", size)
+        for method in self.methods:
+            if method not in METHODS:
+                raise to.InputError(f"method {method!r} is unknown: use some of {', '.join(METHODS)}")
+        if len(set(self.methods)) < len(self.methods):
+            raise to.InputError(f"methods {', '.join(self.methods)}: give each once")
+        if self.seeds < 1 or size.length < 2 or self.jobs == 0 or size.aligned < 0:
+            raise to.InputError(
+                "give at least one seed and two steps, jobs other than 0, and no negative number to align"
+            )
+
+    @property
+    def label(self) -> str:
+        """What its files are called."""
+        return f"{self.study.name}_{self.scale}"
+
+    @property
+    def folder(self) -> Path:
+        """Of its recorded runs."""
+        return (self.runs or RUNS) / self.label
+
+    @property
+    def output(self) -> Path:
+        """Of its tables and figures: the project's results only for the study as it is defined."""
+        standard = Plan(self.study, self.scale)
+        whole = (self.methods, self.seeds, self.size.length) == (standard.methods, SEEDS, standard.size.length)
+        return self.results or (RESULTS if whole and self.scale != "tiny" else self.folder)
+
+    def trial(self, variant: str, method: str, setting: float, seed: int) -> Trial:
+        """One of its runs."""
+        return Trial(
+            self.study.name,
+            dict(self.size.variants[variant]),
+            None if self.data is None else str(self.data.resolve()),
+            method,
+            setting,
+            seed,
+            self.size.length,
+            self.size.every,
+            self.size.aligned,
+            self.device,
+            self.size.decay,
+        )
+
+
+def run_study(plan: Plan) -> pd.DataFrame:
+    """Tune, run, audit and compare; returns the methods' table, which it also writes with the runs' and the figures."""
+    names = [(variant, method) for variant in plan.size.variants for method in plan.methods]
+    tried: dict[tuple[str, str], dict[float, float]] = {name: {} for name in names}
+    trials: dict[str, list[Trial]] = {variant: [] for variant in plan.size.variants}
+    progress = _Progress(plan, len(names) * (plan.trials + plan.seeds - 1))
+
+    def run(wanted: Sequence[tuple[str, str, float, int]]) -> None:
+        batch = [plan.trial(*what) for what in wanted]
+        _each(record, batch, plan, progress)
+        for (variant, _, _, _), trial in zip(wanted, batch, strict=True):
+            trials[variant].append(trial)
+
+    def score(wanted: Sequence[tuple[str, str, float]]) -> None:
+        run([(*what, 0) for what in wanted])
+        for variant, method, setting in wanted:
+            found = result(plan.trial(variant, method, setting, 0), plan.folder)
+            tried[variant, method][setting] = found["validation"]
+
+    central = min(plan.trials, len(METHODS[plan.methods[0]].grid))
+    score([(*name, METHODS[name[1]].grid[place]) for place in range(central) for name in names])
+    for _ in range(plan.trials - central):
+        score([(*name, tuning.next_setting(METHODS[name[1]].grid, tried[name])) for name in names])
+    best = {name: tuning.best(scores) for name, scores in tried.items()}
+    run([(*name, best[name], seed) for seed in range(1, plan.seeds) for name in names])
+    if plan.size.aligned:
+        final = [plan.trial(*name, best[name], seed) for name in names for seed in range(plan.seeds)]
+        _each(align, final, plan, None)
+    tables = []
+    for variant in plan.size.variants:
+        scores = {method: tried[variant, method] for method in plan.methods}
+        tables.append(_compare(plan, variant, trials[variant], scores))
+    return _write(plan, tables)
+
+
+def _compare(
+    plan: Plan, variant: str, trials: list[Trial], scores: dict[str, dict[float, float]]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The runs' and the methods' rows of a variant, and its figures."""
+    recorded = [study_table.read(trial, plan.folder) for trial in trials]
+    best = {method: tuning.best(tried) for method, tried in scores.items()}
+    reference = study_table.REFERENCE if study_table.REFERENCE in best else plan.methods[0]
+    final = [run for run in recorded if run.trial.setting == best[run.trial.method]]
+    targets = study_table.targets_of([run for run in final if run.trial.method == reference])
+    name = "_".join(part for part in (plan.label, variant.replace(" ", "-")) if part)
+    front = None
+    try:
+        front = study_table.front_of(recorded, targets)
+    except to.InputError as error:
+        print(f"{name}: nothing to compare ({error})", flush=True)
+    runs = study_table.rows_of_runs(recorded, best, front, targets)
+    methods = study_table.rows_of_methods(runs, scores).assign(
+        **{f"target_{label}": target for label, target in targets.items()}, length=plan.size.length
+    )
+    plan.output.mkdir(parents=True, exist_ok=True)
+    study_figures.curves(name, final, targets, plan.output / f"{name}_curves.png")
+    if front is not None:
+        study_figures.fronts(name, front, runs, plan.output / f"{name}_front.png")
+    return tuple(frame if not variant else _first(frame, variant) for frame in (runs, methods))  # type: ignore[return-value]
+
+
+def _first(frame: pd.DataFrame, variant: str) -> pd.DataFrame:
+    frame.insert(0, "variant", variant)
+    return frame
+
+
+def _write(plan: Plan, tables: list[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
+    runs, methods = (pd.concat(frames, ignore_index=True) for frames in zip(*tables, strict=True))
+    methods = methods.assign(
+        scale=plan.scale,
+        machine=machine(),
+        thermo_opt=to.__version__,
+        date=datetime.now(UTC).date().isoformat(),
+        jobs=plan.jobs,
+    )
+    runs.to_csv(plan.output / f"{plan.label}_runs.csv", index=False, float_format="%.6g")
+    methods.to_csv(plan.output / f"{plan.label}.csv", index=False, float_format="%.6g")
+    print(summary(methods).to_string(index=False, float_format="%.3f"), flush=True)
+    print(f"tables and figures: {plan.output}\nrecorded runs: {plan.folder}", flush=True)
+    return methods
+
+
+def summary(methods: pd.DataFrame) -> pd.DataFrame:
+    """The columns of the methods' table that fit a terminal."""
+    wanted = ["variant", "method", "setting", "bracketed", "final_loss", "accuracy"]
+    wanted += [f"{name}_ratio" for name in study_table.RATIOS]
+    return methods[[name for name in wanted if name in methods]]
+
+
+class _Progress:
+    """Prints each finished run, with how many there will be."""
+
+    def __init__(self, plan: Plan, total: int) -> None:
+        self.plan, self.total, self.done = plan, total, 0
+
+    def __call__(self, trial: Trial, kept: bool) -> None:
+        self.done += 1
+        found = result(trial, self.plan.folder)
+        what = f"{trial.method} {METHODS[trial.method].knob} {trial.setting:g} seed {trial.seed}"
+        if found["steps_done"] < trial.length:
+            outcome = f"diverged after {found['steps_done']} steps"
+        else:
+            outcome = (
+                f"loss {found['final_loss']:.4f}, accuracy {found['accuracy']:.4f}, {found['dissipation']:.3f} nats, "
+                f"{found['seconds']:.1f} s"
+            )
+        variant = next((f" {v}" for v, o in self.plan.size.variants.items() if v and dict(o) == trial.options), "")
+        again = " (recorded before)" if kept else ""
+        print(f"[{self.done}/{self.total}] {trial.task}{variant}, {what}: {outcome}{again}", flush=True)
+
+
+def _each(function: Callable[..., Trial], trials: Sequence[Trial], plan: Plan, progress: _Progress | None) -> None:
+    """Apply to each trial, ``plan.jobs`` at a time in processes of one thread each, and report what is done."""
+    kept = {trial.name for trial in trials if is_finished(trial, plan.folder)}
+    work = (delayed(function)(trial, plan.folder) for trial in trials)
+    for trial in Parallel(n_jobs=plan.jobs, return_as="generator_unordered")(work):
+        if progress is not None:
+            progress(trial, trial.name in kept)
+
+
+def check(plan: Plan) -> int:
+    """Run the study anew and compare it with the results it left before; how many values differ by more than their spread."""
+    committed = plan.output / f"{plan.label}.csv"
+    if not committed.is_file():
+        raise to.InputError(f"{committed} does not exist: run the study without --check first")
+    with tempfile.TemporaryDirectory() as scratch:
+        anew = run_study(replace(plan, runs=Path(scratch), results=Path(scratch)))
+    found = differences(pd.read_csv(committed), anew)
+    print(found.to_string(index=False) if len(found) else "every value lies within its stated spread", flush=True)
+    return len(found)
+
+
+def main(study: Study, description: str | None, data_flags: Sequence[str] = ("--data",)) -> None:
+    """A study's command."""
+    parser = argparse.ArgumentParser(
+        description=f"{description}\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scale", default="small", choices=["small", "full"])
+    parser.add_argument("--tiny", action="store_true", help="seconds: only to see that everything runs")
+    parser.add_argument(*data_flags, type=Path, dest="data", help="folder or file of the data")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--methods", default=",".join(COMPARED), help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--jobs", type=int, default=1, help="runs trained at a time, in processes of one thread")
+    parser.add_argument(
+        "--align", type=int, dest="aligned", metavar="N", help="probe examples for the parameter lens; 0: none"
+    )
+    parser.add_argument("--runs", type=Path, help="folder of recorded runs; default: analysis/runs")
+    parser.add_argument("--results", type=Path, help="folder of tables and figures")
+    parser.add_argument("--device", help="default: cpu; at full scale a GPU where there is one")
+    parser.add_argument("--check", action="store_true", help="run anew and compare with the results there are")
+    options = vars(parser.parse_args())
+    checked, tiny = options.pop("check"), options.pop("tiny")
+    options["scale"] = "tiny" if tiny else options["scale"]
+    options["methods"] = tuple(options["methods"].split(","))
+    wants_gpu = options["scale"] == "full" and torch.cuda.is_available()
+    options["device"] = options["device"] or ("cuda" if wants_gpu else "cpu")
+    torch.set_num_threads(1)
+    try:
+        plan = Plan(study, **options)
+        if checked:
+            sys.exit(1 if check(plan) else 0)
+        run_study(plan)
+    except to.InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

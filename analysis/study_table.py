@@ -1,0 +1,164 @@
+"""What a study's recorded runs say: targets, a row a run, a row a method, and the frontier that no run may cross."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+import thermo_opt as to
+from analysis.methods import METHODS
+from analysis.training import Trial, result
+from analysis.tuning import best as best_of
+from analysis.tuning import bracketed
+from thermo_opt.audit.front import ParetoFront
+from thermo_opt.audit.track import Track, read_track
+
+REFERENCE = "AdamW"
+"""Its runs set the targets, and ratios are over its values (the first method's where it isn't run)."""
+TARGETS = ("half", "end")
+REACHED = tuple(f"{what}_{label}" for label in TARGETS for what in ("steps", "seconds", "dissipation"))
+MEASURES = (
+    *REACHED,
+    *("final_loss", "accuracy", "validation_loss"),
+    *("dissipation", "efficiency", "straightness", "steadiness", "alignment_lower", "alignment_upper"),
+    *("ms_a_step", "memory"),
+)
+"""Columns that both tables have; the methods' has their means over seeds, and ``<column>_std``."""
+RATIOS = (*REACHED, "ms_a_step")
+"""Columns that are also given over the reference's: ``<column>_ratio``."""
+_ROUNDING = 1e-9
+_RESOLUTION = 1e-20
+"""Of D*²/2 where a loss is the start's but for rounding."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A finished run: its trial, its result, its line in the speed-cost plane (None when it diverged at once) and the seconds its steps took."""
+
+    trial: Trial
+    found: dict[str, Any]
+    track: Track | None
+    seconds: np.ndarray
+
+    def seconds_at(self, step: float) -> float:
+        """Seconds up to a step, which may lie between two."""
+        return float(np.interp(step, np.arange(len(self.seconds)), self.seconds))
+
+
+def read(trial: Trial, runs: Path) -> Recorded:
+    """A finished run, its every snapshot checked to lie on or above the universal frontier."""
+    run = to.load_run(runs / trial.name)
+    busy = run.steps["busy"].to_numpy(dtype=float) if "busy" in run.steps else np.zeros(0)
+    track = None
+    with contextlib.suppress(to.InputError):  # a run that diverged at once
+        track = read_track(run)
+    if track is not None:
+        assert_above_frontier(run, track)
+    return Recorded(trial, result(trial, runs), track, np.concatenate([[0.0], np.cumsum(busy)]))
+
+
+def assert_above_frontier(run: to.Run, track: Track) -> None:
+    """AssertionError when a point of a run lies below the frontier, ``Q T < D*(loss)²/2``, D* from the run's starting predictions (§5)."""
+    logits, targets = run.snapshots[0].load("probe/logits").double(), run.probe.targets  # type: ignore[union-attr]
+    assert targets is not None
+    chances = torch.softmax(logits.flatten(0, -2), -1).gather(1, targets.long().reshape(-1, 1)).numpy()
+    for step, loss, time, spent in zip(track.steps, track.loss, track.time, track.dissipation, strict=True):
+        least = to.frontier_distance(chances, float(loss)) ** 2 / 2 if math.isfinite(loss) else 0.0
+        if spent * time < least * (1 - _ROUNDING) - _RESOLUTION:
+            raise AssertionError(
+                f"{run.path} at step {step}: Q·T = {spent * time:.9g} lies below the frontier D*²/2 = {least:.9g}"
+            )
+
+
+def targets_of(runs: Sequence[Recorded]) -> dict[str, float]:
+    """Probe losses of the worst of these runs half-way and at the end, so that each of them reaches both."""
+    found = dict.fromkeys(TARGETS, -math.inf)
+    for run in runs:
+        if run.track is not None:
+            half = int(np.searchsorted(run.track.steps, run.trial.length / 2))
+            found["half"] = max(found["half"], float(run.track.loss[min(half, len(run.track.loss) - 1)]))
+            found["end"] = max(found["end"], float(run.track.loss[-1]))
+    return found
+
+
+def front_of(runs: Sequence[Recorded], targets: Mapping[str, float]) -> ParetoFront:
+    """The speed-cost front of these runs, a group a method; InputError where no run reaches a target."""
+    tracks = [run.track for run in runs if run.track is not None]
+    groups = [run.trial.method for run in runs if run.track is not None]
+    return to.pareto(tracks, target_loss=list(targets.values()), groups=groups)
+
+
+def rows_of_runs(
+    runs: Sequence[Recorded], best: Mapping[str, float], front: ParetoFront | None, targets: Mapping[str, float]
+) -> pd.DataFrame:
+    """One row a run; ``final``: at its method's best setting. ``front``: None leaves what depends on targets unknown."""
+    drawn = [run for run in runs if run.track is not None]
+    crossings: dict[str, pd.DataFrame] = {}
+    if front is not None:
+        crossings = {label: front.rows(target).reset_index(drop=True) for label, target in targets.items()}
+    rows = []
+    for run in runs:
+        trial, found = run.trial, run.found
+        row: dict[str, Any] = {
+            "method": trial.method,
+            "knob": METHODS[trial.method].knob,
+            "setting": trial.setting,
+            "seed": trial.seed,
+            "final": trial.setting == best[trial.method],
+        }
+        for label in targets:
+            row |= dict.fromkeys((f"{what}_{label}" for what in ("steps", "seconds", "dissipation")), math.nan)
+            if run.track is not None and label in crossings:
+                crossing = crossings[label].loc[drawn.index(run)]
+                if not crossing["censored"]:
+                    row[f"steps_{label}"] = crossing["step"]
+                    row[f"seconds_{label}"] = run.seconds_at(float(crossing["step"]))
+                    row[f"dissipation_{label}"] = crossing["dissipation"]
+        row |= {name: found[name] for name in ("final_loss", "accuracy")}
+        row["validation_loss"] = found["validation"]
+        row |= {name: found[name] for name in ("dissipation", "efficiency", "straightness", "steadiness")}
+        row |= {f"alignment_{edge}": found.get(f"alignment_{edge}", math.nan) for edge in ("lower", "upper")}
+        row["ms_a_step"] = 1e3 * found["seconds"] / found["steps_done"] if found["steps_done"] else math.nan
+        row |= {name: found[name] for name in ("memory", "steps_done", "date", "thermo_opt", "machine")}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def rows_of_methods(rows: pd.DataFrame, scores: Mapping[str, Mapping[float, float]]) -> pd.DataFrame:
+    """One row a method, of its final runs: mean and standard deviation over seeds (a mean only where every seed has a value).
+
+    ``scores``: the validation losses of its tuning trials. ``reached_<target>``: how many of its seeds reach it. Ratios: of means,
+    their standard deviation that of the ratios seed by seed.
+    """
+    final = rows[rows["final"]]
+    reference = REFERENCE if REFERENCE in scores else next(iter(scores))
+    base = final[final["method"] == reference].set_index("seed")
+    table = []
+    for method, tried in scores.items():
+        own = final[final["method"] == method].set_index("seed")
+        row: dict[str, Any] = {
+            "method": method,
+            "knob": METHODS[method].knob,
+            "setting": best_of(tried),
+            "trials": len(tried),
+            "tried": " ".join(f"{setting:g}" for setting in sorted(tried)),
+            "bracketed": bracketed(tried),
+            "seeds": len(own),
+        }
+        row |= {f"reached_{label}": int(own[f"steps_{label}"].notna().sum()) for label in TARGETS}
+        for name in MEASURES:
+            row[name] = own[name].mean(skipna=False)
+            row[f"{name}_std"] = own[name].std(skipna=False)
+        for name in RATIOS:
+            row[f"{name}_ratio"] = own[name].mean(skipna=False) / base[name].mean(skipna=False)
+            row[f"{name}_ratio_std"] = (own[name] / base[name]).std(skipna=False)
+        table.append(row | {"reference": reference})
+    return pd.DataFrame(table)
