@@ -1,8 +1,8 @@
 """What NGD-T's result hinges on: one choice changed at a time, everything else at its default.
 
-    python -m analysis.ablate_ngdt [--task digits|cifar10|transformer] [--data PATH] [--steps N] [--seeds 1] [--variants A,B]
+    python -m analysis.ablate_ngdt [--task digits|cifar10|imagenet|transformer] [--data PATH] [--steps N] [--seeds 1] [--variants A,B]
 
-Same tasks (small scale), data order and schedule as `analysis.race`, fixed budget. Columns: steps, processor seconds and nats to the target (the
+Tasks (a study's first variant at small scale), data order and schedule of `analysis.study`, fixed budget. Columns: steps, processor seconds and nats to the target (the
 default's own probe loss two thirds into its run), final probe loss. Writes ablate_ngdt_<task>.csv.
 """
 
@@ -18,9 +18,10 @@ import torch
 
 import thermo_opt as to
 from analysis.methods import Method
-from analysis.race import SCALES, STRIDE, first_reach, train
+from analysis.race import STUDIES
 from analysis.tasks import TASKS
 from analysis.timing import report
+from analysis.training import STRIDE, curve, first_reach
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -47,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="transformer", choices=list(TASKS))
+    parser.add_argument("--task", default="transformer", choices=list(STUDIES))
     parser.add_argument("--data", type=Path)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, default=1)
@@ -55,10 +56,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    settings = dict(SCALES["small"][options.task])
-    steps = options.steps or int(settings["steps"])
-    del settings["steps"]
-    task = TASKS[options.task](options.data, **settings)
+    scale = STUDIES[options.task].scales["small"]
+    steps = options.steps or scale.length
+    task = TASKS[options.task](options.data, **next(iter(scale.variants.values())))
     names = ["default", *(n for n in options.variants.split(",") if n != "default")]
     runs: dict[str, list[pd.DataFrame]] = {}
     for seed in range(options.seeds):
@@ -66,7 +66,7 @@ def main() -> None:
             method = Method(
                 lambda model, budget, extra=VARIANTS[name]: to.NGDT(model, **{"budget": budget, **extra}), "budget", ()
             )
-            runs.setdefault(name, []).append(train(task, method, 0.03, seed, steps))
+            runs.setdefault(name, []).append(curve(task, method, 0.03, seed, steps))
             print(f"{name}: {runs[name][-1]['loss'].iloc[-1]:.4f}", flush=True)
     place = 2 * steps // 3 // STRIDE
     target = max(float(run["loss"].iloc[: place + 1].min()) for run in runs["default"])

@@ -184,7 +184,7 @@ def _compare(
         **{f"target_{label}": target for label, target in targets.items()}, length=plan.size.length
     )
     plan.output.mkdir(parents=True, exist_ok=True)
-    study_figures.curves(name, final, targets, plan.output / f"{name}_curves.png")
+    study_figures.curves(name, plan.methods, final, targets, plan.output / f"{name}_curves.png")
     if front is not None:
         study_figures.fronts(name, front, runs, plan.output / f"{name}_front.png")
     return tuple(frame if not variant else _first(frame, variant) for frame in (runs, methods))  # type: ignore[return-value]

@@ -21,12 +21,13 @@ SWEPT = ("NGD-T", "AdamW")
 """Methods whose settings are joined by a line, where they are run."""
 
 
-def curves(name: str, final: Sequence[Recorded], targets: Mapping[str, float], path: Path) -> None:
+def curves(
+    name: str, methods: Sequence[str], final: Sequence[Recorded], targets: Mapping[str, float], path: Path
+) -> None:
     """Probe loss against steps, seconds and dissipation, at each method's best setting: mean over seeds, and their range against steps."""
     figure = Figure(figsize=(12.5, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3, sharey=True)
-    methods = list(dict.fromkeys(run.trial.method for run in final))
     for index, method in enumerate(methods):
         own = [run for run in final if run.trial.method == method and run.track is not None]
         if not own:
@@ -43,7 +44,8 @@ def curves(name: str, final: Sequence[Recorded], targets: Mapping[str, float], p
         style = look(index)
         for axis, x in zip(axes, across, strict=True):
             label = f"{method} ({own[0].trial.setting:g})"
-            axis.plot(x, loss.mean(0), color=style.hex, linestyle=style.linestyle, lw=1.8, label=label)
+            every = (index % 3, max(1, len(steps) // 6))  # markers apart, where lines lie on one another
+            axis.plot(x, loss.mean(0), color=style.hex, marker=style.marker, markevery=every, ms=5, lw=1.6, label=label)
         axes[0].fill_between(steps, loss.min(0), loss.max(0), color=style.hex, alpha=0.15, linewidth=0)
     labels = ("steps", "seconds of forward, backward and step", "dissipation (nats)")
     for axis, label in zip(axes, labels, strict=True):

@@ -39,7 +39,7 @@ _RESOLUTION = 1e-20
 """Of D*²/2 where a loss is the start's but for rounding."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recorded:
     """A finished run: its trial, its result, its line in the speed-cost plane (None when it diverged at once) and the seconds its steps took."""
 
