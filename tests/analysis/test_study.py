@@ -1,0 +1,285 @@
+"""The studies' protocol: equal trials, targets that the reference reaches, resumption after a kill, the frontier, every command."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import thermo_opt as to
+from analysis import cifar10, digits, imagenet, transformer
+from analysis.compare_results import differences
+from analysis.race import race
+from analysis.study import Plan, Scale, Study, check, main, run_study
+from analysis.study_table import assert_above_frontier, read, targets_of
+from analysis.training import UNFINISHED, Trial, record, result
+from analysis.tuning import TRIALS
+from thermo_opt.audit.track import read_track
+
+ROOT = Path(__file__).resolve().parents[2]
+MINIBATCH = Study("digits", {"tiny": Scale({"": {"batch_size": 64}}, 20, every=4, aligned=6)})
+COSTS = ("seconds", "ms", "date", "machine")
+"""Columns that differ between one run and the next."""
+
+
+def same(first, second):
+    """The columns of two tables that a re-run must repeat to the digit."""
+    kept = [c for c in first if not c.startswith(COSTS)]
+    pd.testing.assert_frame_equal(first[kept], second[kept])
+
+
+@pytest.fixture(name="done", scope="module")
+def _done(tmp_path_factory):
+    """A whole tiny study of three methods and two seeds."""
+    folder = tmp_path_factory.mktemp("study")
+    plan = Plan(MINIBATCH, "tiny", methods=("NGD-T", "AdamW", "SGD"), seeds=2, runs=folder)
+    return plan, run_study(plan)
+
+
+def test_every_method_gets_the_same_trials_and_seeds(done):
+    plan, table = done
+    assert table["method"].tolist() == ["NGD-T", "AdamW", "SGD"]
+    assert (table["trials"] == TRIALS).all()
+    assert (table["seeds"] == 2).all()
+    runs = pd.read_csv(plan.output / "digits_tiny_runs.csv")
+    assert (runs.groupby("method").size() == TRIALS + 1).all()
+    assert (runs[runs["final"]].groupby("method").size() == 2).all()
+    for method, own in runs[runs["seed"] == 0].groupby("method"):
+        chosen = table.set_index("method").loc[method, "setting"]
+        assert own.set_index("setting")["validation_loss"].idxmin() == pytest.approx(chosen)
+
+
+def test_settings_are_chosen_on_other_data_than_are_reported(done):
+    plan, _ = done
+    runs = pd.read_csv(plan.output / "digits_tiny_runs.csv")
+    assert (runs["validation_loss"] != runs["final_loss"]).all()
+
+
+def test_the_reference_reaches_its_own_targets_and_ratios_to_itself_are_one(done):
+    _, table = done
+    reference = table.set_index("method").loc["AdamW"]
+    for label in ("half", "end"):
+        assert reference[f"reached_{label}"] == 2
+        for what in ("steps", "seconds", "dissipation"):
+            assert reference[f"{what}_{label}_ratio"] == 1
+            assert reference[f"{what}_{label}_ratio_std"] == 0
+    assert reference["target_half"] > reference["target_end"]
+    assert reference["steps_half"] <= 20
+
+
+def test_rows_say_what_an_audit_says(done):
+    plan, _ = done
+    runs = pd.read_csv(plan.output / "digits_tiny_runs.csv")
+    row = runs[(runs["method"] == "AdamW") & runs["final"]].iloc[0]
+    trial = plan.trial("", "AdamW", row["setting"], int(row["seed"]))
+    audit = to.audit(plan.folder / trial.name, lens="outputs").summary
+    for name in ("dissipation", "efficiency", "straightness", "steadiness"):
+        assert row[name] == pytest.approx(audit[name], rel=1e-5)
+    assert row["final_loss"] == pytest.approx(audit["loss_end"], rel=1e-5)  # here the probe is all that is tested on
+    assert -1 <= row["alignment_lower"] <= row["alignment_upper"] <= 1
+    assert row["memory"] == pytest.approx(2, abs=0.01)  # Adam's two moments
+    snapshots = [s.step for s in to.load_run(plan.folder / trial.name).snapshots]
+    assert snapshots == list(range(0, 21, 4))
+
+
+def test_figures_are_drawn(done):
+    plan, _ = done
+    for name in ("digits_tiny_curves.png", "digits_tiny_front.png"):
+        assert (plan.output / name).stat().st_size > 10_000
+
+
+def test_a_finished_study_trains_nothing_anew_and_repeats_its_table(done, capsys):
+    plan, table = done
+    before = {path: path.stat().st_mtime_ns for path in plan.folder.glob("*/run.json")}
+    again = run_study(plan)
+    assert {path: path.stat().st_mtime_ns for path in plan.folder.glob("*/run.json")} == before
+    assert capsys.readouterr().out.count("(recorded before)") == 3 * (TRIALS + 1)
+    pd.testing.assert_frame_equal(again.drop(columns="date"), table.drop(columns="date"))
+
+
+def test_a_killed_study_resumes_and_ends_with_the_table_of_one_never_killed(done, tmp_path):
+    plan, table = done
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from analysis.study import Plan, Scale, Study, run_study\n"
+        "study = Study('digits', {'tiny': Scale({'': {'batch_size': 64}}, 20, every=4, aligned=6)})\n"
+        "run_study(Plan(study, 'tiny', methods=('NGD-T', 'AdamW', 'SGD'), seeds=2, runs=Path(sys.argv[2])))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE, text=True, env=os.environ
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("[7/"):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    half = replace(plan, runs=tmp_path)
+    finished = {path: path.stat().st_mtime_ns for path in half.folder.glob("*/study.json")}
+    assert 7 <= len(finished) < 3 * (TRIALS + 1)
+    same(run_study(half), table)
+    assert all(
+        path.stat().st_mtime_ns == time or "alignment_lower" in path.read_text() for path, time in finished.items()
+    )
+
+
+def test_a_run_that_a_kill_left_half_done_does_not_count(tmp_path):
+    trial = Trial("digits", {}, None, "AdamW", 0.01, 0, 6)
+    (tmp_path / UNFINISHED / "run.x" / "run").mkdir(parents=True)
+    record(trial, tmp_path)
+    first = result(trial, tmp_path)
+    shutil.rmtree(tmp_path / trial.name)
+    record(trial, tmp_path)
+    assert result(trial, tmp_path)["final_loss"] == first["final_loss"]
+
+
+def test_the_name_of_a_run_depends_on_all_that_its_result_does():
+    trial = Trial("digits", {}, None, "AdamW", 0.01, 0, 6)
+    others = [
+        replace(trial, **change)
+        for change in (
+            {"options": {"batch_size": 3}}, {"data": "x"}, {"method": "SGD"}, {"setting": 0.02},
+            {"seed": 1}, {"length": 7}, {"every": 3}, {"aligned": 2}, {"decay": True},
+        )
+    ]  # fmt: skip
+    assert len({trial.name, *(other.name for other in others)}) == 10
+
+
+def test_a_point_below_the_frontier_is_refused(done):
+    plan, table = done
+    trial = plan.trial("", "AdamW", float(table.set_index("method").loc["AdamW", "setting"]), 1)
+    run = to.load_run(plan.folder / trial.name)
+    track = read_track(run)
+    assert_above_frontier(run, track)
+    with pytest.raises(AssertionError, match=r"at step 4: Q·T = .* lies below the frontier"):
+        assert_above_frontier(run, replace(track, dissipation=1e-3 * track.dissipation))
+
+
+def test_targets_are_the_worst_seeds_losses(done):
+    plan, table = done
+    setting = float(table.set_index("method").loc["AdamW", "setting"])
+    runs = [read(plan.trial("", "AdamW", setting, seed), plan.folder) for seed in (0, 1)]
+    targets = targets_of(runs)
+    half = [run.track.loss[run.track.steps.tolist().index(12)] for run in runs]  # the first snapshot past step 10
+    assert targets["half"] == max(half)
+    assert targets["end"] == max(run.track.loss[-1] for run in runs)
+
+
+def test_a_diverging_setting_is_scored_last_and_the_study_goes_on(tmp_path, monkeypatch):
+    from analysis import methods
+
+    wild = replace(methods.METHODS["SGD"], grid=(0.3, 1e12, 1e30))
+    monkeypatch.setitem(methods.METHODS, "SGD", wild)
+    plan = Plan(MINIBATCH, "tiny", methods=("AdamW", "SGD"), seeds=1, aligned=0, runs=tmp_path)
+    table = run_study(plan).set_index("method")
+    assert table.loc["SGD", "setting"] < 10
+    assert math.isfinite(table.loc["SGD", "final_loss"])
+    assert table.loc["SGD", "trials"] == TRIALS
+
+
+def test_methods_without_the_reference_are_compared_with_the_first(tmp_path):
+    plan = Plan(MINIBATCH, "tiny", methods=("SGD",), seeds=1, aligned=0, runs=tmp_path, jobs=2)
+    table = run_study(plan)
+    assert table["reference"].tolist() == ["SGD"]
+    assert table["steps_end_ratio"].tolist() == [1.0]
+
+
+def test_a_check_agrees_with_itself_and_names_what_differs(done, tmp_path, capsys):
+    _, table = done
+    assert len(differences(table, table)) == 0
+    changed = table.copy()
+    changed.loc[0, "setting"] *= 2
+    changed.loc[1, "final_loss"] += 1
+    changed.loc[2, "seconds_end"] *= 100  # seconds belong to a machine
+    found = differences(table, changed)
+    assert found[["method", "column"]].to_numpy().tolist() == [["NGD-T", "setting"], ["AdamW", "final_loss"]]
+    few = Plan(MINIBATCH, "tiny", methods=("AdamW",), seeds=1, aligned=0, runs=tmp_path)
+    with pytest.raises(to.InputError, match="run the study without --check first"):
+        check(few)
+    run_study(few)
+    check(few)
+    assert "outside" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [digits, cifar10, imagenet, transformer])
+def test_each_command_runs(module, tmp_path, monkeypatch, capsys, request):
+    arguments = ["--tiny", "--methods", "AdamW,NGD-T", "--seeds", "1", "--runs", str(tmp_path / "runs")]
+    if module is transformer:
+        (tmp_path / "text.txt").write_text("to be, or not to be: that is the question. " * 40)
+        arguments += ["--text", str(tmp_path / "text.txt")]
+    elif module is cifar10:
+        write = request.getfixturevalue("write_parquet")
+        write(tmp_path / "train.parquet", 96, "img")
+        write(tmp_path / "test.parquet", 40, "img")
+        arguments += ["--data", str(tmp_path)]
+    elif module is imagenet:
+        arguments += ["--data", str(request.getfixturevalue("folders"))]
+    monkeypatch.setattr(sys, "argv", ["study", *arguments])
+    with contextlib.suppress(SystemExit):
+        main(module.STUDY, module.__doc__, ("--data", "--text"))
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    name = module.STUDY.name
+    table = pd.read_csv(tmp_path / "runs" / f"{name}_tiny" / f"{name}_tiny.csv")
+    assert set(table["method"]) == {"AdamW", "NGD-T"}
+    assert np.isfinite(table["final_loss"]).all()
+    assert "tiny" in set(table["scale"])
+
+
+def test_full_scale_networks_are_those_of_the_issue():
+    from analysis.networks import CharGPT, resnet18
+
+    assert sum(p.numel() for p in resnet18().parameters()) == 11_173_962  # the usual count at 32×32 with 10 classes
+    full = transformer.STUDY.scales["full"].variants[""]
+    assert (full["layers"], full["width"], full["context"]) == (6, 384, 256)
+    model = CharGPT(65, 6, 384, 256, 6, 0.2)
+    assert 10.5e6 < sum(p.numel() for p in model.parameters()) < 11e6
+    assert model(torch.zeros(2, 256, dtype=torch.long)).shape == (2, 256, 65)
+
+
+def test_bad_arguments_are_refused(tmp_path, monkeypatch, capsys):
+    with pytest.raises(to.InputError, match="method 'Adam' is unknown: use some of"):
+        Plan(MINIBATCH, "tiny", methods=("Adam",))
+    with pytest.raises(to.InputError, match="give each once"):
+        Plan(MINIBATCH, "tiny", methods=("SGD", "SGD"))
+    with pytest.raises(to.InputError, match="at least one seed"):
+        Plan(MINIBATCH, "tiny", seeds=0)
+    monkeypatch.setattr(sys, "argv", ["study", "--tiny", "--data", str(tmp_path / "nowhere"), "--runs", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        main(cifar10.STUDY, cifar10.__doc__)
+    assert "nowhere holds no images" in capsys.readouterr().err
+
+
+def test_shortened_studies_leave_the_projects_results_alone(tmp_path):
+    from analysis.timing import RESULTS
+
+    assert Plan(digits.STUDY).output == RESULTS
+    for change in ({"steps": 20}, {"seeds": 1}, {"methods": ("AdamW",)}, {"scale": "tiny"}):
+        plan = Plan(digits.STUDY, **change, runs=tmp_path)
+        assert plan.output == plan.folder
+
+
+def test_a_race_gathers_the_studies_tables(done, tmp_path):
+    _, table = done
+    table.to_csv(tmp_path / "digits_small.csv", index=False)
+    table.assign(variant="x").to_csv(tmp_path / "cifar10_small.csv", index=False)
+    found = pd.read_csv(race(["digits", "cifar10"], "small", results=tmp_path))
+    assert found["task"].tolist() == ["digits"] * 3 + ["cifar10, x"] * 3
+    assert found["steps_end_ratio"][:3].tolist() == pytest.approx(table["steps_end_ratio"].tolist(), nan_ok=True)
+
+
+def test_results_are_strict_json(done):
+    plan, _ = done
+    for path in plan.folder.glob("*/study.json"):
+        json.loads(path.read_text(), parse_constant=pytest.fail)
