@@ -11,7 +11,7 @@ FULL = {"network": "resnet18", "batch_size": 256, "augment": True, "validation":
 STUDY = Study(
     "cifar10",
     {
-        "small": Scale({"": {"limit": 20_000}}, 250, aligned=32),
+        "small": Scale({"": {"limit": 20_000}}, 250, aligned=16),
         "full": Scale({"": FULL}, 60 * 45_000 // 256, every=100, decay=True),
         "tiny": Scale(
             {"": {"batch_size": 16, "width": 4, "limit": 64, "probe": 32, "validation": 16}}, 10, every=2, aligned=8
