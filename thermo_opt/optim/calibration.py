@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+PATIENCE = 8
+"""The first measurements are this many times closer together than the steps taken before them."""
+
 RISE = 11.0
 """Largest ratio of realised to predicted KL that a measurement in the warm-up reports to κ, which starts far too low."""
 
@@ -29,7 +32,7 @@ BREACH = 3.0
 class Calibration:
     """The scale κ of the metric, when to measure, and when to distrust.
 
-    Measured at every step at first, then at intervals that grow with the step up to ``every``, and whenever Δ jumps. κ moves by the
+    Measured at every step at first, then at intervals that grow with the step up to ``every``, and whenever Δ jumps. Before step ``warmup`` κ may rise fast. κ moves by the
     measured ratio to the power ``gain``, so that noise of one minibatch is averaged over a few measurements.
     """
 
@@ -43,8 +46,7 @@ class Calibration:
 
     def due(self, step: int) -> bool:
         """Whether the schedule asks for a measurement at this step (0, 1, 2, …)."""
-        interval = min(max(2 * step // self.warmup, 1), self.every)
-        return step < self.warmup or step - self.last >= interval
+        return step - self.last >= min(max(step // PATIENCE, 1), self.every)
 
     def wanted(self, step: int, delta: float) -> bool:
         """Whether to measure this step: its turn has come, or its Δ (in the uncalibrated metric) stands out."""

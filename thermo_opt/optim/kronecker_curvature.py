@@ -5,7 +5,8 @@ all layers two small products, F_λ⁻¹g. The length of the update, momentum in
 
     b'ᵀF_λb' = μ² bᵀF_λb + 2μ gᵀb + gᵀF_λ⁻¹g
 
-exactly, while F_λ stays; a refreshed block's bᵀF_λb is computed anew.
+exactly, while F_λ stays; a refreshed block's bᵀF_λb is computed anew. The last product adds to μb in place, and gᵀF_λ⁻¹g follows from
+gᵀb' and gᵀb.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from thermo_opt.fisher.likelihoods import Likelihood
 from thermo_opt.fisher.predictor import _logits as logits_of
 from thermo_opt.optim.curvature import Curvature, Lengths, Recipe
 from thermo_opt.optim.distributed import Processes
+from thermo_opt.optim.inverse import all_finite
 from thermo_opt.optim.observer import Forward, Tap, attach, on_gradient, quiet
 from thermo_opt.optim.schedule import Refresh
+from thermo_opt.optim.solvers import Solver
 from thermo_opt.optim.units import DiagonalUnit, KroneckerUnit, LayerUnit, ScaleUnit, Settings, Unit
 
 SIDES = (1024, 512, 256, 128)
@@ -89,7 +92,7 @@ class KroneckerCurvature(Curvature):
         self._place = {id(p): i for i, p in enumerate(params)}
         self._pools, self._pool_count = list(pools), max(pools) + 1
         plan = cover(model)
-        self.units = [u for u in make_units(model, plan, settings) if any(id(p) in self._place for p in u.params)]
+        self.units = self._placed(make_units(model, plan, settings))
         if plan.unruled:
             named = ", ".join(f"{name or 'the model itself'} ({kind})" for name, kind in plan.unruled)
             warnings.warn(
@@ -99,6 +102,7 @@ class KroneckerCurvature(Curvature):
             )
         self._handles: list[RemovableHandle] = []
         self._offset, self._urgent = 0, False
+        self._turn: list[int] = []
         self._limit: int | None = _UNKNOWN
         self._directions: list[tuple[Unit, Tensor, Tensor | None]] = []
         self._recipe = Recipe(0.0, [], [], False)
@@ -117,12 +121,13 @@ class KroneckerCurvature(Curvature):
 
     @property
     def hooked(self) -> bool:
-        return bool(self.due(self._offset))
+        return bool(self._turn)
 
     def arm(self, step: int, urgent: bool = False) -> None:
         self._offset, self._urgent = step, urgent
+        self._turn = self.due(step)
         if not self.sampled:
-            self._attach(self.due(step))
+            self._attach(self._turn)
 
     def _attach(self, numbers: Sequence[int]) -> None:
         self._detach()
@@ -157,7 +162,7 @@ class KroneckerCurvature(Curvature):
     ) -> None:
         start = time.perf_counter()
         self._detach()
-        numbers = self.due(step)
+        numbers = self._turn
         if self.sampled and forward is not None:
             terms = self._sample(numbers, forward)
         found: list[tuple[int, list[Tensor]]] = []
@@ -174,7 +179,7 @@ class KroneckerCurvature(Curvature):
         self.processes.average([t for _, observed in found for t in observed])
         refreshed = []
         for i, observed in found:
-            if all(bool(torch.isfinite(t).all()) for t in observed):
+            if all(map(all_finite, observed)):
                 self.units[i].fold(observed)
                 refreshed.append(self.units[i])
             else:
@@ -229,10 +234,9 @@ class KroneckerCurvature(Curvature):
         lost = []
         for i in numbers:
             unit = self.units[i]
-            if unit.solver is None and isinstance(unit, LayerUnit) and not any(r.count for r in unit.running()):
-                places = [self._place[id(p)] for p in unit.params if id(p) in self._place]
-                if any(bool(gradients[j].any()) for j in places):
-                    lost.append(unit.name)
+            unseen = unit.solver is None and isinstance(unit, LayerUnit) and not any(r.count for r in unit.running())
+            if unseen and any(bool(gradients[j].any()) for j in unit.places if j is not None):
+                lost.append(unit.name)
         if lost:
             warnings.warn(
                 f"{', '.join(lost)}: gradients arrive although the module's own forward was never seen (its weight is used elsewhere); "
@@ -256,7 +260,13 @@ class KroneckerCurvature(Curvature):
                 self._fallback.append(unit.name)
             else:
                 units.append(unit)
-        self.units = units
+        self.units = self._placed(units)
+
+    def _placed(self, units: Sequence[Unit]) -> list[Unit]:
+        """The units that hold parameters of the optimizer, told where in `params` those stand."""
+        for unit in units:
+            unit.places = [self._place.get(id(p)) for p in unit.params]
+        return [unit for unit in units if any(i is not None for i in unit.places)]
 
     def _measure(self, unit: Unit) -> None:
         """The lengths that `direction` carries along, from scratch in the refreshed metric."""
@@ -264,68 +274,85 @@ class KroneckerCurvature(Curvature):
             return
         image = unit.solver.matvec(unit.momentum)
         unit.squared = max(float(torch.sum(unit.momentum * image)), 0.0)
-        decay = [
-            self._recipe.decay[self._place[id(p)]] if self._recipe.decay and id(p) in self._place else 0.0
-            for p in unit.params
-        ]
-        if any(decay):
-            w = unit.gather([rate * p.detach() for rate, p in zip(decay, unit.params, strict=True)]).to(image.dtype)
+        decay = self._decay(unit)
+        if decay is not None:
+            w = decay.to(image.dtype)
             unit.crossed = float(torch.sum(w * image))
             unit.decayed = max(float(torch.sum(w * unit.solver.matvec(w))), 0.0)
+
+    def _decay(self, unit: Unit) -> Tensor | None:
+        """w, the weight-decay direction of a unit, or None where nothing decays."""
+        if not self._recipe.decay:
+            return None
+        rates = [0.0 if i is None else self._recipe.decay[i] for i in unit.places]
+        if not any(rates):
+            return None
+        return unit.gather([rate * p.detach() for rate, p in zip(rates, unit.params, strict=True)])
 
     # ---- step
 
     def direction(self, gradients: Sequence[Tensor], recipe: Recipe) -> Lengths:
         self._recipe = recipe
-        work: list[tuple[Unit, Tensor, Tensor | None, bool]] = []
-        numbers: list[Tensor] = []
+        mu = recipe.momentum
+        work: list[tuple[Unit, Solver, Tensor, Tensor | None]] = []
+        numbers: list[Tensor] = []  # of each unit: gᵀb (gᵀg where there is no momentum yet), gᵀw
+        zero = torch.zeros((), device=self.params[0].device)
         for unit in self.units:
-            if unit.solver is None:
+            solver = unit.solver
+            if solver is None:
                 continue
             V = unit.gather(
-                [gradients[self._place[id(p)]] if id(p) in self._place else torch.zeros_like(p) for p in unit.params]
+                [
+                    torch.zeros_like(p) if i is None else gradients[i]
+                    for i, p in zip(unit.places, unit.params, strict=True)
+                ]
             )
             null = None
             if recipe.null:
-                null = unit.solver.null(V)  # type: ignore[attr-defined]
+                null = solver.null(V)  # type: ignore[attr-defined]
                 V = V - null
-            U = unit.solver.solve(V.float() if V.dtype.itemsize < 4 else V)
-            flat = V.reshape(-1).to(U.dtype)
-            numbers.append(torch.dot(flat, U.reshape(-1)))
-            numbers.append(
-                torch.dot(flat, unit.momentum.reshape(-1)) if unit.momentum is not None else numbers[-1].new_zeros(())
-            )
-            decays = [recipe.decay[self._place[id(p)]] if id(p) in self._place else 0.0 for p in unit.params]
-            if any(decays):
-                w = unit.gather([rate * p.detach() for rate, p in zip(decays, unit.params, strict=True)])
-                numbers.append(torch.dot(flat, w.reshape(-1).to(U.dtype)))
-            else:
-                numbers.append(numbers[-1].new_zeros(()))
-            work.append((unit, U, null, any(decays)))
-        values = torch.stack(numbers).double().tolist() if numbers else []
+            V = V.float() if V.dtype.itemsize < 4 else V
+            flat = V.reshape(-1)
+            carried = unit.momentum if mu else None
+            numbers.append(torch.dot(flat, flat if carried is None else carried.reshape(-1)))
+            decay = self._decay(unit)
+            numbers.append(zero if decay is None else torch.dot(flat, decay.reshape(-1).to(flat.dtype)))
+            work.append((unit, solver, V, null))
         lengths = Lengths(*([0.0] * self._pool_count for _ in range(3)))
-        if not all(map(math.isfinite, values)):
+        before = _floats(numbers)
+        if not all(map(math.isfinite, before)):  # then some gradient is not finite: momentum stays untouched
             lengths.delta[0] = math.nan
             return lengths
-        mu = recipe.momentum
-        self._directions = []
-        for k, (unit, U, null, decays_here) in enumerate(work):
-            delta, along, against = values[3 * k : 3 * k + 3]
-            first = next(self._place[id(p)] for p in unit.params if id(p) in self._place)
-            pool, weight = self._pools[first], recipe.weights[first]
+        numbers = []
+        for unit, solver, V, _ in work:
             if mu and unit.momentum is not None:
-                unit.momentum.mul_(mu).add_(U)
-                unit.squared = max(mu * mu * unit.squared + 2 * mu * along + delta, 0.0)
-                unit.crossed = mu * unit.crossed + against
+                solver.accumulate(unit.momentum, mu, V)
             else:
-                unit.momentum = U
-                unit.squared, unit.crossed, along = delta, against, 0.0
-            if decays_here and unit.decayed == 0.0:
+                unit.momentum = solver.solve(V)
+                unit.squared = unit.crossed = 0.0
+                before[2 * len(numbers)] = 0.0
+            numbers.append(torch.dot(V.reshape(-1), unit.momentum.reshape(-1)))
+        after = _floats(numbers)
+        if not all(map(math.isfinite, after)):  # an overflow: this momentum is of no more use
+            for unit, *_ in work:
+                unit.momentum = None
+            lengths.delta[0] = math.nan
+            return lengths
+        self._directions = []
+        for k, (unit, _, _, null) in enumerate(work):
+            along, against = before[2 * k : 2 * k + 2]
+            delta = max(after[k] - mu * along, 0.0)  # gᵀF_λ⁻¹g = gᵀb' − μ gᵀb
+            first = next(i for i in unit.places if i is not None)
+            pool, weight = self._pools[first], recipe.weights[first]
+            unit.squared = max(mu * mu * unit.squared + 2 * mu * along + delta, 0.0)
+            unit.crossed = mu * unit.crossed + against
+            if unit.decayed == 0.0 and any(recipe.decay[i] for i in unit.places if i is not None):
                 self._measure(unit)
             a = unit.squared + 2 * unit.crossed + unit.decayed
             lengths.a[pool] += weight * weight * max(a, 0.0)
             lengths.delta[pool] += delta
-            lengths.decrease[pool] += weight * (delta + mu * along + against)
+            lengths.decrease[pool] += weight * (after[k] + against)
+            assert unit.momentum is not None
             self._directions.append((unit, unit.momentum, null))
         return lengths
 
@@ -334,8 +361,7 @@ class KroneckerCurvature(Curvature):
         for unit, v, null in self._directions:
             parts = unit.scatter(v)
             nulls = unit.scatter(null) if null is not None and null_size else [None] * len(parts)
-            for p, part, lost in zip(unit.params, parts, nulls, strict=True):
-                i = self._place.get(id(p))
+            for p, i, part, lost in zip(unit.params, unit.places, parts, nulls, strict=True):
                 if i is None:
                     continue
                 size = sizes[self._pools[i]] * recipe.weights[i]
@@ -383,3 +409,9 @@ class KroneckerCurvature(Curvature):
         for unit in self.units:
             unit.load_state_dict(state["units"][unit.name])
         self.failures = int(state["failures"])
+
+
+def _floats(numbers: Sequence[Tensor]) -> list[float]:
+    """Scalars from the device in one transfer."""
+    values: list[float] = torch.stack([x.double() for x in numbers]).tolist() if numbers else []
+    return values

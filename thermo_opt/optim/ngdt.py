@@ -66,7 +66,7 @@ class NGDT(Optimizer):
         overhead: largest share of the passes' multiplications that F_λ⁻¹g may cost; where it would cost more, wide factors are cut into
         diagonal blocks of side ≥ 128 (`math.inf`: never).
     calibrate: steps between measurements (0: never; default 10 for K-FAC kinds and "diagonal", 0 otherwise); calibration_predictions:
-        about how many predictions a measurement reads, in 8 examples at least (None: the whole minibatch). A model with Dropout or BatchNorm in training mode is measured on the whole minibatch.
+        about how many predictions a measurement reads, in 4 examples at least (None: the whole minibatch). A model with Dropout or BatchNorm in training mode is measured on the whole minibatch.
     grad_scaler: the ``torch.amp.GradScaler`` in use; needed only when ``scaler.unscale_(opt)`` is called before the step.
 
     ``last_step`` holds plain numbers: ``budget, delta`` (Δ), ``eta`` (η_T), ``predicted`` and ``realised`` dissipation in nats (realised:
@@ -100,13 +100,13 @@ class NGDT(Optimizer):
         targets: str = "empirical",
         decay: float = 0.95,
         refresh_every: int = 16,
-        rows: int | None = 512,
+        rows: int | None = 256,
         overhead: float = 0.05,
         setting: str = "expand",
         rtol: float | None = None,
         atol: float = 0.0,
         calibrate: int | None = None,
-        calibration_predictions: int | None = 64,
+        calibration_predictions: int | None = 32,
         metric_options: dict[str, Any] | None = None,
         grad_scaler: Any = None,
     ) -> None:
@@ -285,7 +285,7 @@ class NGDT(Optimizer):
         measuring = self.calibration is not None and self.calibration.due(self.steps)
         wanted = measuring or self.curvature.hooked
         if wanted or not self.compiled:
-            self._observer.arm()
+            self._observer.arm(counting=self.curvature.hooked)
         else:
             self._observer.disarm()
         self.compiled.eager(wanted)

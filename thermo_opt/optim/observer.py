@@ -109,7 +109,7 @@ def quiet(model: nn.Module, random_state: Tensor | None) -> Iterator[None]:
 class Forward:
     """One training pass of the whole model: its arguments, its outputs (detached), and what backward showed of them.
 
-    ``terms``: predictions with a gradient. ``total``: Σ|∂loss/∂outputs|, at most 2 for a mean cross-entropy.
+    ``terms``: predictions with a gradient. ``total``: Σ|∂loss/∂outputs|, at most 2 for a mean cross-entropy. Both 0 if not counted.
     """
 
     args: tuple[Any, ...]
@@ -141,7 +141,7 @@ class Forward:
         mixed = mixes_examples(model)
         if predictions is not None and not mixed and old.dim() > 1:
             each = max(old[0, ..., 0].numel(), 1)
-            stride = max(count // max(-(-predictions // each), 8), 1)
+            stride = max(count // max(-(-predictions // each), 4), 1)
 
             def rows(t: Tensor) -> Tensor:
                 return t[::stride] if t.dim() and t.shape[0] == count else t
@@ -152,11 +152,15 @@ class Forward:
 
 
 class ModelObserver:
-    """Sees whole training passes of a model: `passes` since the last `clear`. Its two hooks are there while it is `armed`."""
+    """Sees whole training passes of a model: `passes` since the last `clear`. Its two hooks are there while it is `armed`.
+
+    While ``counting``, the loss terms of each pass are counted too.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.passes: list[Forward] = []
+        self.counting = True
         self._handles: list[RemovableHandle] = []
         self._random_state: Tensor | None = None
 
@@ -165,8 +169,9 @@ class ModelObserver:
         """Whether the hooks are attached."""
         return bool(self._handles)
 
-    def arm(self) -> None:
+    def arm(self, counting: bool = True) -> None:
         """Attach the hooks."""
+        self.counting = counting
         if not self._handles:
             before = self.model.register_forward_pre_hook(BeforeTap(self, "starts"))
             self._handles = [before, attach(self.model, Tap(self, "saw"))]
@@ -191,6 +196,8 @@ class ModelObserver:
 
         def receive(g: Tensor) -> None:
             seen.used = True
+            if not self.counting:
+                return
             sizes = g.abs().sum(-1) if g.dim() > 1 else g.abs()
             seen.terms, seen.total = int((sizes != 0).sum()), float(sizes.sum(dtype=torch.float32))
 

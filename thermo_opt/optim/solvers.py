@@ -7,8 +7,8 @@ Tikhonov damping, truncation, null-space steps and EKFAC need. Each uses one F_�
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,19 +18,26 @@ from thermo_opt.fisher.kronecker import Block
 from thermo_opt.optim.inverse import positive_inverse
 
 
-class Solver(Protocol):
+class Solver(ABC):
     """F_λ of one block, in the block's coordinates."""
 
     notes: list[str]
 
+    @abstractmethod
     def solve(self, v: Tensor) -> Tensor:
         """F_λ⁻¹ v (spectral with λ = 0: F⁺v)."""
 
+    @abstractmethod
     def matvec(self, v: Tensor) -> Tensor:
         """F_λ v."""
 
+    def accumulate(self, b: Tensor, mu: float, v: Tensor) -> None:
+        """b ← μ b + F_λ⁻¹ v, in place."""
+        b.mul_(mu).add_(self.solve(v))
+
     def cached(self) -> list[Tensor]:
         """The costly tensors of a refresh, for one process to compute and the others to receive."""
+        return []
 
 
 def _shift(matrix: Tensor, amount: Tensor | float) -> Tensor:
@@ -119,7 +126,7 @@ class Side:
         return out
 
 
-class KroneckerInverse:
+class KroneckerInverse(Solver):
     """``(A + π√λ I) ⊗ (G + √λ/π I)`` on matrices V (…, out, in), each side one matrix, its diagonal blocks, or a diagonal.
 
     Refresh: Cholesky inverses, Σ k³ over blocks; solve: out·in·(k_A + k_G) multiplications for blocks of side k.
@@ -142,6 +149,14 @@ class KroneckerInverse:
     def solve(self, v: Tensor) -> Tensor:
         return self.G.left(self.G.inverses, self.A.right(v, self.A.inverses))
 
+    def accumulate(self, b: Tensor, mu: float, v: Tensor) -> None:
+        if v.dim() > 2 or self.G.inverses[0].dim() == 1:
+            super().accumulate(b, mu, v)
+            return
+        half = self.A.right(v, self.A.inverses)
+        for (start, end), block in zip(self.G.ends, self.G.inverses, strict=True):
+            b[start:end].addmm_(block, half[start:end], beta=mu)
+
     def matvec(self, v: Tensor) -> Tensor:
         return self.G.left(self.G.blocks, self.A.right(v, self.A.blocks))
 
@@ -149,7 +164,7 @@ class KroneckerInverse:
         return [t for side in (self.A, self.G) for t in side.inverses if t.dim() > 1]
 
 
-class DenseInverse:
+class DenseInverse(Solver):
     """``M + λI`` on vectors (…, k), inverted by Cholesky."""
 
     def __init__(self, matrix: Tensor, damping: float, last: DenseInverse | None, compute: bool = True) -> None:
@@ -177,7 +192,7 @@ class DenseInverse:
         return [self.inverse]
 
 
-class DiagonalInverse:
+class DiagonalInverse(Solver):
     """``diag(f) + λ``; with λ = 0 entries ≤ cut are the null space."""
 
     def __init__(self, values: Tensor, damping: float, rtol: float = 0.0, atol: float = 0.0) -> None:
@@ -200,11 +215,8 @@ class DiagonalInverse:
         """Number of entries above the threshold."""
         return int((self.values > self.cut).sum())
 
-    def cached(self) -> list[Tensor]:
-        return []
 
-
-class Spectral:
+class Spectral(Solver):
     """Any block with an eigenbasis, ``U diag(σ) Uᵀ + λI``; with λ = 0 eigenvalues ≤ max(rtol·σ_max, atol) are truncated.
 
     In a Kronecker basis the σ are the products a_i g_j, and the threshold acts on the products.
@@ -230,6 +242,3 @@ class Spectral:
     def rank(self) -> int:
         """Number of eigenvalues above the threshold."""
         return int((self.block.eigenvalues > self.cut).sum())
-
-    def cached(self) -> list[Tensor]:
-        return []

@@ -45,7 +45,7 @@ class Settings:
     """
 
     decay: float = 0.95
-    rows: int | None = 512
+    rows: int | None = 256
     overhead: float = 0.05
     setting: str = "expand"
     spectral: bool = False
@@ -83,11 +83,13 @@ class Unit(ABC):
     """Parameters that share one block, in the block's coordinates: `gather` and `scatter` go to and fro.
 
     ``squared``: bᵀF_λb of the momentum b; ``crossed``: bᵀF_λw and ``decayed``: wᵀF_λw with the weight-decay direction w. They
-    are carried from step to step by inner products alone, because F_λ(F_λ⁻¹g) = g, and recomputed at each refresh.
+    are carried from step to step by inner products alone, because F_λ(F_λ⁻¹g) = g, and recomputed at each refresh. ``places``: where
+    the parameters stand in the optimizer's list, None for one it was not given.
     """
 
     def __init__(self, name: str, params: list[nn.Parameter], settings: Settings) -> None:
         self.name, self.params, self.settings = name, params, settings
+        self.places: list[int | None] = []
         self.solver: Solver | None = None
         self.damping = 0.0
         self.momentum: Tensor | None = None

@@ -83,9 +83,13 @@ class KroneckerRule(Rule):
         if self.covers(module, "weight"):
             parts.append(self.weight_matrix(module, rest.pop(0)))
         if self.covers(module, "bias"):
-            groups, out, _ = self.shape(module)
             bias = rest.pop(0)
-            parts.append(bias.reshape(groups, out, 1) if groups > 1 else bias.reshape(out, 1))
+            if parts:
+                lead = parts[0].shape[:-1]
+            else:
+                groups, out, _ = self.shape(module)
+                lead = (groups, out) if groups > 1 else (out,)
+            parts.append(bias.reshape(*lead, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def from_matrix(self, module: Module, matrix: Tensor) -> list[Tensor]:
