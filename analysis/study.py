@@ -128,6 +128,10 @@ class Plan:
             self.size.decay,
         )
 
+    def path(self, trial: Trial) -> Path:
+        """Where one of its runs is recorded: named here once, so that an edit of the code meanwhile doesn't part it from its processes."""
+        return self.folder / trial.name
+
 
 def run_study(plan: Plan) -> pd.DataFrame:
     """Tune, run, audit and compare; returns the methods' table, which it also writes with the runs' and the figures."""
@@ -145,7 +149,7 @@ def run_study(plan: Plan) -> pd.DataFrame:
     def score(wanted: Sequence[tuple[str, str, float]]) -> None:
         run([(*what, 0) for what in wanted])
         for variant, method, setting in wanted:
-            found = result(plan.trial(variant, method, setting, 0), plan.folder)
+            found = result(plan.path(plan.trial(variant, method, setting, 0)))
             tried[variant, method][setting] = found["validation"]
 
     central = min(plan.trials, len(METHODS[plan.methods[0]].grid))
@@ -168,7 +172,7 @@ def _compare(
     plan: Plan, variant: str, trials: list[Trial], scores: dict[str, dict[float, float]]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The runs' and the methods' rows of a variant, and its figures."""
-    recorded = [study_table.read(trial, plan.folder) for trial in trials]
+    recorded = [study_table.read(trial, plan.path(trial)) for trial in trials]
     best = {method: tuning.best(tried) for method, tried in scores.items()}
     reference = study_table.REFERENCE if study_table.REFERENCE in best else plan.methods[0]
     final = [run for run in recorded if run.trial.setting == best[run.trial.method]]
@@ -226,7 +230,7 @@ class _Progress:
 
     def __call__(self, trial: Trial, kept: bool) -> None:
         self.done += 1
-        found = result(trial, self.plan.folder)
+        found = result(self.plan.path(trial))
         what = f"{trial.method} {METHODS[trial.method].knob} {trial.setting:g} seed {trial.seed}"
         if found["steps_done"] < trial.length:
             outcome = f"diverged after {found['steps_done']} steps"
@@ -242,8 +246,8 @@ class _Progress:
 
 def _each(function: Callable[..., Trial], trials: Sequence[Trial], plan: Plan, progress: _Progress | None) -> None:
     """Apply to each trial, ``plan.jobs`` at a time in processes of one thread each, and report what is done."""
-    kept = {trial.name for trial in trials if is_finished(trial, plan.folder)}
-    work = (delayed(function)(trial, plan.folder) for trial in trials)
+    kept = {trial.name for trial in trials if is_finished(plan.path(trial))}
+    work = (delayed(function)(trial, plan.path(trial)) for trial in trials)
     for trial in Parallel(n_jobs=plan.jobs, return_as="generator_unordered")(work):
         if progress is not None:
             progress(trial, trial.name in kept)

@@ -53,16 +53,16 @@ class Recorded:
         return float(np.interp(step, np.arange(len(self.seconds)), self.seconds))
 
 
-def read(trial: Trial, runs: Path) -> Recorded:
+def read(trial: Trial, folder: Path) -> Recorded:
     """A finished run, its every snapshot checked to lie on or above the universal frontier."""
-    run = to.load_run(runs / trial.name)
+    run = to.load_run(folder)
     busy = run.steps["busy"].to_numpy(dtype=float) if "busy" in run.steps else np.zeros(0)
     track = None
     with contextlib.suppress(to.InputError):  # a run that diverged at once
         track = read_track(run)
     if track is not None:
         assert_above_frontier(run, track)
-    return Recorded(trial, result(trial, runs), track, np.concatenate([[0.0], np.cumsum(busy)]))
+    return Recorded(trial, result(folder), track, np.concatenate([[0.0], np.cumsum(busy)]))
 
 
 def assert_above_frontier(run: to.Run, track: Track) -> None:
@@ -117,11 +117,10 @@ def rows_of_runs(
         for label in targets:
             row |= dict.fromkeys((f"{what}_{label}" for what in ("steps", "seconds", "dissipation")), math.nan)
             if run.track is not None and label in crossings:
-                crossing = crossings[label].loc[drawn.index(run)]
-                if not crossing["censored"]:
-                    row[f"steps_{label}"] = crossing["step"]
-                    row[f"seconds_{label}"] = run.seconds_at(float(crossing["step"]))
-                    row[f"dissipation_{label}"] = crossing["dissipation"]
+                met = crossings[label].iloc[[drawn.index(run)]]
+                step, spent = (float(met[name].to_numpy()[0]) for name in ("step", "dissipation"))
+                row[f"steps_{label}"], row[f"dissipation_{label}"] = step, spent
+                row[f"seconds_{label}"] = run.seconds_at(step) if math.isfinite(step) else math.nan
         row |= {name: found[name] for name in ("final_loss", "accuracy")}
         row["validation_loss"] = found["validation"]
         row |= {name: found[name] for name in ("dissipation", "efficiency", "straightness", "steadiness")}

@@ -200,7 +200,8 @@ def _code(ngdt: bool) -> str:
     files = [here / f"{name}.py" for name in ("images", "methods", "networks", "tasks")]
     if ngdt:
         package = Path(to.__file__).parent
-        files += sorted([*(package / "optim").glob("*.py"), *(package / "fisher").glob("*.py")])
+        files += sorted([*(package / "optim").glob("*.py"), *(package / "fisher" / "kronecker").glob("*.py")])
+        files += [package / "fisher" / "spectral.py", package / "fisher" / "likelihoods.py"]
     parts = [ast.dump(ast.parse(file.read_text(encoding="utf-8"))) for file in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -215,27 +216,27 @@ def _load_task(name: str, options: str, data: str | None) -> Task:
     return TASKS[name](None if data is None else Path(data), **json.loads(options))
 
 
-def is_finished(trial: Trial, runs: Path) -> bool:
-    """Whether the trial's run is recorded, whole and with its result."""
-    return (runs / trial.name / RESULT).is_file()
+def is_finished(folder: Path) -> bool:
+    """Whether a run is recorded there, whole and with its result."""
+    return (folder / RESULT).is_file()
 
 
-def record(trial: Trial, runs: Path) -> Trial:
-    """Train and record a trial into ``runs``, unless that is done; returns the trial.
+def record(trial: Trial, folder: Path) -> Trial:
+    """Train and record a trial into a folder (named by `Trial.name`), unless that is done; returns the trial.
 
-    Written under `UNFINISHED` and renamed when whole: a killed study leaves no half a run where a run should be.
+    Written under `UNFINISHED` beside it and renamed when whole: a killed study leaves no half a run where a run should be.
     """
-    if is_finished(trial, runs):
+    if is_finished(folder):
         return trial
     if trial.device == "cpu":
         torch.set_num_threads(1)
     task = load_task(trial)
-    (runs / UNFINISHED).mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="run.", dir=runs / UNFINISHED))
-    folder = scratch / "run"
+    (folder.parent / UNFINISHED).mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="run.", dir=folder.parent / UNFINISHED))
+    run = scratch / "run"
     training = Training(task, METHODS[trial.method], trial.setting, trial.seed, trial.length, trial.device, trial.decay)
     found: dict[str, Any] = {"trial": {k: v for k, v in asdict(trial).items() if k != "data"}}
-    seconds = _train_recorded(trial, task, training, folder)
+    seconds = _train_recorded(trial, task, training, run)
     diverged = training.steps_done < trial.length
     found |= {
         "steps_done": training.steps_done,
@@ -250,12 +251,12 @@ def record(trial: Trial, runs: Path) -> Trial:
     if not diverged:
         tested = training.evaluate(iter([task.probe]) if task.test is None else task.test())
     found["final_loss"], found["accuracy"] = tested
-    found |= _audited(folder)
-    (folder / RESULT).write_text(json.dumps(_plain(found), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    found |= _audited(run)
+    (run / RESULT).write_text(json.dumps(_plain(found), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     try:
-        os.rename(folder, runs / trial.name)
+        os.rename(run, folder)
     except OSError:
-        if not is_finished(trial, runs):  # a twin, started before a kill, may have come first
+        if not is_finished(folder):  # a twin, started before a kill, may have come first
             raise
     shutil.rmtree(scratch, ignore_errors=True)
     return trial
@@ -309,14 +310,14 @@ def _audited(folder: Path) -> dict[str, Any]:
     return {key: summary[key] for key in keys}
 
 
-def align(trial: Trial, runs: Path) -> Trial:
+def align(trial: Trial, folder: Path) -> Trial:
     """Add the parameter lens's alignment at `MOMENTS` to a finished run's result, unless it is there; returns the trial."""
-    path = runs / trial.name / RESULT
+    path = folder / RESULT
     found = json.loads(path.read_text(encoding="utf-8"))
     if "alignment_lower" in found or not trial.aligned:
         return trial
     torch.set_num_threads(1)
-    run = to.load_run(runs / trial.name / WEIGHTS)
+    run = to.load_run(folder / WEIGHTS)
     steps = [snapshot.step for snapshot in run.snapshots]
     model = load_task(trial).build(trial.seed)
     chosen = [steps.index(_around(m, trial.length)[0]) for m in MOMENTS]
@@ -329,9 +330,9 @@ def align(trial: Trial, runs: Path) -> Trial:
     return trial
 
 
-def result(trial: Trial, runs: Path) -> dict[str, Any]:
+def result(folder: Path) -> dict[str, Any]:
     """A finished run's result; NaN for what couldn't be known."""
-    found = json.loads((runs / trial.name / RESULT).read_text(encoding="utf-8"))
+    found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     return {key: math.nan if value is None else value for key, value in found.items()}
 
 

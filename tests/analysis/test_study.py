@@ -22,7 +22,7 @@ from analysis.compare_results import differences
 from analysis.race import race
 from analysis.study import Plan, Scale, Study, check, main, run_study
 from analysis.study_table import assert_above_frontier, read, targets_of
-from analysis.training import UNFINISHED, Trial, record, result
+from analysis.training import UNFINISHED, Trial, is_finished, record, result
 from analysis.tuning import TRIALS
 from thermo_opt.audit.track import read_track
 
@@ -137,11 +137,13 @@ def test_a_killed_study_resumes_and_ends_with_the_table_of_one_never_killed(done
 def test_a_run_that_a_kill_left_half_done_does_not_count(tmp_path):
     trial = Trial("digits", {}, None, "AdamW", 0.01, 0, 6)
     (tmp_path / UNFINISHED / "run.x" / "run").mkdir(parents=True)
-    record(trial, tmp_path)
-    first = result(trial, tmp_path)
-    shutil.rmtree(tmp_path / trial.name)
-    record(trial, tmp_path)
-    assert result(trial, tmp_path)["final_loss"] == first["final_loss"]
+    folder = tmp_path / trial.name
+    assert not is_finished(folder)
+    record(trial, folder)
+    first = result(folder)
+    shutil.rmtree(folder)
+    record(trial, folder)
+    assert result(folder)["final_loss"] == first["final_loss"]
 
 
 def test_the_name_of_a_run_depends_on_all_that_its_result_does():
@@ -169,7 +171,7 @@ def test_a_point_below_the_frontier_is_refused(done):
 def test_targets_are_the_worst_seeds_losses(done):
     plan, table = done
     setting = float(table.set_index("method").loc["AdamW", "setting"])
-    runs = [read(plan.trial("", "AdamW", setting, seed), plan.folder) for seed in (0, 1)]
+    runs = [read(trial, plan.path(trial)) for trial in (plan.trial("", "AdamW", setting, seed) for seed in (0, 1))]
     targets = targets_of(runs)
     half = [run.track.loss[run.track.steps.tolist().index(12)] for run in runs]  # the first snapshot past step 10
     assert targets["half"] == max(half)
