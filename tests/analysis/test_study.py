@@ -239,6 +239,30 @@ def test_each_command_runs(module, tmp_path, monkeypatch, capsys, request):
     assert "tiny" in set(table["scale"])
 
 
+@pytest.mark.parametrize("module", [cifar10, imagenet, transformer])
+def test_the_full_scale_runs_at_small_sizes(module, tmp_path, request):
+    full = module.STUDY.scales["full"]
+    if module is transformer:
+        data = tmp_path / "text.txt"
+        data.write_text("to be, or not to be: that is the question. " * 40)
+        smaller = {"layers": 1, "width": 12, "context": 16, "batch_size": 4, "probe": 4}
+    elif module is cifar10:
+        data = tmp_path
+        request.getfixturevalue("write_parquet")(data / "train.parquet", 64, "img")
+        request.getfixturevalue("write_parquet")(data / "test.parquet", 32, "img")
+        smaller = {"width": 4, "batch_size": 8, "probe": 8, "validation": 8}
+    else:
+        data = request.getfixturevalue("folders")
+        smaller = {"width": 4, "batch_size": 8, "probe": 8, "validation": 8, "size": 32}
+    size = replace(full, variants={"": {**full.variants[""], **smaller}}, length=4, every=2)
+    plan = Plan(
+        Study(module.STUDY.name, {"full": size}), "full", data, ("NGD-T", "AdamW", "SGD"), 1, trials=1, runs=tmp_path
+    )
+    table = run_study(replace(plan, results=tmp_path))
+    assert np.isfinite(table["final_loss"]).all()
+    assert (table["trials"] == 1).all()
+
+
 def test_full_scale_networks_are_those_of_the_issue():
     from analysis.networks import CharGPT, resnet18
 
