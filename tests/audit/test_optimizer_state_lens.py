@@ -1,5 +1,9 @@
 """The optimizer-state lens against a float64 computation from the recorded files, and its invariances (§9)."""
 
+import json
+import shutil
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +14,7 @@ import thermo_opt as to
 from thermo_opt import thermodynamics as td
 from thermo_opt.errors import InputError
 from thermo_opt.fisher.optimizer_state import step_scalars
+from thermo_opt.runs.format import write_tensors
 
 
 def flat(snapshot, group):
@@ -97,3 +102,37 @@ def test_sgd_has_no_moments_and_the_audit_says_so(sgd_run):
     assert "moments" in audit.missing["optimizer-state"]
     with pytest.raises(InputError, match="moments"):
         to.audit(sgd_run, lens="optimizer-state")
+
+
+def test_a_damaged_tensor_is_named_though_it_is_read_in_pieces(adam_run, tmp_path):
+    copy = shutil.copytree(adam_run, tmp_path / "copy")
+    for group in ("params", "exp_avg", "exp_avg_sq"):
+        file = copy / "snapshots" / "00000011.safetensors"
+        whole = file.read_bytes()
+        tensor = to.load_run(copy).snapshots[11].load(f"{group}/0.weight")
+        at = whole.index(tensor.numpy().tobytes())
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(InputError, match=rf"00000011\.safetensors is damaged: '{group}/0\.weight'"):
+            to.audit(copy, lens="optimizer-state")
+        file.write_bytes(whole)
+    to.audit(copy, lens="optimizer-state")
+
+
+def test_moments_of_another_shape_are_named(adam_run, tmp_path):
+    copy = shutil.copytree(adam_run, tmp_path / "copy")
+    snapshot = to.load_run(copy).snapshots[5]
+    tensors = {name: snapshot.load(name) for name in snapshot.names()} | {"exp_avg/0.weight": torch.zeros(6, 8)}
+    moments = json.dumps(snapshot.moments_meta())
+    write_tensors(snapshot.path, tensors, {"step": "5", "moments": moments})
+    with pytest.raises(InputError, match=r"00000005\.safetensors: exp_avg/0\.weight has shape \(6, 8\)"):
+        to.audit(copy, lens="optimizer-state")
+
+
+def test_the_number_of_torch_threads_stays(adam_run):
+    threads = torch.get_num_threads()
+    to.audit(adam_run, lens="optimizer-state")
+    seen: list[int] = []
+    later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert [torch.get_num_threads(), *seen] == [threads] * 2

@@ -12,9 +12,11 @@ from torch import nn
 from thermo_opt.errors import InputError
 from thermo_opt.fisher.optimizer_state import (
     CHUNK,
+    Step,
     adam_alignment,
     diagonal_fisher,
     optimizer_state,
+    path_scalars,
     step_scalars,
     total,
 )
@@ -173,3 +175,26 @@ def test_metric_of_a_torch_optimizer():
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(InputError, match="Adam"):
         optimizer_state(model, optimizer=sgd)
+
+
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_a_path_in_pieces_is_its_steps_one_by_one(batch_size):
+    size, steps = 2 * CHUNK + 17, []
+    tensors = [_moments(size, seed)[0][1:] for seed in range(3)]
+    theta0, bias = torch.zeros(size), _moments(1, 0)[1]
+    together, apart = torch.zeros(2, size)
+    for theta, m, v in tensors:
+        pieces = zip(*(t.split(CHUNK) for t in (theta, m, v)), strict=True)
+        steps.append(Step(pieces, **bias))
+    found = path_scalars(iter(theta0.split(CHUNK)), steps, batch_size=batch_size, developed=together)
+    for (theta, m, v), mine in zip(tensors, found, strict=True):
+        assert mine == step_scalars(theta0, theta, m, v, **bias, batch_size=batch_size, developed=apart)
+        theta0 = theta
+    assert torch.equal(together, apart)
+
+
+def test_empty_tensors_count_nothing():
+    nothing = torch.zeros(0, 3)
+    for batch_size in (None, 8):
+        found = step_scalars(nothing, nothing, nothing, nothing, bias1=0.5, bias2=0.5, batch_size=batch_size)
+        assert found == (0, 0, 0, 0)

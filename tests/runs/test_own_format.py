@@ -15,7 +15,7 @@ from torch import nn
 from thermo_opt.errors import InputError
 from thermo_opt.runs import Recorder, install, load_run, predict
 from thermo_opt.runs.format import write_tensors
-from thermo_opt.runs.tensors import checksum
+from thermo_opt.runs.tensors import SafetensorsFile, checksum
 
 
 def model(width=4):
@@ -102,6 +102,24 @@ def test_checksum_sees_every_single_bit(size, dtype, where, bit):
         raw = tensor.view(torch.uint8)
         raw[where % len(raw)] ^= 1 << bit
         assert checksum(tensor) != before
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [0, 5, 8192, 200_003])
+def test_a_tensor_in_pieces_is_the_tensor_and_its_damage_is_noticed(tmp_path, dtype, size):
+    """Also of a file large enough to be mapped, and behind a tensor whose end isn't aligned."""
+    path = tmp_path / "00000001.safetensors"
+    tensor = torch.arange(size).remainder(127).to(dtype)
+    write_tensors(path, {"a": torch.ones(3, dtype=torch.uint8), "b": tensor, "c": torch.ones(70_000)})
+    pieces = list(SafetensorsFile(path).pieces("b", 16_384))
+    assert torch.equal(torch.cat(pieces), tensor)
+    assert all(len(piece) == 16_384 for piece in pieces[:-1])
+    if size:
+        content = bytearray(path.read_bytes())
+        content[content.rindex(tensor.view(torch.uint8).numpy().tobytes())] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="'b' doesn't match its checksum"):
+            list(SafetensorsFile(path).pieces("b", 16_384))
 
 
 def test_missing_empty_and_foreign_folders(tmp_path):

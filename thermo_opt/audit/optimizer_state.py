@@ -7,8 +7,9 @@ diagonal, the path can be developed coordinate by coordinate, ``u = Σ_k √F_k 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -17,14 +18,17 @@ from torch import Tensor
 from thermo_opt.audit.summary import Seen
 from thermo_opt.audit.view import Unsupported, View
 from thermo_opt.errors import InputError
-from thermo_opt.fisher.optimizer_state import CHUNK, StepScalars, step_scalars, total
+from thermo_opt.fisher.optimizer_state import CHUNK, Step, StepScalars, path_scalars, total
 from thermo_opt.runs.run import Snapshot
+
+_TOGETHER = 8
+"""Snapshots walked through at a time, so that the path comes from memory once for all of them."""
 
 
 def look_at_optimizer_state(view: View) -> Seen:
     """Scalars of each interval in the metric of the moments at its end; nats only where the batch size is known.
 
-    Raises Unsupported when weights or moments are missing. Cost: one read of the snapshots, two arrays of memory.
+    Raises Unsupported when weights or moments are missing. Cost: one read of the snapshots, one array of memory.
     """
     run, notes = view.run, []
     snapshots = [run.snapshots[i] for i in view.indices]
@@ -34,9 +38,9 @@ def look_at_optimizer_state(view: View) -> Seen:
         if not snapshots[-1].has_group(group):
             raise Unsupported(f"it holds no Adam moments: {snapshots[-1].absent(group)}")
     moving = [name[len("exp_avg/") :] for name in snapshots[-1].names() if name.startswith("exp_avg/")]
-    position = snapshots[0].load_group("params")
-    still = sorted(set(position) - set(moving))
-    position = {name: position[name] for name in moving}
+    start = snapshots[0].load_group("params")
+    still = sorted(set(start) - set(moving))
+    start = {name: start[name] for name in moving}
     if still:
         notes.append(
             f"{len(still)} parameters without moments (frozen, or not in the optimizer) are not seen: {still[0]} …"
@@ -44,7 +48,7 @@ def look_at_optimizer_state(view: View) -> Seen:
     if view.batch_size is None:
         notes.append("batch size unknown: quantities in nats are not available (give --batch-size), their ratios are")
     advance = view.advance("optimizer-state lens", len(snapshots) - 1)
-    found, geodesic = _walk(snapshots, position, view.batch_size, advance)
+    found, geodesic = _walk(snapshots, start, view.batch_size, advance)
     if len(found) < len(snapshots) - 1:
         bad = snapshots[len(found) + 1]
         if not found:
@@ -53,12 +57,12 @@ def look_at_optimizer_state(view: View) -> Seen:
                 "run: there is no path to audit"
             )
         notes.append(f"weights or moments are NaN or infinite from step {bad.step}: only what precedes was audited")
-        found, geodesic = _walk(snapshots[: len(found) + 1], position, view.batch_size, None)
+        found, geodesic = _walk(snapshots[: len(found) + 1], start, view.batch_size, None)
     steps = np.array([s.step for s in snapshots[: len(found) + 1]])
     loss = view.training_loss(steps)
     a, d, delta, null = (np.array([getattr(s, key) for s in found]) for key in ("a", "d", "delta", "null_decrease"))
     notes.append("the metric is diagonal and the gradient Adam's running mean; losses are training losses")
-    if np.mean([s.delta for s in found]) > 0.5 * sum(t.numel() for t in position.values()):
+    if np.mean([s.delta for s in found]) > 0.5 * sum(t.numel() for t in start.values()):
         notes.append("gradients hardly vary between batches (m̂² ≈ v̂): their moments say little about the Fisher")
     length = float(np.sqrt(a).sum())
     return Seen(
@@ -85,53 +89,64 @@ def _walk(
     advance: Callable[[int], None] | None,
 ) -> tuple[list[StepScalars], float]:
     """Scalars of each interval up to the first that isn't finite, and the norm D of the path developed so far."""
-    position = dict(start)
     developed = {
         name: torch.zeros(t.shape, dtype=torch.float64 if t.dtype == torch.float64 else torch.float32)
-        for name, t in position.items()
+        for name, t in start.items()
     }
     found: list[StepScalars] = []
-    with ThreadPoolExecutor() as pool:
-        for snapshot in snapshots[1:]:
-            scalars = _step(snapshot, position, developed, batch_size, pool)
-            if not np.isfinite(scalars.a + scalars.d):
-                break
-            found.append(scalars)
+    with _threads() as pool:
+        for first in range(0, len(snapshots) - 1, _TOGETHER):
+            group = snapshots[first : first + _TOGETHER + 1]
+            for scalars in _steps(group, developed, batch_size, pool):
+                if not np.isfinite(scalars.a + scalars.d):
+                    return found, np.nan
+                found.append(scalars)
             if advance is not None:
-                advance(1)
+                advance(len(group) - 1)
     # dot products of cached chunks, summed in float64: no copy of the path in higher precision
     squared = sum(torch.dot(c, c).item() for t in developed.values() for c in t.view(-1).split(CHUNK))
     return found, squared**0.5
 
 
-def _step(
-    snapshot: Snapshot,
-    position: dict[str, Tensor],
-    developed: dict[str, Tensor],
-    batch_size: int | None,
-    pool: ThreadPoolExecutor,
-) -> StepScalars:
-    """Scalars of the step to ``snapshot``; moves ``position`` there and develops the path."""
-    if not snapshot.has_group("exp_avg"):
-        raise Unsupported(
-            f"{snapshot.path} holds no Adam moments, unlike the last snapshot: {snapshot.absent('exp_avg')}"
-        )
-    meta = snapshot.moments_meta()
-    bias1, bias2 = (1 - beta ** meta["step"] for beta in meta["betas"])
+def _steps(
+    group: Sequence[Snapshot], developed: dict[str, Tensor], batch_size: int | None, pool: ThreadPoolExecutor
+) -> list[StepScalars]:
+    """Scalars of the steps between the snapshots of a group; develops the path."""
+    origin, *ends = group
+    biases = []
+    for snapshot in ends:
+        if not snapshot.has_group("exp_avg"):
+            raise Unsupported(
+                f"{snapshot.path} holds no Adam moments, unlike the last snapshot: {snapshot.absent('exp_avg')}"
+            )
+        meta = snapshot.moments_meta()
+        biases.append([1 - beta ** meta["step"] for beta in meta["betas"]])
 
-    def one(name: str) -> StepScalars:
-        after = snapshot.load(f"params/{name}")
-        scalars = step_scalars(
-            position[name],
-            after,
-            snapshot.load(f"exp_avg/{name}"),
-            snapshot.load(f"exp_avg_sq/{name}"),
-            bias1=bias1,
-            bias2=bias2,
-            batch_size=batch_size,
-            developed=developed[name],
-        )
-        position[name] = after
-        return scalars
+    def one(name: str) -> list[StepScalars]:
+        arrays = [f"params/{name}", f"exp_avg/{name}", f"exp_avg_sq/{name}"]
+        for snapshot in ends:
+            for array in arrays:
+                if (shape := snapshot.shape(array)) != developed[name].shape:
+                    raise InputError(
+                        f"{snapshot.path}: {array} has shape {shape}, the weight {tuple(developed[name].shape)}; "
+                        "record the run again, or look through another lens"
+                    )
+        steps = [
+            Step(zip(*(snapshot.pieces(array, CHUNK) for array in arrays), strict=True), *bias)
+            for snapshot, bias in zip(ends, biases, strict=True)
+        ]
+        return path_scalars(origin.pieces(arrays[0], CHUNK), steps, batch_size=batch_size, developed=developed[name])
 
-    return total(list(pool.map(one, list(position))))
+    largest_first = sorted(developed, key=lambda name: -developed[name].numel())  # the threads finish together
+    return [total(parts) for parts in zip(*pool.map(one, largest_first), strict=True)]
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch uses, each with operations of one: a chunk is too small to share out."""
+    count = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(count)  # torch also notes the last number set for threads to come

@@ -8,7 +8,7 @@ nats.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from thermo_opt.errors import InputError
 from thermo_opt.fisher.diagonal import DiagonalMetric
 
 CHUNK = 65_536
-"""Elements handled at a time by `step_scalars`: its few work arrays stay in the processor's second-level cache."""
+"""Elements handled at a time: with its few work arrays a chunk stays in the processor's second-level cache."""
 
 
 class StepScalars(NamedTuple):
@@ -69,6 +69,51 @@ def diagonal_fisher(m: Tensor, v: Tensor, *, bias1: float, bias2: float, batch_s
     return (second - square).clamp(min=0) * batch_size + square
 
 
+class Step(NamedTuple):
+    """A step as `path_scalars` takes it: where it led and Adam's raw averages there, in pieces of `CHUNK` elements.
+
+    ``pieces``: of (θ, m, v), flat and in order. ``bias1``, ``bias2``: as in `diagonal_fisher`.
+    """
+
+    pieces: Iterator[tuple[Tensor, Tensor, Tensor]]
+    bias1: float
+    bias2: float
+
+
+def path_scalars(
+    start: Iterator[Tensor], steps: Sequence[Step], *, batch_size: int | None = None, developed: Tensor | None = None
+) -> list[StepScalars]:
+    """The scalars (a, d, Δ) of successive steps in the metric of Adam's averages, for one parameter tensor.
+
+    ``start``: where the first step begins, in pieces as the steps'. ``developed``: a contiguous tensor of the step's
+    precision that gains Σ √F∘δ in place; over a run its norm D is the straight line beside the length ℒ = Σ√a, and
+    D ≤ ℒ. CPU tensors. Relative error about 1e-7 (of Σ|m̂δ| for d): chunks in the tensors' precision, their sums in
+    float64. Each chunk is taken through all steps while it is in the processor's cache: one pass over the pieces, and
+    one over ``developed`` whatever the number of steps. No allocation of the tensor's size. Additive over slices and
+    tensors, and safe to call from several threads.
+    """
+    for step in steps:
+        _check_biases(step.bias1, step.bias2, batch_size)
+    sums = [_Sums(step.bias1, step.bias2, batch_size) for step in steps]
+    path = None if developed is None else developed.view(-1)
+    buffers: Tensor | None = None
+    done = 0
+    for here in start:
+        dtype, size = _precision(here), here.numel()
+        if buffers is None:
+            buffers = torch.empty(2, size, dtype=dtype)
+        before = here.to(dtype)
+        part = None if path is None else path[done : done + size]
+        done += size
+        for step, own in zip(steps, sums, strict=True):
+            after, mean, second = (piece.to(dtype) for piece in next(step.pieces))
+            own.add(before, after, mean, second, buffers[:, :size], part)
+            before = after
+    for step in steps:  # readers that verify what they hand out do so behind the last piece
+        assert next(step.pieces, None) is None
+    return [own.scalars() for own in sums]
+
+
 def step_scalars(
     theta0: Tensor,
     theta1: Tensor,
@@ -80,79 +125,75 @@ def step_scalars(
     batch_size: int | None = None,
     developed: Tensor | None = None,
 ) -> StepScalars:
-    """The scalars (a, d, Δ) of the step δ = θ₁ − θ₀ in the metric of Adam's averages, for one parameter tensor.
+    """`path_scalars` of the one step δ = θ₁ − θ₀, from whole tensors.
 
-    ``m``, ``v``: raw averages, with bias corrections as in `diagonal_fisher`. ``developed``: a tensor like theta0 that
-    gains √F∘δ in place; over a run its norm D is the straight line beside the length ℒ = Σ√a, and D ≤ ℒ. CPU tensors.
-    Relative error about 1e-7 (of Σ|m̂δ| for d): chunks in the tensors' precision, their sums in float64. One pass over
-    memory in cached chunks; no allocation of the tensors' size. Additive over slices and tensors, and safe to call from
-    several threads.
+    ``m``, ``v``: raw averages, with bias corrections as in `diagonal_fisher`. ``developed`` gains √F∘δ in place.
     """
-    _check(theta0, theta1, m, v, developed, bias1, bias2, batch_size)
-    dtype = torch.float64 if theta0.dtype == torch.float64 else torch.float32
-    before, after, mean, second = (_flat(t) for t in (theta0, theta1, m, v))
-    path = None if developed is None else _flat(developed)
-    buffers = torch.empty(7, min(CHUNK, theta0.numel()), dtype=dtype)
-    tiny = torch.finfo(dtype).tiny
-    # F = scale · (max(v − signal·m², 0) + floor·m²): the fewest passes; scale and the biases are put in at the end.
-    scale = (1.0 if batch_size is None else batch_size) / bias2
-    signal, floor = bias2 / bias1**2, 1.0 / (scale * bias1**2)
-    a = d = delta = null = 0.0
-    for start in range(0, theta0.numel(), CHUNK):
-        part = slice(start, min(start + CHUNK, theta0.numel()))
-        size = part.stop - start
-        x0, x1, mk, vk = (_chunk(t, part, buffers[i, :size]) for i, t in enumerate((before, after, mean, second)))
-        root, step, work = buffers[4:, :size]
-        if batch_size is None:
-            torch.clamp(vk, min=tiny, out=root)
+    _check_shapes(theta0, theta1, m, v, developed)
+    start, *ends = (t.detach().reshape(-1).split(CHUNK) for t in (theta0, theta1, m, v))
+    step = Step(zip(*ends, strict=True), bias1, bias2)
+    return path_scalars(iter(start), [step], batch_size=batch_size, developed=developed)[0]
+
+
+class _Sums:
+    """One step's sums over chunks, in the fewest passes: what is the same for all elements is put in at the end."""
+
+    def __init__(self, bias1: float, bias2: float, batch_size: int | None) -> None:
+        # F = scale · (max(v − signal·m², 0) + floor·m²)
+        self._known = batch_size is not None
+        self._scale = (1.0 if batch_size is None else batch_size) / bias2
+        self._signal, self._floor = bias2 / bias1**2, 1.0 / (self._scale * bias1**2)
+        self._bias1 = bias1
+        self._a = self._d = self._delta = self._null = 0.0
+
+    def add(self, x0: Tensor, x1: Tensor, m: Tensor, v: Tensor, buffers: Tensor, path: Tensor | None) -> None:
+        """Count a chunk; ``path`` gains √F∘δ. ``buffers``: room for two chunks."""
+        root, step = buffers
+        tiny = torch.finfo(root.dtype).tiny
+        if self._known:
+            torch.addcmul(v, m, m, value=-self._signal, out=root)
+            root.clamp_(min=tiny).addcmul_(m, m, value=self._floor)
         else:
-            torch.addcmul(vk, mk, mk, value=-signal, out=root).clamp_(min=tiny).addcmul_(mk, mk, value=floor)
+            torch.clamp(v, min=tiny, out=root)
         root.sqrt_()
         torch.sub(x1, x0, out=step)
-        d -= torch.dot(mk, step).item()
-        torch.mul(root, step, out=work)
-        a += torch.dot(work, work).item()
+        self._d -= torch.dot(m, step).item()
+        free = None
+        if not self._known and v.numel() and float(v.min()) == 0:  # free motion; with B known F ≥ m̂², so there is none
+            free = v == 0
+            self._null -= torch.dot(m[free], step[free]).item()
+        step.mul_(root)
+        self._a += torch.dot(step, step).item()
         if path is not None:
-            path[part].add_(work, alpha=scale**0.5)
-        torch.div(mk, root, out=work)
-        if batch_size is None and float(vk.min()) == 0:  # free motion; with B known F ≥ m̂², so there is none
-            free = vk == 0
-            work[free] = 0
-            null -= torch.dot(mk[free], step[free]).item()
-        delta += torch.dot(work, work).item()
-    return StepScalars(a * scale, d / bias1, delta / (bias1**2 * scale), null / bias1)
+            path.add_(step, alpha=self._scale**0.5)
+        torch.div(m, root, out=root)
+        if free is not None:
+            root[free] = 0
+        self._delta += torch.dot(root, root).item()
+
+    def scalars(self) -> StepScalars:
+        """The sums so far."""
+        return StepScalars(
+            self._a * self._scale,
+            self._d / self._bias1,
+            self._delta / (self._bias1**2 * self._scale),
+            self._null / self._bias1,
+        )
 
 
-def _flat(t: Tensor) -> Tensor:
-    flat = t.detach()
-    if not flat.is_contiguous():
-        flat = flat.clone(memory_format=torch.contiguous_format)
-    return flat.view(-1)
+def _precision(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def _chunk(t: Tensor, part: slice, buffer: Tensor) -> Tensor:
-    """A chunk in the buffer's precision: a view where it has it already."""
-    return t[part] if t.dtype == buffer.dtype else buffer.copy_(t[part])
-
-
-def _check(
-    theta0: Tensor,
-    theta1: Tensor,
-    m: Tensor,
-    v: Tensor,
-    developed: Tensor | None,
-    bias1: float,
-    bias2: float,
-    batch_size: int | None,
-) -> None:
+def _check_shapes(theta0: Tensor, theta1: Tensor, m: Tensor, v: Tensor, developed: Tensor | None) -> None:
     for name, t in (("theta1", theta1), ("m", m), ("v", v), ("developed", developed)):
         if t is not None and t.shape != theta0.shape:
             raise InputError(f"{name} has shape {tuple(t.shape)} but theta0 has {tuple(theta0.shape)}")
-    if developed is not None and not (
-        developed.is_contiguous()
-        and developed.dtype == (torch.float64 if theta0.dtype == torch.float64 else torch.float32)
-    ):
+    if developed is not None and not (developed.is_contiguous() and developed.dtype == _precision(theta0)):
         raise InputError("developed must be a contiguous tensor of the step's precision, for it is updated in place")
+
+
+def _check_biases(bias1: float, bias2: float, batch_size: int | None) -> None:
     for name, bias in (("bias1", bias1), ("bias2", bias2)):
         if not 0 < bias <= 1:
             raise InputError(f"{name} must be 1 − βᵗ in (0, 1], got {bias!r}; at step 0 there are no averages yet")

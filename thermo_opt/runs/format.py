@@ -157,6 +157,10 @@ class OwnSnapshot:
         """The tensor of this name, verified against its checksum."""
         return self._file().load(name)
 
+    def pieces(self, name: str, size: int) -> Iterator[Tensor]:
+        """Its elements ``size`` at a time, verified once the last has been taken."""
+        return self._file().pieces(name, size)
+
     def moments_meta(self) -> dict[str, Any] | None:
         """Step and betas of Adam's moments."""
         text = self._file().metadata.get("moments")

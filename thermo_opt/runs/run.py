@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -41,6 +41,14 @@ class Contents(Protocol):
 
     def absent(self, group: str) -> str | None:
         """Why a group that the files seem to hold can't be given, if so."""
+
+
+@runtime_checkable
+class Streamed(Protocol):
+    """Contents that verify a tensor while it is read, piece by piece, instead of in a pass of its own."""
+
+    def pieces(self, name: str, size: int) -> Iterator[Tensor]:
+        """Elements in order, ``size`` at a time; raises `InputError` after the last if they are damaged."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,20 @@ class Snapshot:
 
     def load(self, name: str) -> Tensor:
         """The tensor ``name``, on the CPU, in the dtype in which it was recorded."""
+        self._check_shape(name)
+        return self.contents.load(name)
+
+    def pieces(self, name: str, size: int) -> Iterator[Tensor]:
+        """`load` for a tensor to be read once, in order: flat pieces of ``size`` (a multiple of 8192) elements.
+
+        Damage is noticed when the last piece has been taken: exhaust it before trusting what was computed.
+        """
+        self._check_shape(name)
+        if isinstance(self.contents, Streamed):
+            return self.contents.pieces(name, size)
+        return iter(self.contents.load(name).reshape(-1).split(size))
+
+    def _check_shape(self, name: str) -> None:
         shape = self._require(name)[name]
         reference = self.first.layout.get(name) if self.first else None
         if reference is not None and reference != shape:
@@ -86,7 +108,6 @@ class Snapshot:
                 f"{self.path}: {name} has shape {shape} at step {self.step} but {reference} at step {self.first.step}; "
                 "a run must keep one layout: audit the two parts as separate runs"
             )
-        return self.contents.load(name)
 
     def load_group(self, group: str) -> dict[str, Tensor]:
         """All tensors of a group, keyed by name without the group; raises `InputError` when there are none."""
