@@ -1,53 +1,71 @@
-"""Brackets of the natural-gradient norm of a batch's own gradient, from Krylov steps in the space of outputs.
+"""Brackets of the natural-gradient norm of a batch's own gradient, from products in the space of outputs.
 
 With S = BᵀJ/√n the Fisher is F = SᵀS, and the batch's gradient is g = Sᵀρ, ρ = z/√n with z the whitened residuals
-(B z = r). Hence (push-through identity)
+(B z = r). Hence
 
-    Δ_λ = gᵀ(F+λI)⁻¹g = |ρ|² − λ ρᵀ(SSᵀ+λI)⁻¹ρ,      |ρ|² = χ²  (THEORY §5),
+    Δ_λ = gᵀ(F+λI)⁻¹g = χ² − min_v (|ρ − Sv|² + λ|v|²),      χ² = |ρ|²  (THEORY §5),
 
-and a bracket of the last form is one of Δ_λ. A step costs the same two products as one with F, but the quadrature now
-knows χ² as well: the upper bound starts at χ², instead of |g|²/λ, and stays useful when λ is far below F's eigenvalues.
+what a ridge regression of the residuals on S explains, which `thermo_opt.fisher.ridge` brackets. It knows χ², so the upper
+bound starts there, instead of at |g|²/λ, and stays useful when λ is far below F's eigenvalues.
+
+The score rows of some examples are formed once and eliminated: half of these are those with the largest residuals (late in
+training a few examples hold most of χ²), half are evenly spread over the rest. It pays for models that use a weight many
+times an example, such as convolutions; for a perceptron a product with F is so cheap that few rows are worth their Gram matrix.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from thermo_opt.fisher.krylov import brackets
-from thermo_opt.fisher.metric import Bracket
+from thermo_opt.fisher import ridge
+from thermo_opt.fisher.metric import Bracket, flatten, unflatten
+from thermo_opt.fisher.scores import Targets, score_rows
 
 if TYPE_CHECKING:
     from thermo_opt.fisher.exact import JacobianMetric
     from thermo_opt.fisher.predictor import Part
 
+KNOWN_SHARE = (4, 16)
+"""One example in so many has its score rows formed, at most and at least: fewer than that save too few products."""
 
-def gradient_brackets(metric: JacobianMetric, max_iterations: int = 100) -> Iterator[Bracket]:
+KNOWN_ROWS = 512
+"""Most score rows formed (a Gram matrix of 2 MB)."""
+
+KNOWN_ENTRIES = 2**26
+"""Most numbers in them (512 MB)."""
+
+KNOWN_WORK = 32
+"""Most operations for their Gram matrix, in forward passes' (a product with F is about four)."""
+
+
+def gradient_brackets(metric: JacobianMetric, max_iterations: int = 100, known: int | None = None) -> Iterator[Bracket]:
     """Monotone brackets of Δ_λ = gᵀF_λ⁻¹g, g = ∇L on the metric's batch; the first is (0, χ²) and costs no product.
 
-    Needs λ > 0 and targets. Memory 8·n·c numbers a step beside the metric's own. (0, 0) where every residual is zero.
+    Needs λ > 0 and targets. ``known``: how many examples' score rows to form, at the cost of c backward passes on each (None:
+    as many as pay, within `KNOWN_SHARE`, `KNOWN_ROWS`, `KNOWN_ENTRIES` and `KNOWN_WORK`; 0 where an example alone has more
+    rows, as long sequences do). Memory: those rows, seven vectors of parameters, and 8·n·c bytes a step, beside the metric's
+    own. (0, 0) where every residual is zero.
     """
     metric.predictor.require_targets("the gradient's norm")
     space = _Outputs(metric)
     rho = space.residual()
-    chi = float(rho @ rho)
-    # Rounding of χ² and of the subtraction below, both relative to χ².
-    slack = 8 * torch.finfo(torch.float64).eps * chi
-    lower, upper = 0.0, chi + slack
-    yield Bracket(lower, upper)
-    if chi == 0.0:
-        return
-    steps = brackets(
-        space.product, rho, metric.damping, max_iterations=max_iterations, roundoff=max(metric.roundoff, 1e-16)
+    count = space.affordable() if known is None else known
+    rows = space.known_rows(rho, count) if count and bool(rho.any()) and max_iterations > 0 else None
+    yield from ridge.brackets(
+        space.push,
+        space.pull,
+        rho,
+        metric.damping,
+        known=rows,
+        max_iterations=max_iterations,
+        roundoff=max(metric.roundoff, 1e-16),
     )
-    next(steps)
-    for inner in steps:
-        lower = max(lower, chi - metric.damping * inner.upper - slack)
-        upper = min(upper, chi - metric.damping * inner.lower + slack)
-        yield Bracket(lower, max(lower, upper))
 
 
 class _Outputs:
@@ -55,10 +73,9 @@ class _Outputs:
 
     def __init__(self, metric: JacobianMetric) -> None:
         self.metric, self.predictor = metric, metric.predictor
-        self.outputs = []
-        for part in self.predictor.parts:
-            with torch.no_grad(), self.predictor.evaluation():
-                self.outputs.append(self.predictor.call(self.predictor.values, part.inputs))
+        with torch.no_grad(), self.predictor.evaluation(), FlopCounterMode(display=False) as counter:
+            self.outputs = [self.predictor.call(self.predictor.values, part.inputs) for part in self.predictor.parts]
+        self.forward_work = counter.get_total_flops()
         self.empirical = metric.curvature == "empirical"
         self.shapes = [f.shape[:-1] if self.empirical else f.shape for f in self.outputs]
 
@@ -71,8 +88,8 @@ class _Outputs:
             chunks.append(self._counted(part, z).double().reshape(-1))
         return torch.cat(chunks) / self.predictor.count**0.5
 
-    def product(self, u: Tensor) -> Tensor:
-        """SSᵀu."""
+    def pull(self, u: Tensor) -> Tensor:
+        """Sᵀu, flat (P,), float64."""
         pieces = [
             x.view(shape) for x, shape in zip(u.split([s.numel() for s in self.shapes]), self.shapes, strict=True)
         ]
@@ -80,11 +97,37 @@ class _Outputs:
         for part, f, x in zip(self.predictor.parts, self.outputs, pieces, strict=True):
             for total, extra in zip(pulled, self.metric.pull(part, self._root(part, f, x.to(f.dtype))), strict=True):
                 total.add_(extra)
+        return flatten(pulled).double() / self.predictor.count**0.5
+
+    def push(self, v: Tensor) -> Tensor:
+        """S v for flat v."""
+        vector = unflatten(v.to(self.metric.dtype), self.metric.shapes)
         out = []
         for part in self.predictor.parts:
-            f, tangent = self.metric.push(part, pulled)
+            f, tangent = self.metric.push(part, vector)
             out.append(self._transposed(part, f, tangent).double().reshape(-1))
-        return torch.cat(out) / self.predictor.count
+        return torch.cat(out) / self.predictor.count**0.5
+
+    def affordable(self) -> int:
+        """How many examples' rows are worth forming and within the limits."""
+        each, size = self.shapes[0][1:].numel(), self.metric.size
+        rows = min(KNOWN_ROWS, KNOWN_ENTRIES // size, math.isqrt(KNOWN_WORK * self.forward_work // (2 * size)))
+        most, least = (self.predictor.examples // share for share in KNOWN_SHARE)
+        return min(most, rows // each) if rows // each >= least else 0
+
+    def known_rows(self, rho: Tensor, count: int) -> ridge.KnownRows | None:
+        """The score rows of ``count`` examples; None where they say nothing that float64 can resolve."""
+        examples = _spread_choice(rho.view(self.predictor.examples, -1).square().sum(1), count)
+        targets: Targets = "empirical" if self.empirical else "exact"
+        blocks = [block.double() for block in score_rows(self.predictor.subset(examples), targets)]
+        where = torch.zeros(self.predictor.examples, rho.numel() // self.predictor.examples, dtype=torch.bool)
+        where[examples] = True
+        try:
+            return ridge.KnownRows(
+                torch.cat(blocks).div_(self.predictor.count**0.5), where.reshape(-1).to(rho.device), self.metric.damping
+            )
+        except ValueError:
+            return None
 
     def _root(self, part: Part, f: Tensor, u: Tensor) -> Tensor:
         if self.empirical:
@@ -103,3 +146,12 @@ class _Outputs:
             return values
         mask = part.mask if values.dim() == part.mask.dim() else part.mask.unsqueeze(-1)
         return torch.where(mask, values, 0.0)
+
+
+def _spread_choice(weight: Tensor, count: int) -> Tensor:
+    """Numbers, ascending, of ``count`` examples: those with the largest weight, and as many evenly spread over the rest."""
+    order = weight.cpu().argsort(descending=True)
+    first = (count + 1) // 2
+    others = order[first:].sort().values
+    even = torch.arange(count - first) * len(others) // max(1, count - first)
+    return torch.cat([order[:first], others[even]]).sort().values

@@ -238,16 +238,17 @@ class JacobianMetric(Metric):
             amplification=problem.amplification,
         )
 
-    def gradient_norm(self, rtol: float = 0.1, max_iterations: int = 100) -> Bracket:
+    def gradient_norm(self, rtol: float = 0.1, max_iterations: int = 100, known: int | None = None) -> Bracket:
         """A certified bracket of Δ_λ = gᵀF_λ⁻¹g for g = ∇L of the metric's own batch, tighter than `dual_norm` can be.
 
         Works in the space of outputs, where g is the image of the residuals and their χ² is known (THEORY §5): see
-        `thermo_opt.fisher.certificate`. Needs targets. With λ = 0: the point gᵀF⁺g through the score matrix.
+        `thermo_opt.fisher.certificate`, also for ``known``, the number of examples whose score rows are formed to save
+        products (None: as many as pay). Needs targets. With λ = 0: the point gᵀF⁺g through the score matrix.
         """
         if self.damping == 0:
             return self.dual_norm(self.predictor.loss_and_gradient()[1])
         best = Bracket(0.0, math.inf)
-        for best in gradient_brackets(self.precise(), max_iterations=max_iterations):
+        for best in gradient_brackets(self.precise(), max_iterations, known):
             if best.relative_width <= rtol:
                 break
         return best

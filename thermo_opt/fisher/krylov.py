@@ -70,7 +70,7 @@ def brackets(
     betas: list[float] = []
     vector, stray = g / length, 0.0
     for _ in range(min(max_iterations, g.numel())):
-        basis = _append(basis, len(alphas), vector)
+        basis = append(basis, len(alphas), vector)
         kept = basis[: len(alphas) + 1]
         product = operator(vector).detach().double()
         if not bool(torch.isfinite(product).all()):
@@ -155,7 +155,8 @@ def conjugate_gradient(
     return answer, float(torch.linalg.vector_norm(true)) / (damping * float(torch.linalg.vector_norm(answer)))
 
 
-def _append(basis: Tensor, used: int, vector: Tensor) -> Tensor:
+def append(basis: Tensor, used: int, vector: Tensor) -> Tensor:
+    """``basis`` (k, P) with row ``used`` set, grown by doubling."""
     if used == basis.shape[0]:
         grown = torch.empty((max(8, 2 * used), vector.numel()), dtype=torch.float64, device=vector.device)
         grown[:used] = basis[:used]

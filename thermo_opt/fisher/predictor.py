@@ -182,6 +182,7 @@ class Predictor:
         def widen(t: Tensor) -> Tensor:
             return t.double() if t.is_floating_point() else t
 
+        parts = self.parts  # before the copy: finding them counts the predictions
         twin = copy.copy(self)
         state = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         rest = {name: t.detach() for name, t in state.items() if name not in self.names} | self._fixed
@@ -189,9 +190,27 @@ class Predictor:
         twin.values, twin.dtype = [v.double() for v in self.values], torch.float64
         twin.batch = map_batch(self.batch, widen)
         twin._parts = [
-            Part(map_tensors(p.inputs, widen), None if p.targets is None else widen(p.targets), p.mask)
-            for p in self.parts
+            Part(map_tensors(p.inputs, widen), None if p.targets is None else widen(p.targets), p.mask) for p in parts
         ]
+        return twin
+
+    def subset(self, examples: Tensor) -> Predictor:
+        """The same predictor on some of the batch's examples (their numbers, ascending), as many microbatches as they touch."""
+        parts = self.parts
+        twin = copy.copy(self)
+        twin._parts, start = [], 0
+        for part in parts:
+            size = min(self.microbatch, self.examples - start)
+            chosen = examples[(examples >= start) & (examples < start + size)] - start
+            start += size
+            if chosen.numel():
+
+                def pick(t: Tensor, chosen: Tensor = chosen, size: int = size) -> Tensor:
+                    return t[chosen] if is_batched(t, size) else t
+
+                targets, mask = (None if t is None else t[chosen] for t in (part.targets, part.mask))
+                twin._parts.append(Part(map_tensors(part.inputs, pick), targets, mask))
+        twin.examples = int(examples.numel())
         return twin
 
     @contextlib.contextmanager
