@@ -12,12 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import thermo_opt as to
 from tests.optim import optim_models as models
+from thermo_opt.optim import units
 
 STEPS = 12
 
 
-def run(rank: int, count: int, path: str, metric: str, port: int) -> None:
+def run(rank: int, count: int, path: str, metric: str, port: int, settled: int) -> None:
     torch.set_num_threads(1)
+    units.SETTLED = settled
     if count > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         dist.init_process_group("gloo", rank=rank, world_size=count)
@@ -39,13 +41,15 @@ def run(rank: int, count: int, path: str, metric: str, port: int) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("metric", ["kfac", "ekfac"])
-def test_two_processes_equal_one(metric: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("metric", "settled"), [("kfac", 30), ("ekfac", 30), ("ekfac", 2)])
+def test_two_processes_equal_one(metric: str, settled: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``settled``: from which observation on EKFAC's bases follow by warm starts."""
+    monkeypatch.setattr(units, "SETTLED", settled)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    run(0, 1, str(tmp_path), metric, port)
-    mp.spawn(run, args=(2, str(tmp_path), metric, port), nprocs=2)
+    run(0, 1, str(tmp_path), metric, port, settled)
+    mp.spawn(run, args=(2, str(tmp_path), metric, port, settled), nprocs=2)
     one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     torch.testing.assert_close(first["weights"], second["weights"], rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(first["weights"], one["weights"], rtol=1e-5, atol=1e-5)

@@ -9,6 +9,7 @@ from torch import nn
 
 import thermo_opt as to
 from tests.optim import optim_models as models
+from thermo_opt.optim import units
 from thermo_opt.optim.inverse import positive_inverse
 from thermo_opt.optim.solvers import KroneckerInverse
 
@@ -218,3 +219,27 @@ def test_a_broken_eigensolver_does_not_stop_training(metric: str, monkeypatch: p
         step(model, optimizer, number)
     assert optimizer.last_step["solver_failures"] > 0
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_a_broken_warm_start_keeps_the_basis_and_is_decomposed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "SETTLED", 2)
+    model = models.mlp()
+    optimizer = to.NGDT(model, metric="ekfac", budget=1e-2)
+    for number in range(5):
+        step(model, optimizer, number)
+    unit = next(u for u in optimizer.curvature.units if isinstance(u, units.KroneckerUnit))
+    assert unit._block is not None
+    assert unit._block.A.spectrum.note == ""
+    before = unit._block.A.spectrum.basis.clone()
+
+    def broken(*_: object, **__: object) -> None:
+        raise torch.linalg.LinAlgError("no convergence")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "qr", broken)
+        step(model, optimizer, 5)
+    assert "kept the last basis" in unit._block.A.spectrum.note
+    torch.testing.assert_close(unit._block.A.spectrum.basis, before)
+    assert optimizer.last_step["solver_failures"] > 0
+    step(model, optimizer, 6)
+    assert unit._block.A.spectrum.note == ""

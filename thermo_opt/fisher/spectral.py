@@ -77,8 +77,8 @@ def rayleigh(matrix: Tensor, basis: Tensor) -> Tensor:
 def orthogonal_iteration(matrix: Tensor, basis: Tensor, steps: int = 1) -> Spectrum:
     """A warm start instead of a full eigendecomposition: ``steps`` rounds of QR(M·U), then Rayleigh quotients.
 
-    Cheap (a product and a QR a round) and right when the basis moves slowly between refreshes. Eigenvalues keep the
-    basis's order, so they are not sorted. Falls back to the given basis, and says so, if QR fails or M is not finite.
+    Cheap (a product and a QR a round) and right when the basis moves slowly between refreshes. ``basis``: columns by
+    ascending eigenvalue, as `eigh` gives them; eigenvalues keep that order and are not sorted again. Falls back to the given basis, and says so, if QR fails or M is not finite.
     """
     if not bool(torch.isfinite(matrix).all()):
         zero = matrix.new_zeros(matrix.shape[:-1])
@@ -86,7 +86,8 @@ def orthogonal_iteration(matrix: Tensor, basis: Tensor, steps: int = 1) -> Spect
     note, moved = "", basis
     for _ in range(steps):
         try:
-            candidate = torch.linalg.qr(matrix @ moved).Q
+            # The largest come last: orthogonalise them first, or the images of null directions, mere rounding, would displace them.
+            candidate = torch.linalg.qr((matrix @ moved).flip(-1)).Q.flip(-1)
         except RuntimeError:
             candidate = torch.full_like(moved, torch.nan)
         if not bool(torch.isfinite(candidate).all()):

@@ -29,8 +29,11 @@ from thermo_opt.fisher.kronecker.factors import flatten, outer
 from thermo_opt.fisher.kronecker.layers import Layer
 from thermo_opt.fisher.kronecker.placement import place_tied
 from thermo_opt.fisher.kronecker.rules import ConvRule
-from thermo_opt.fisher.spectral import Spectrum, default_rtol
+from thermo_opt.fisher.spectral import Spectrum, default_rtol, orthogonal_iteration
 from thermo_opt.optim.solvers import DenseInverse, DiagonalInverse, KroneckerInverse, Solver, Spectral
+
+SETTLED = 30
+"""Observations after which a running factor turns slowly enough for its basis to follow by warm starts."""
 
 Average = Callable[[Sequence[Tensor]], None]
 
@@ -448,11 +451,40 @@ class KroneckerUnit(LayerUnit):
                 A, G, diagonal_A=self.rule.one_hot and A.dim() == 1, diagonal_G=G.dim() == 1 and A.dim() > 1
             )
         for factor, matrix in ((self._block.A, A), (self._block.G, G)):
-            if compute or factor.diagonal:
+            if factor.diagonal:
                 factor.update(matrix)
-            else:
+            elif not compute:
                 factor.update(matrix, Spectrum(matrix.new_zeros(matrix.shape[:-1]), torch.empty_like(matrix)))
+            else:
+                factor.update(matrix, self._warm(factor, matrix))
         self.solver = None
+
+    def _warm(self, factor: Factor, matrix: Tensor) -> Spectrum | None:
+        """EKFAC's next basis, one QR step from the last: half an eigendecomposition, and its axes turn slowly instead of being
+        reordered, so that eigenvalues averaged over refreshes belong to the same axes. None (decompose anew) for other metrics, whose
+        eigenvalues must be the factors' own, and while young averages still turn fast."""
+        settled = all(side.average.count > SETTLED for side in self.sides)
+        if not (self.corrected and settled and factor.decomposed):
+            return None
+        return orthogonal_iteration(matrix, factor.spectrum.basis)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self.corrected and self._block is not None:
+            sides = (self._block.A, self._block.G)
+            state["spectra"] = [[f.spectrum.eigenvalues, f.spectrum.basis] for f in sides if not f.diagonal]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if "spectra" in state and self._block is not None:  # bases depend on the path that led to them
+            saved = iter(state["spectra"])
+            like = self.params[0]
+            for factor in (self._block.A, self._block.G):
+                if not factor.diagonal:
+                    values, basis = (t.to(device=like.device).clone() for t in next(saved))
+                    factor.update(factor.matrix, Spectrum(values, basis))
+            self.finish(lambda tensors: None)
 
     def shared(self) -> list[Tensor]:
         if self._block is None:

@@ -86,6 +86,11 @@ class Factor:
                 self._spectrum = spectral.eigh(self.matrix)
         return self._spectrum
 
+    @property
+    def decomposed(self) -> bool:
+        """Whether a decomposition without a failure is at hand."""
+        return self._spectrum is not None and not self._spectrum.note
+
     def update(self, matrix: Tensor, spectrum: spectral.Spectrum | None = None) -> None:
         """Replace the matrix, and its spectrum (given, or recomputed with the previous one as the last resort)."""
         last, self.matrix = self._spectrum, matrix
