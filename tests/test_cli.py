@@ -135,6 +135,29 @@ def test_terminals_that_lack_letters(encoding: str) -> None:
     assert b"(2QT)" in told.stdout
 
 
+@pytest.mark.parametrize("arguments", [["--json"], [], ["--help"]])
+def test_a_reader_that_has_seen_enough_ends_the_output_quietly(arguments: list[str]) -> None:
+    """As with ``| head``: nobody reads any more when the output comes."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "import sys; from thermo_opt.cli import main; sys.exit(main(sys.argv[1:]))"
+    told = subprocess.run(
+        [sys.executable, "-c", code, "audit", SGD, "--lens", "outputs", *arguments],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writing)
+    assert (told.returncode, told.stderr) == (141, b"")
+
+
+def test_output_that_the_shell_has_closed() -> None:
+    code = "import sys; from thermo_opt.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "audit", str(SGD), "--lens", "outputs", "--json"]
+    told = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, check=False)
+    assert (told.returncode, told.stderr) == (0, b"")
+
+
 def test_warnings_are_sentences_and_models_that_fail_are_the_users(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,9 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
 }
 """Commands defined in other modules: name → ("package.module:function", one-line help). Imported only when called."""
 
+_HUNG_UP = 128 + 13
+"""Exit status of a process that SIGPIPE ends."""
+
 RunPath = Annotated[Path, typer.Argument(help="Folder or file that a training run left on disk.", show_default=False)]
 RunPaths = Annotated[list[Path], typer.Argument(help="Recorded runs.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -120,8 +123,25 @@ def demo(output: Output = Path("report.html"), jobs: Jobs = 1) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0 done, 2 bad input (a sentence on stderr), 1 our bug."""
+    """Run the command line and return its exit status: 0 done, 2 bad input (a sentence on stderr), 1 our bug, and
+    141 when whoever read the output has seen enough (``| head``), as the shell says of tools that a pipe ended.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, who wants to hear nothing
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it lives as long as the process)
+    try:
+        status = _status(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)  # what is still buffered goes there when Python exits
+        os.close(nowhere)
+        return _HUNG_UP
+    return status
+
+
+def _status(arguments: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter shows a question mark for it
@@ -129,7 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             _app(arguments)(args=arguments, prog_name="thermo-opt")
+    except BrokenPipeError:
+        raise
     except SystemExit as status:
+        if isinstance(status.__context__, BrokenPipeError):  # typer has seen it first
+            raise status.__context__ from None
         return status.code if isinstance(status.code, int) else int(status.code is not None)
     except InputError as error:
         return _refuse(str(error))

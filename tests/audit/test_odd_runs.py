@@ -191,3 +191,45 @@ def test_checkpoints_whose_optimizer_state_was_thrown_away(tmp_path, small_model
 def test_processes_that_cannot_be(adam_run):
     with pytest.raises(InputError, match="jobs"):
         to.audit(adam_run, lens="outputs", jobs=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"stride": "2"}, "stride is '2'; give a whole number"),
+        ({"stride": 0}, "stride is 0; it must be at least 1"),
+        ({"stride": True}, "stride is True; give a whole number"),
+        ({"lens": 3}, "lens is 3; use outputs"),
+        ({"lens": [None]}, r"lens\[0\] is None; use outputs"),
+        ({"clock": 3}, "clock 3"),
+        ({"batch_size": 2.5}, "batch_size is 2.5; give a whole number"),
+        ({"steps": 4}, "steps is 4; give a slice, or whole numbers"),
+        ({"steps": ["1"]}, r"steps\[0\] is '1'; give a slice, or whole numbers"),
+        ({"jobs": "2"}, "jobs is '2'; give a whole number"),
+        ({"damping": "1"}, "damping is '1'; give a positive number"),
+        ({"device": "abacus"}, "device is 'abacus'; give one of torch's"),
+        ({"probe": 3}, "probe is 3; give the path"),
+    ],
+)
+def test_arguments_of_the_wrong_type(adam_run, arguments, said):
+    with pytest.raises(InputError, match=said):
+        to.audit(adam_run, **arguments)
+
+
+def test_what_is_no_run_and_no_audit(adam_run):
+    with pytest.raises(InputError, match="path is 3; give the path"):
+        to.audit(3)
+    audit = to.audit(adam_run, lens="outputs")
+    for together in (to.compare, to.pareto):
+        for wrong in (audit, "runs", [adam_run], 3):
+            with pytest.raises(InputError, match=r"audits.* give a list of what to\.audit returns"):
+                together(wrong)
+    for arguments, said in (
+        ({"target_loss": "0.5"}, "target_loss is '0.5'"),
+        ({"target_loss": ["0.5"]}, r"target_loss\[0\] is '0.5'"),
+        ({"groups": "adam"}, "groups is 'adam'"),
+        ({"corner": 3}, "corner is 3; give two numbers"),
+        ({"corner": (1, 2, 3)}, "corner is .* give two numbers"),
+    ):
+        with pytest.raises(InputError, match=said):
+            to.pareto([audit], **arguments)

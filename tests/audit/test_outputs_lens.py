@@ -240,7 +240,7 @@ def test_nan_predictions_audit_what_precedes_and_say_from_which_step(tmp_path):
         ({"stride": 0}, "stride"),
         ({"clock": "tokens"}, "tokens"),
         ({"clock": "sundial"}, "sundial"),
-        ({"lens": "optimizer-state", "batch_size": 0}, "batch size"),
+        ({"lens": "optimizer-state", "batch_size": 0}, "batch_size"),
         ({"lens": "outputs", "probe": "nowhere.npz"}, "nowhere.npz"),
         ({"lens": "parameters"}, "--model"),
         ({"lens": "parameters", "model": "no.such:thing"}, "no.such"),

@@ -132,6 +132,8 @@ def test_missing_empty_and_foreign_folders(tmp_path):
         load_run(tmp_path)
     with pytest.raises(InputError, match="is a file"):
         load_run(tmp_path / "notes.txt")
+    with pytest.raises(InputError, match="path is 3; give the path"):
+        load_run(3)
     with pytest.raises(InputError, match="unknown format"):
         load_run(tmp_path, format="keras")
     for format in ("thermo-opt", "huggingface", "lightning", "torch", "safetensors"):

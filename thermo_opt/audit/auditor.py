@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from os import PathLike
 from typing import Any, Literal
 
 import numpy as np
 
+from thermo_opt import arguments
 from thermo_opt.audit.optimizer_state import look_at_optimizer_state
 from thermo_opt.audit.outputs import look_at_outputs
 from thermo_opt.audit.parameters import look_at_parameters
@@ -59,11 +61,16 @@ def audit(
     Raises InputError for a run that can't be read, a clock it has no data for, or a lens asked for by name that it
     does not support. Cost: outputs lens O(snapshots x probe); optimizer-state O(bytes of the snapshots).
     """
+    stride, jobs = arguments.whole("stride", stride), arguments.whole("jobs", jobs, least=None)
+    if batch_size is not None:
+        batch_size = arguments.whole("batch_size", batch_size)
+    if damping is not None:
+        damping = arguments.positive("damping", damping)
+    if steps is not None and not isinstance(steps, slice):
+        steps = [int(k) for k in arguments.listed("steps", steps, Integral, "give a slice, or whole numbers")]
     run = run if isinstance(run, Run) else load_run(run)
     clock = clock or run.info.clock or "step"
     wanted = _lenses(lens)
-    if stride < 1:
-        raise InputError(f"stride must be at least 1, not {stride}")
     if len(run.snapshots) < 2:
         raise InputError(
             f"{run.path}: a path needs at least two snapshots and this run has {len(run.snapshots)}: "
@@ -104,7 +111,10 @@ def _spread(count: int) -> list[int] | None:
 
 
 def _lenses(lens: str | Sequence[str] | None) -> Sequence[str]:
-    wanted = LENSES if lens is None else [lens] if isinstance(lens, str) else list(dict.fromkeys(lens))
+    if lens is None:
+        return LENSES
+    names = [lens] if isinstance(lens, str) else arguments.listed("lens", lens, str, f"use {', '.join(LENSES)}")
+    wanted = list(dict.fromkeys(names))
     for name in wanted:
         if name not in LENSES:
             raise InputError(f"lens {name!r} is unknown: use one of {', '.join(LENSES)}")

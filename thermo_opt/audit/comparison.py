@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from thermo_opt import arguments
 from thermo_opt.audit.results import LENSES, SUMMARY_KEYS, Audit
 from thermo_opt.errors import InputError
 
@@ -16,6 +17,7 @@ def compare(audits: Sequence[Audit]) -> pd.DataFrame:
     Ratios compare across any runs; quantities in nats only between rows that share a ``probe`` (its fingerprint).
     Raises InputError without audits.
     """
+    audits = arguments.listed("audits", audits, Audit, "give a list of what to.audit returns")
     if not audits:
         raise InputError("nothing to compare: give at least one audit")
     rows = [{**summary, "probe": audit.probe} for audit in audits for summary in audit.summaries]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from thermo_opt import arguments
 from thermo_opt.audit.dominance import attainable_area, dominated_area, hull, nondominated
 from thermo_opt.audit.results import Audit
 from thermo_opt.audit.track import Track, track_of
@@ -42,6 +44,7 @@ COLUMNS = (
 
 _SAME_START = 1e-6
 """Relative spread of D* below which runs count as having one start."""
+_CORNER = "give two numbers, a time and a scaled dissipation"
 _MARGIN = 1.1
 """How far beyond the front's own extremes the hypervolume's default corner lies."""
 
@@ -186,8 +189,13 @@ def pareto(
     targets, and a target that no run reaches, that isn't below every run's start, or that rounding can't resolve.
     Cost: O(runs x (snapshots + probe)) a target.
     """
+    audits = arguments.listed("audits", audits, (Audit, Track), "give a list of what to.audit returns")
     if not audits:
         raise InputError("nothing to compare: give at least one audited run")
+    if groups is not None:
+        groups = arguments.listed("groups", groups, str, "give one label a run")
+    if corner is not None and len(arguments.listed("corner", corner, Real, _CORNER)) != 2:
+        raise InputError(f"corner is {corner!r}; {_CORNER}")
     if x is not None and x not in CLOCK_OF:
         raise InputError(f"x={x!r} is unknown: use one of {', '.join(CLOCK_OF)}")
     clock = None if x is None else CLOCK_OF[x]
@@ -287,7 +295,8 @@ def _targets(tracks: Sequence[Track], target_loss: float | Sequence[float] | Non
     elif isinstance(target_loss, int | float | np.number):
         wanted = [float(target_loss)]
     else:
-        wanted = list(dict.fromkeys(float(value) for value in target_loss))
+        given = arguments.listed("target_loss", target_loss, Real, "give a loss in nats an example, or several")
+        wanted = list(dict.fromkeys(float(value) for value in given))
     if not wanted:
         raise InputError("there is no target loss: give at least one, or leave the argument out")
     start = tracks[0].start

@@ -43,8 +43,6 @@ class View:
     ) -> None:
         self.run, self.clock, self.jobs = run, clock, jobs
         self.batch_size = batch_size if batch_size is not None else run.info.batch_size
-        if self.batch_size is not None and self.batch_size < 1:
-            raise InputError(f"batch size must be at least 1, not {self.batch_size}")
         self.sigma2 = run.info.sigma2 if run.info.sigma2 is not None else 1.0
         self.indices = list(range(0, len(run.snapshots), stride))
         if self.indices[-1] != len(run.snapshots) - 1:
@@ -54,10 +52,11 @@ class View:
             raise InputError(f"quadrature {quadrature!r} is unknown: use 'start' or 'trapezoid'")
         if jobs == 0:
             raise InputError("jobs must be a number of processes, or -1 for one a core, not 0")
-        if damping is not None and not damping > 0:
-            raise InputError(f"damping must be positive, not {damping}")
         self.quadrature, self.damping = quadrature, damping
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except (RuntimeError, TypeError):
+            raise InputError(f"device is {device!r}; give one of torch's, such as 'cpu' or 'cuda'") from None
         self.probe_given = probe is not None
         self._probe, self._model, self._progress = probe, model, progress
 

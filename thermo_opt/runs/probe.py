@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from thermo_opt import arguments
 from thermo_opt.errors import InputError
 from thermo_opt.runs.run import Inputs, Probe
 from thermo_opt.runs.tensors import SafetensorsFile
@@ -37,7 +38,7 @@ def make_probe(inputs: Inputs | None, targets: Tensor | None) -> Probe:
     digest = hashlib.sha256()
     for name, tensor in sorted(probe_tensors(inputs, targets).items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return Probe(inputs, targets, digest.hexdigest())
 
 
@@ -48,7 +49,7 @@ def load_probe(path: str | os.PathLike[str]) -> Probe:
     ``model(*inputs)`` or ``inputs/<key>`` for ``model(**inputs)``, and ``targets``. Raises `InputError` naming the
     file when it is missing, damaged, has neither, or has no rows.
     """
-    path = Path(path)
+    path = arguments.path("probe", path)
     if not path.is_file():
         raise InputError(f"{path}: no such probe file; give one of safetensors, npz or parquet with inputs and targets")
     if path.suffix == ".safetensors":

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from thermo_opt import __version__
+from thermo_opt import __version__, arguments
 from thermo_opt.errors import InputError
 from thermo_opt.runs.energy import EnergyMeter
 from thermo_opt.runs.format import (
@@ -42,6 +42,7 @@ from thermo_opt.runs.probing import check_predictions, predict
 from thermo_opt.runs.run import CLOCKS, LIKELIHOODS, Inputs, Likelihood
 from thermo_opt.runs.schedule import Every, schedule
 
+_ENCODE = json.JSONEncoder(allow_nan=False).encode
 _QUEUE = 4
 """Snapshots that may wait for the disk; training waits when there are more, so memory stays bounded."""
 
@@ -103,32 +104,39 @@ class Recorder:
         resume: bool | int = False,
         energy: bool = False,
     ) -> None:
-        self.path = Path(path)
+        self.path = arguments.path("path", path)
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model is of type {type(model).__name__}; give a torch.nn.Module")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise InputError(f"optimizer is of type {type(optimizer).__name__}; give a torch.optim.Optimizer")
         self._model, self._optimizer = model, optimizer
         self._due = schedule(every)
         self._params, self._grads, self._moments = params, grads, moments
         self._likelihood = likelihood
-        self._probe_batch_size = probe_batch_size
-        self._resume = resume
         if likelihood not in LIKELIHOODS:
             raise InputError(f"likelihood is {likelihood!r}; use one of {', '.join(LIKELIHOODS)}")
         if clock not in CLOCKS:
             raise InputError(f"clock is {clock!r}; use one of {', '.join(CLOCKS)}")
         if likelihood == "gaussian" and sigma2 is None:
             sigma2 = 1.0
-        if sigma2 is not None and not (math.isfinite(sigma2) and sigma2 > 0):
-            raise InputError(f"sigma2 is {sigma2!r}; it must be a positive variance")
-        if batch_size is not None and batch_size < 1:
-            raise InputError(f"batch_size is {batch_size!r}; it must be at least 1")
-        if probe_batch_size < 1:
-            raise InputError(f"probe_batch_size is {probe_batch_size!r}; it must be at least 1")
+        if sigma2 is not None:
+            sigma2 = arguments.positive("sigma2", sigma2)
+        if batch_size is not None:
+            batch_size = arguments.whole("batch_size", batch_size)
+        self._probe_batch_size = arguments.whole("probe_batch_size", probe_batch_size)
+        self._resume = resume if isinstance(resume, bool) else arguments.whole("resume", resume, least=None)
+        for argument, text in (("factory", factory), ("name", name)):
+            if text is not None and not isinstance(text, str):
+                raise InputError(f"{argument} is {text!r}; give text")
+        if notes is not None and not isinstance(notes, Mapping):
+            raise InputError(f"notes is of type {type(notes).__name__}; give a dictionary")
         if probe is None and not (params or grads or moments):
             raise InputError("nothing to record: give probe=(inputs, targets), or one of params, grads, moments")
         self._probe = None
         if probe is not None:
             if not isinstance(probe, tuple) or len(probe) != 2 or probe[0] is None:
                 raise InputError("probe must be a pair (inputs, targets)")
-            self._probe = make_probe(*probe)
+            self._probe = make_probe(*_checked_probe(*probe))
         self._names = {id(parameter): key for key, parameter in model.named_parameters()}
         self._header: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -407,7 +415,7 @@ class Recorder:
             row = {**{key: value for key, value in diagnostics.items() if _is_scalar(value)}, **row}
         row |= extra
         plain = {key: _plain(value) for key, value in row.items() if value is not None and key != "step"}
-        self._log.write(json.dumps({"step": self._count, **plain}, allow_nan=False) + "\n")
+        self._log.write(_ENCODE({"step": self._count, **plain}) + "\n")
         self._log.flush()
 
     def _stop(self, error: BaseException) -> None:
@@ -460,6 +468,18 @@ def _plain(value: Any) -> Any:
         return number
     number = float(number)
     return number if math.isfinite(number) else None
+
+
+def _checked_probe(inputs: Any, targets: Any) -> tuple[Inputs, Tensor | None]:
+    """The two, each of a type that can be recorded."""
+    parts = list(inputs.values()) if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else [inputs]
+    if not parts or not all(isinstance(part, Tensor) for part in parts):
+        raise InputError(
+            f"probe: inputs are of type {type(inputs).__name__}; give a tensor, or a tuple or dictionary of tensors"
+        )
+    if targets is not None and not isinstance(targets, Tensor):
+        raise InputError(f"probe: targets are of type {type(targets).__name__}; give a tensor")
+    return inputs, targets
 
 
 def _is_scalar(value: Any) -> bool:

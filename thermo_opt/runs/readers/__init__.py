@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from thermo_opt import arguments
 from thermo_opt.errors import InputError
 from thermo_opt.runs import format as own
 from thermo_opt.runs.readers import huggingface, lightning, safetensors_folder, torch_folder
@@ -31,7 +32,7 @@ def load_run(path: str | os.PathLike[str], format: str | None = None) -> Run:
     one of `FORMATS`, overrides. Raises `InputError` naming the folder or file when it is missing, empty, damaged, or
     of no known or of more than one layout.
     """
-    folder = Path(path)
+    folder = arguments.path("path", path)
     try:
         if not folder.exists():
             raise InputError(f"{folder}: no such folder; give the folder of a recorded run")
