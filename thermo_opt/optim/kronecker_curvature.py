@@ -358,6 +358,13 @@ class KroneckerCurvature(Curvature):
 
     def apply(self, sizes: Sequence[float], null_size: float) -> None:
         recipe = self._recipe
+        moves: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+
+        def move(p: Tensor, along: Tensor, size: float) -> None:
+            params, directions = moves.setdefault(size, ([], []))
+            params.append(p)
+            directions.append(along if along.dtype == p.dtype else along.to(p.dtype))
+
         for unit, v, null in self._directions:
             parts = unit.scatter(v)
             nulls = unit.scatter(null) if null is not None and null_size else [None] * len(parts)
@@ -367,9 +374,11 @@ class KroneckerCurvature(Curvature):
                 size = sizes[self._pools[i]] * recipe.weights[i]
                 if recipe.decay[i]:
                     p.mul_(1 - size * recipe.decay[i])
-                p.add_(part if part.dtype == p.dtype else part.to(p.dtype), alpha=-size)
+                move(p, part, size)
                 if lost is not None:
-                    p.add_(lost.to(p.dtype), alpha=-null_size * recipe.weights[i])
+                    move(p, lost, null_size * recipe.weights[i])
+        for size, (params, directions) in moves.items():
+            torch._foreach_add_(params, directions, alpha=-size)
 
     # ---- housekeeping
 
@@ -413,5 +422,7 @@ class KroneckerCurvature(Curvature):
 
 def _floats(numbers: Sequence[Tensor]) -> list[float]:
     """Scalars from the device in one transfer."""
-    values: list[float] = torch.stack([x.double() for x in numbers]).tolist() if numbers else []
+    if len({x.dtype for x in numbers}) > 1:
+        numbers = [x.double() for x in numbers]
+    values: list[float] = torch.stack(list(numbers)).tolist() if numbers else []
     return values
