@@ -103,9 +103,12 @@ def _walk(
                 found.append(scalars)
             if advance is not None:
                 advance(len(group) - 1)
-    # dot products of cached chunks, summed in float64: no copy of the path in higher precision
-    squared = sum(torch.dot(c, c).item() for t in developed.values() for c in t.view(-1).split(CHUNK))
-    return found, squared**0.5
+        return found, sum(pool.map(_squared, developed.values())) ** 0.5
+
+
+def _squared(path: Tensor) -> float:
+    """Squared norm, by dot products of cached chunks summed in float64: no copy in higher precision."""
+    return sum(torch.dot(chunk, chunk).item() for chunk in path.view(-1).split(CHUNK))
 
 
 def _steps(
