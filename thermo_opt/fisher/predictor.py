@@ -119,16 +119,16 @@ class Predictor:
             self._parts = list(self._checked())
         return self._parts
 
-    def graphs(self) -> Iterator[tuple[Part, Tensor, list[Tensor]]]:
+    def graphs(self, once: bool = False) -> Iterator[tuple[Part, Tensor, list[Tensor]]]:
         """(part, f, leaves) of every microbatch in turn, as `graph` gives them; on first use that pass checks the batch too."""
         if self._parts is not None:
             for part in self._parts:
-                yield part, *self.graph(part)
+                yield part, *self.graph(part, once)
             return
         parts, count = [], 0
         for start in range(0, self.examples, self.microbatch):
             inputs = slice_inputs(self.batch.inputs, start, start + self.microbatch, self.examples)
-            f, leaves = self.graph(Part(inputs, None, None))
+            f, leaves = self.graph(Part(inputs, None, None), once)
             parts.append(self._check(start, inputs, f.detach()))
             count += _counted(parts[-1], f)
             yield parts[-1], f, leaves
@@ -214,16 +214,17 @@ class Predictor:
         return twin
 
     @contextlib.contextmanager
-    def evaluation(self) -> Iterator[None]:
-        """Every module in evaluation mode, attention by differentiable kernels; the model's flags are restored on leaving."""
+    def evaluation(self, once: bool = False) -> Iterator[None]:
+        """Every module in evaluation mode, attention by kernels that can be differentiated in every way, unless only ``once``
+        and backwards is enough; the model's flags are restored on leaving."""
         training = [m for m in self.model.modules() if m.training]
         fastpath = torch.backends.mha.get_fastpath_enabled()
         for module in training:
             module.training = False
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            # Fused attention kernels have neither forward-mode nor second derivatives.
-            with sdpa_kernel(SDPBackend.MATH):
+            # Fused attention kernels have neither forward-mode nor second derivatives, nor batched backward passes.
+            with contextlib.nullcontext() if once else sdpa_kernel(SDPBackend.MATH):
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -243,10 +244,13 @@ class Predictor:
             f, tangent = forward_ad.unpack_dual(self.call(duals, part.inputs))
         return f, torch.zeros_like(f) if tangent is None else tangent
 
-    def graph(self, part: Part) -> tuple[Tensor, list[Tensor]]:
-        """(f, leaves): outputs with the autograd graph back to fresh leaves at the parameter values."""
+    def graph(self, part: Part, once: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """(f, leaves): outputs with the autograd graph back to fresh leaves at the parameter values.
+
+        ``once``: for plain backward passes only, which lets attention use its fused kernels.
+        """
         leaves = [p.detach().requires_grad_() for p in self.values]
-        with torch.enable_grad(), self.evaluation():
+        with torch.enable_grad(), self.evaluation(once):
             f = self.call(leaves, part.inputs)
         if not f.requires_grad:
             raise InputError("the model's outputs don't depend on its trainable parameters through autograd")

@@ -39,6 +39,11 @@ class Columns:
         if self.samples < 1:
             raise InputError(f"samples must be at least 1, got {self.samples!r}")
 
+    @property
+    def single(self) -> bool:
+        """Whether there is one column, so that one plain backward pass is enough."""
+        return self.targets == "empirical" or (self.targets == "sampled" and self.samples == 1)
+
     def at(self, number: int, part: Part, f: Tensor) -> Tensor:
         """(K, *f.shape) columns for microbatch ``number`` with outputs f; zero where a prediction isn't counted."""
         generator = torch.Generator(device=f.device).manual_seed(self.seed + number)

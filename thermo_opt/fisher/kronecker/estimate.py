@@ -86,7 +86,7 @@ def _visits(
 ) -> Iterator[tuple[Layer, _Samples, list[Tensor] | None]]:
     """For every microbatch and layer: its samples once with None, then with each piece of output gradients (K, …)."""
     with recording(layers) as uses:
-        for number, (part, f, _) in enumerate(predictor.graphs()):
+        for number, (part, f, _) in enumerate(predictor.graphs(once=columns.single)):
             groups = _grouped(uses)
             for samples in groups:
                 yield samples.layer, samples, None
@@ -137,9 +137,10 @@ class _KroneckerSum:
         self.G = total if self.G is None else self.G.add_(total)
 
     def finish(self, count: int) -> tuple[Tensor, Tensor] | None:
+        """A and G; the sums themselves are divided, so this is the end of them."""
         if self.A is None or self.G is None:
             return None
-        return self.A.mean, self.G / count
+        return self.A.total.div_(self.A.rows), self.G.div_(count)
 
 
 class _ScaleSum:

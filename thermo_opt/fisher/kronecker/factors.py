@@ -57,7 +57,7 @@ def outer(rows: Tensor, ones: bool = False, dtype: torch.dtype | None = None, di
     if not ones:
         return rows.mT @ rows
     total = rows.new_empty(*rows.shape[:-2], k + 1, k + 1)
-    total[..., :k, :k] = rows.mT @ rows
+    torch.matmul(rows.mT, rows, out=total[..., :k, :k])
     sums = rows.sum(-2)
     total[..., :k, k] = sums
     total[..., k, :k] = sums

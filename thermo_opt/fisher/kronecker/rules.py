@@ -85,7 +85,7 @@ class KroneckerRule(Rule):
         if self.covers(module, "bias"):
             bias = rest.pop(0)
             if parts:
-                lead = parts[0].shape[:-1]
+                lead: tuple[int, ...] = parts[0].shape[:-1]
             else:
                 groups, out, _ = self.shape(module)
                 lead = (groups, out) if groups > 1 else (out,)
