@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from thermo_opt.errors import InputError
+from thermo_opt.fisher.fused import FusedTangents
 from thermo_opt.fisher.likelihoods import Likelihood
 from thermo_opt.fisher.likelihoods import likelihood as named_likelihood
 
@@ -239,7 +240,7 @@ class Predictor:
 
     def jvp(self, part: Part, v: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(f, Jv) by forward-mode differentiation, about 2–3 forward passes, no graph kept."""
-        with torch.no_grad(), self.evaluation(), forward_ad.dual_level():
+        with torch.no_grad(), self.evaluation(), forward_ad.dual_level(), FusedTangents():
             duals = [forward_ad.make_dual(p, t) for p, t in zip(self.values, v, strict=True)]
             f, tangent = forward_ad.unpack_dual(self.call(duals, part.inputs))
         return f, torch.zeros_like(f) if tangent is None else tangent
