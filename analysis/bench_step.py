@@ -74,7 +74,11 @@ def bench(name: str, task: Task | None, methods: list[str], steps: int, others: 
         count = len(wall[m])
         row: dict[str, Any] = {"task": name, "method": m, "steps": count, "parameters": parameters // 4}
         for kind, times in (("wall", wall), ("processor", busy)):
-            for label, part in (("all", slice(0, count)), ("first", slice(0, FIRST)), ("late", slice(count // 2, count))):
+            for label, part in (
+                ("all", slice(0, count)),
+                ("first", slice(0, FIRST)),
+                ("late", slice(count // 2, count)),
+            ):
                 row[f"{kind}_{label}"] = statistics.mean(times[m][part]) / statistics.mean(times["AdamW"][part])
             row[f"{kind}_ms"] = 1e3 * statistics.median(times[m])
         row["memory_over_parameters"] = state_size(optimizers[m]) / parameters

@@ -61,10 +61,14 @@ def curves(
 
 def fronts(name: str, front: ParetoFront, rows: pd.DataFrame, path: Path) -> None:
     """The front of each target, every run of the study a point; the swept methods' settings joined."""
-    figure = Figure(figsize=(7.0 * len(front.targets), 5.2), layout="constrained")
+    figure = Figure(figsize=(6.4 * len(front.targets) + 1.6, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
+    key: dict[str, Any] = {}
     for axis, target in zip(np.atleast_1d(figure.subplots(1, len(front.targets))), front.targets, strict=True):
         front.plot(axis, target.target_loss)
+        legend = axis.get_legend()
+        key |= {text.get_text(): handle for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)}
+        legend.remove()  # one for all panels, where no point lies beneath it
         own = front.rows(target.target_loss).reset_index(drop=True)
         # rows and front agree but for runs that diverged at once, which a front can't hold
         held = rows[rows["dissipation"].notna()].reset_index(drop=True)
@@ -72,6 +76,7 @@ def fronts(name: str, front: ParetoFront, rows: pd.DataFrame, path: Path) -> Non
         for index, group in enumerate(front.groups):
             if group in SWEPT:
                 join_settings(axis, own[own["group"] == group], look(index).hex)
+    figure.legend(key.values(), key.keys(), loc="outside right upper", frameon=False)
     figure.suptitle(f"{name.replace('_', ', ')}: every run, tuning trials included", x=0.01, ha="left")
     figure.savefig(path, dpi=130)
 
