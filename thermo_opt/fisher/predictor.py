@@ -79,11 +79,11 @@ class Predictor:
         self.model = model
         self.likelihood = named_likelihood(likelihood, sigma2)
         self.notes: list[str] = []
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        state = dict(model.named_parameters()) | dict(model.named_buffers())
+        trainable = {name: p for name, p in state.items() if p.requires_grad and isinstance(p, nn.Parameter)}
         if not trainable:
             raise InputError("the model has no trainable parameters (requires_grad is False everywhere)")
         given = dict(parameters or {})
-        state = dict(model.named_parameters()) | dict(model.named_buffers())
         for name, value in given.items():
             if name not in state:
                 raise InputError(f"parameters: the model has no parameter or buffer {name!r}")
@@ -91,6 +91,8 @@ class Predictor:
                 raise InputError(
                     f"parameters: {name!r} has shape {tuple(value.shape)}; the model's is {tuple(state[name].shape)}"
                 )
+        held = (t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()))
+        self._tied = len(state) < sum(t is not None for t in held)
         self.names = tuple(trainable)
         self.values = [_copy(given.pop(name, p), p) for name, p in trainable.items()]
         self._fixed = {name: _copy(value, state[name]) for name, value in given.items()}
@@ -236,7 +238,9 @@ class Predictor:
         """f (…, c) at these parameter values; to be used inside `evaluation`."""
         args, kwargs = _arguments(inputs)
         state = dict(zip(self.names, values, strict=True)) | self._fixed
-        return self.likelihood.outputs(_logits(functional_call(self.model, state, args, kwargs)))
+        return self.likelihood.outputs(
+            _logits(functional_call(self.model, state, args, kwargs, tie_weights=self._tied))
+        )
 
     def jvp(self, part: Part, v: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(f, Jv) by forward-mode differentiation, about 2–3 forward passes, no graph kept."""
