@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -19,21 +18,9 @@ from analysis import cifar10, digits, imagenet, transformer
 from analysis.study import Plan, Study, run_study
 from analysis.study_table import RATIOS
 from analysis.timing import RESULTS
-from analysis.training import STRIDE, first_reach
-from analysis.training import curve as train
 
 STUDIES: dict[str, Study] = {module.STUDY.name: module.STUDY for module in (digits, cifar10, imagenet, transformer)}
 KEPT = ("method", "knob", "setting", "bracketed", "seeds", "final_loss", "final_loss_std", "accuracy")
-
-# What experiments under way import from here: `analysis.training` and `STUDIES` replace it.
-SCALES: dict[str, dict[str, dict[str, Any]]] = {
-    name: {
-        study: {"steps": size.length, **next(iter(size.variants.values()))}
-        for study, size in ((s.name, s.scales[name]) for s in STUDIES.values())
-    }
-    for name in ("small", "full")
-}
-__all__ = ["SCALES", "STRIDE", "STUDIES", "first_reach", "race", "train"]
 
 
 def race(names: list[str], scale: str, jobs: int = 1, results: Path | None = None, runs: Path | None = None) -> Path:
