@@ -16,7 +16,7 @@ FULL = {
 STUDY = Study(
     "transformer",
     {
-        "small": Scale({"": SMALL}, 300),
+        "small": Scale({"": SMALL}, 600),
         "full": Scale({"": FULL}, 5000, every=100, decay=True),
         "tiny": Scale({"": {"layers": 1, "width": 16, "context": 16, "batch_size": 8, "probe": 4}}, 20, every=5),
     },

@@ -11,8 +11,12 @@ JITTERS = (1e-6, 1e-4, 1e-2)
 """Multiples of the mean diagonal added, in turn, to a matrix that is not numerically positive definite."""
 
 
-def positive_inverse(matrix: Tensor) -> tuple[Tensor | None, str]:
-    """(M⁻¹, note) of a symmetric positive definite matrix (…, k, k) by Cholesky, about k³ multiplications.
+Amount = Tensor | float
+"""A multiple of the identity: a number, or one a matrix of a batch."""
+
+
+def positive_inverse(matrix: Tensor, shift: Amount = 0.0) -> tuple[Tensor | None, str]:
+    """((M + cI)⁻¹, note) of a symmetric positive definite matrix (…, k, k) by Cholesky, about k³ multiplications.
 
     The ladder: the given precision; float64; float64 with jitter on the diagonal. ``(None, note)`` where all of it fails, for the
     caller to keep its last inverse. The note is empty when the plain solver succeeded.
@@ -20,12 +24,11 @@ def positive_inverse(matrix: Tensor) -> tuple[Tensor | None, str]:
     if not all_finite(matrix):
         return None, "factor is not finite"
     k = matrix.shape[-1]
-    bordered = _bordered(matrix) if k >= 128 and k % 64 == 0 else matrix
-    factor, info = torch.linalg.cholesky_ex(bordered)
+    factor, info = torch.linalg.cholesky_ex(shifted(matrix, shift, border=k >= 128 and k % 64 == 0))
     if not bool(info.any()):
         # LAPACK's result is column-major: its transpose, which equals it, is laid out as the products want it.
         return torch.cholesky_inverse(factor).mT[..., :k, :k].contiguous(), ""
-    precise = matrix.double()
+    precise = shifted(matrix.double(), shift)
     mean = precise.diagonal(dim1=-2, dim2=-1).abs().mean(-1)[..., None]
     for jitter in (0.0, *JITTERS):
         factor, info = torch.linalg.cholesky_ex(precise + torch.diag_embed((jitter * mean).expand(matrix.shape[:-1])))
@@ -40,10 +43,21 @@ def all_finite(t: Tensor) -> bool:
     return math.isfinite(float(t.sum()))
 
 
-def _bordered(matrix: Tensor) -> Tensor:
-    """``diag(M, 1)``: rows a power of two long fall on the same cache lines, which makes LAPACK's Cholesky up to four times slower."""
-    k = matrix.shape[-1]
-    out = matrix.new_zeros(*matrix.shape[:-2], k + 1, k + 1)
-    out[..., :k, :k] = matrix
-    out[..., k, k] = 1.0
+def shifted(matrix: Tensor, amount: Amount, border: bool = False) -> Tensor:
+    """M + cI, a diagonal (k,) staying one; with ``border``, ``diag(M + cI, 1)``.
+
+    The border serves Cholesky: rows a power of two long fall on the same cache lines, which makes LAPACK's up to four times slower.
+    """
+    if matrix.dim() == 1:
+        return matrix + amount
+    if border:
+        k = matrix.shape[-1]
+        out = matrix.new_zeros(*matrix.shape[:-2], k + 1, k + 1)
+        out[..., :k, :k] = matrix
+        out[..., k, k] = 1.0
+        inner = out[..., :k, :k]
+    else:
+        out = inner = matrix.clone()
+    diagonal = inner.diagonal(dim1=-2, dim2=-1)
+    diagonal += amount[..., None] if isinstance(amount, Tensor) and amount.dim() else amount
     return out

@@ -191,7 +191,7 @@ class KroneckerCurvature(Curvature):
         self.processes.hand_out([unit.shared() for unit in refreshed])
         for unit in refreshed:
             unit.finish(self.processes.average)
-            self._measure(unit)
+            unit.stale = True
             if unit.solver is not None and unit.solver.notes:
                 self.failures += 1
         self._report = {
@@ -301,6 +301,9 @@ class KroneckerCurvature(Curvature):
             solver = unit.solver
             if solver is None:
                 continue
+            if unit.stale:
+                self._measure(unit)
+                unit.stale = False
             V = unit.gather(
                 [
                     torch.zeros_like(p) if i is None else gradients[i]

@@ -62,7 +62,7 @@ class NGDT(Optimizer):
         eigenvalues ≤ max(rtol·σ_max, atol) (K-FAC: of the products) count as zero.
     targets: "empirical" (the labels of the batch, no extra cost) or "sampled" (from the model: one more forward and backward pass on
         refresh steps). decay: memory of running factors. refresh_every: longest refresh interval; it grows to that from 1 over the
-        first ``10·refresh_every`` steps, blocks in turn. rows: most rows a layer's factors read at one refresh (None: all).
+        first ``20·refresh_every`` steps, blocks in turn. rows: most rows a layer's factors read at one refresh (None: all).
         overhead: largest share of the passes' multiplications that F_λ⁻¹g may cost; where it would cost more, wide factors are cut into
         diagonal blocks of side ≥ 128 (`math.inf`: never).
     calibrate: steps between measurements (0: never; default 10 for K-FAC kinds and "diagonal", 0 otherwise); calibration_predictions:

@@ -15,7 +15,7 @@ class Refresh:
     """
 
     longest: int = 16
-    patience: int = 10
+    patience: int = 20
     staggered: bool = True
 
     def interval(self, step: int) -> int:

@@ -7,6 +7,7 @@ Tikhonov damping, truncation, null-space steps and EKFAC need. Each uses one F_�
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from thermo_opt.fisher import spectral
 from thermo_opt.fisher.kronecker import Block
-from thermo_opt.optim.inverse import positive_inverse
+from thermo_opt.optim.inverse import Amount, positive_inverse, shifted
 
 
 class Solver(ABC):
@@ -40,32 +41,23 @@ class Solver(ABC):
         return []
 
 
-def _shift(matrix: Tensor, amount: Tensor | float) -> Tensor:
-    """M + cI; a diagonal (k,) stays one."""
-    if matrix.dim() == 1:
-        return matrix + amount
-    shifted = matrix.clone()
-    diagonal = shifted.diagonal(dim1=-2, dim2=-1)
-    diagonal += amount[..., None] if isinstance(amount, Tensor) and amount.dim() else amount
-    return shifted
-
-
-def _mean_diagonal(matrix: Tensor) -> Tensor:
-    return matrix.mean(-1) if matrix.dim() == 1 else matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
-
-
 def _mean_of_blocks(blocks: Sequence[Tensor]) -> Tensor:
-    if len(blocks) == 1:
-        return _mean_diagonal(blocks[0])
-    return torch.cat([block.diagonal() for block in blocks]).mean()
+    """Mean of a side's diagonal: a scalar, or one a group."""
+    diagonals = [block if block.dim() == 1 else block.diagonal(dim1=-2, dim2=-1) for block in blocks]
+    return diagonals[0].mean(-1) if len(diagonals) == 1 else torch.cat(diagonals).mean()
 
 
-def damping_split(A: Sequence[Tensor], G: Sequence[Tensor], damping: float) -> tuple[Tensor, Tensor]:
+def damping_split(A: Sequence[Tensor], G: Sequence[Tensor], damping: float) -> tuple[Amount, Amount]:
     """The sides' shares (π√λ, √λ/π), π² = (tr A/dim A)/(tr G/dim G): Martens & Grosse 2015, §6.3. π = 1 where a trace is 0.
 
-    Each side is a list of diagonal blocks.
+    Each side is a list of diagonal blocks. Numbers, or tensors of one number a group.
     """
     mean_a, mean_g = _mean_of_blocks(A), _mean_of_blocks(G)
+    if mean_a.dim() == mean_g.dim() == 0:
+        a, g = torch.stack([mean_a, mean_g.to(mean_a.dtype)]).tolist()
+        ratio = a / g if g != 0 else 0.0
+        root = math.sqrt(ratio) if 0 < ratio < math.inf else 1.0
+        return root * damping**0.5, damping**0.5 / root
     pi = (mean_a / mean_g).sqrt()
     pi = torch.where(torch.isfinite(pi) & (pi > 0), pi, torch.ones_like(pi))
     return pi * damping**0.5, damping**0.5 / pi
@@ -75,37 +67,46 @@ class Side:
     """One side of a damped Kronecker product, ``M + cI``, and its inverse: diagonal blocks (…, k, k), or one diagonal (k,).
 
     Several blocks only for plain matrices. A block whose inverse fails keeps that of ``last``, or becomes a multiple of the identity.
+    The blocks are not copied: `damped` is right until the running factors change, which makes a new solver.
     """
 
-    def __init__(self, blocks: Sequence[Tensor], amount: Tensor, last: Side | None, compute: bool = True) -> None:
+    def __init__(self, blocks: Sequence[Tensor], amount: Amount, last: Side | None, compute: bool = True) -> None:
         self.notes: list[str] = []
         self.blocks: list[Tensor] = []
+        self.amounts: list[Amount] = []
         self.inverses: list[Tensor] = []
         self.ends: list[tuple[int, int]] = []
         start = 0
         for i, block in enumerate(blocks):
-            damped = _shift(block, amount)
+            shift = amount
             inverse: Tensor | None
-            if damped.dim() == 1:
-                inverse = damped.reciprocal()
+            if block.dim() == 1:
+                inverse = (block + amount).reciprocal()
             elif not compute:
-                inverse = torch.empty_like(damped)
+                inverse = torch.empty_like(block)
             else:
-                inverse, note = positive_inverse(damped)
-                if inverse is None and last is not None:
-                    damped, inverse = last.blocks[i], last.inverses[i]
-                    note += "; kept the last inverse"
-                elif inverse is None:
-                    mean = _mean_diagonal(torch.nan_to_num(damped, posinf=0.0, neginf=0.0)).abs() + 1.0
-                    damped = torch.diag_embed(mean[..., None].expand(damped.shape[:-1]))
-                    inverse = torch.diag_embed((1 / mean)[..., None].expand(damped.shape[:-1]))
-                    note += "; used a multiple of the identity"
+                inverse, note = positive_inverse(block, amount)
+                if inverse is None:
+                    shift = 0.0
+                    if last is not None:
+                        inverse = last.inverses[i]
+                        note += "; kept the last inverse"
+                    else:
+                        mean = torch.nan_to_num(_mean_of_blocks([block]), posinf=0.0, neginf=0.0).abs() + 1.0
+                        inverse = torch.diag_embed((1 / mean)[..., None].expand(block.shape[:-1]))
+                        note += "; used a multiple of the identity"
+                    block = torch.linalg.inv(inverse.double()).to(block.dtype)
                 if note:
                     self.notes.append(note)
-            self.blocks.append(damped)
+            self.blocks.append(block)
+            self.amounts.append(shift)
             self.inverses.append(inverse)
-            self.ends.append((start, start + damped.shape[-1]))
-            start += damped.shape[-1]
+            self.ends.append((start, start + block.shape[-1]))
+            start += block.shape[-1]
+
+    def damped(self) -> list[Tensor]:
+        """The blocks of ``M + cI``."""
+        return [shifted(block, amount) for block, amount in zip(self.blocks, self.amounts, strict=True)]
 
     def right(self, v: Tensor, matrices: Sequence[Tensor]) -> Tensor:
         """``v M`` with v (…, m, k)."""
@@ -158,7 +159,7 @@ class KroneckerInverse(Solver):
             b[start:end].addmm_(block, half[start:end], beta=mu)
 
     def matvec(self, v: Tensor) -> Tensor:
-        return self.G.left(self.G.blocks, self.A.right(v, self.A.blocks))
+        return self.G.left(self.G.damped(), self.A.right(v, self.A.damped()))
 
     def cached(self) -> list[Tensor]:
         return [t for side in (self.A, self.G) for t in side.inverses if t.dim() > 1]
@@ -169,24 +170,25 @@ class DenseInverse(Solver):
 
     def __init__(self, matrix: Tensor, damping: float, last: DenseInverse | None, compute: bool = True) -> None:
         self.notes: list[str] = []
-        self.matrix = _shift(matrix, damping)
+        self.matrix, self.damping = matrix, damping
         if not compute:
             self.inverse = torch.empty_like(matrix)
             return
-        inverse, note = positive_inverse(self.matrix)
+        inverse, note = positive_inverse(matrix, damping)
         if note:
             self.notes.append(note)
         if inverse is None:
             self.notes.append("kept the last inverse")
             eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
-            self.matrix, inverse = (eye, eye) if last is None else (last.matrix, last.inverse)
+            inverse = eye if last is None else last.inverse
+            self.matrix, self.damping = torch.linalg.inv(inverse.double()).to(matrix.dtype), 0.0
         self.inverse = inverse
 
     def solve(self, v: Tensor) -> Tensor:
         return (self.inverse @ v[..., None])[..., 0]
 
     def matvec(self, v: Tensor) -> Tensor:
-        return (self.matrix @ v[..., None])[..., 0]
+        return (self.matrix @ v[..., None])[..., 0] + self.damping * v
 
     def cached(self) -> list[Tensor]:
         return [self.inverse]

@@ -86,7 +86,7 @@ class Unit(ABC):
     """Parameters that share one block, in the block's coordinates: `gather` and `scatter` go to and fro.
 
     ``squared``: bᵀF_λb of the momentum b; ``crossed``: bᵀF_λw and ``decayed``: wᵀF_λw with the weight-decay direction w. They
-    are carried from step to step by inner products alone, because F_λ(F_λ⁻¹g) = g, and recomputed at each refresh. ``places``: where
+    are carried from step to step by inner products alone, because F_λ(F_λ⁻¹g) = g, and recomputed after each refresh, when they are ``stale``. ``places``: where
     the parameters stand in the optimizer's list, None for one it was not given.
     """
 
@@ -97,6 +97,7 @@ class Unit(ABC):
         self.damping = 0.0
         self.momentum: Tensor | None = None
         self.squared = self.crossed = self.decayed = 0.0
+        self.stale = False
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """Parameter-shaped tensors as the block's coordinates."""
