@@ -94,6 +94,8 @@ class Predictor:
         held = (t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()))
         self._tied = len(state) < sum(t is not None for t in held)
         self.names = tuple(trainable)
+        # The model's own parameters and their versions, while these are the values asked for.
+        self._own = None if given else [(p, p._version) for p in trainable.values()]
         self.values = [_copy(given.pop(name, p), p) for name, p in trainable.items()]
         self._fixed = {name: _copy(value, state[name]) for name, value in given.items()}
         self.device, self.dtype = self.values[0].device, self.values[0].dtype
@@ -190,7 +192,7 @@ class Predictor:
         state = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         rest = {name: t.detach() for name, t in state.items() if name not in self.names} | self._fixed
         twin._fixed = {name: widen(t) for name, t in rest.items()}
-        twin.values, twin.dtype = [v.double() for v in self.values], torch.float64
+        twin.values, twin.dtype, twin._own = [v.double() for v in self.values], torch.float64, None
         twin.batch = map_batch(self.batch, widen)
         twin._parts = [
             Part(map_tensors(p.inputs, widen), None if p.targets is None else widen(p.targets), p.mask) for p in parts
@@ -254,9 +256,17 @@ class Predictor:
 
         ``once``: for plain backward passes only, which lets attention use its fused kernels.
         """
-        leaves = [p.detach().requires_grad_() for p in self.values]
-        with torch.enable_grad(), self.evaluation(once):
-            f = self.call(leaves, part.inputs)
+        if once and self._own is not None and all(p._version == version for p, version in self._own):
+            leaves: list[Tensor] = [
+                p for p, _ in self._own
+            ]  # as they are: nothing to substitute, and no one adds to their grad
+            args, kwargs = _arguments(part.inputs)
+            with torch.enable_grad(), self.evaluation(once):
+                f = self.likelihood.outputs(_logits(self.model(*args, **kwargs)))
+        else:
+            leaves = [p.detach().requires_grad_() for p in self.values]
+            with torch.enable_grad(), self.evaluation(once):
+                f = self.call(leaves, part.inputs)
         if not f.requires_grad:
             raise InputError("the model's outputs don't depend on its trainable parameters through autograd")
         return f, leaves
