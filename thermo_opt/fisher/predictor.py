@@ -79,7 +79,7 @@ class Predictor:
         self.model = model
         self.likelihood = named_likelihood(likelihood, sigma2)
         self.notes: list[str] = []
-        state = dict(model.named_parameters()) | dict(model.named_buffers())
+        state, self._tied = _state(model)
         trainable = {name: p for name, p in state.items() if p.requires_grad and isinstance(p, nn.Parameter)}
         if not trainable:
             raise InputError("the model has no trainable parameters (requires_grad is False everywhere)")
@@ -91,8 +91,6 @@ class Predictor:
                 raise InputError(
                     f"parameters: {name!r} has shape {tuple(value.shape)}; the model's is {tuple(state[name].shape)}"
                 )
-        held = (t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()))
-        self._tied = len(state) < sum(t is not None for t in held)
         self.names = tuple(trainable)
         # The model's own parameters and their versions, while these are the values asked for.
         self._own = None if given else [(p, p._version) for p in trainable.values()]
@@ -389,6 +387,24 @@ def kl(
             f = first.call(first.values, part.inputs)
             divergences.append(first.likelihood.kl(f, second.call(second.values, part.inputs)))
     return max(first.mean(divergences), 0.0)
+
+
+def _state(model: nn.Module) -> tuple[dict[str, Tensor], bool]:
+    """Parameters and buffers by name, each once, and whether some stand in several places: one walk over the modules."""
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    tied = False
+    for prefix, module in model.named_modules():
+        for kept in (module._parameters, module._buffers):
+            for name, t in kept.items():
+                if t is None:
+                    continue
+                if id(t) in seen:
+                    tied = True
+                    continue
+                seen.add(id(t))
+                state[f"{prefix}.{name}" if prefix else name] = t
+    return state, tied
 
 
 def _copy(value: Tensor, like: Tensor) -> Tensor:
