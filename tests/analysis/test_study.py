@@ -307,5 +307,7 @@ def test_a_race_gathers_the_studies_tables(done, tmp_path):
 
 def test_results_are_strict_json(done):
     plan, _ = done
-    for path in plan.folder.glob("*/study.json"):
+    paths = list(plan.folder.glob("*/study.json"))
+    assert paths
+    for path in paths:
         json.loads(path.read_text(), parse_constant=pytest.fail)
