@@ -255,9 +255,8 @@ class Predictor:
         ``once``: for plain backward passes only, which lets attention use its fused kernels.
         """
         if once and self._own is not None and all(p._version == version for p, version in self._own):
-            leaves: list[Tensor] = [
-                p for p, _ in self._own
-            ]  # as they are: nothing to substitute, and no one adds to their grad
+            # The model as it is: nothing to substitute, and nobody adds to the parameters' grad.
+            leaves: list[Tensor] = [p for p, _ in self._own]
             args, kwargs = _arguments(part.inputs)
             with torch.enable_grad(), self.evaluation(once):
                 f = self.likelihood.outputs(_logits(self.model(*args, **kwargs)))
