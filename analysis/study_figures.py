@@ -53,6 +53,12 @@ def curves(
         for target in targets.values():
             axis.axhline(target, color="0.45", lw=0.9, ls=":")
         axis.set_xlabel(label)
+    # BatchNorm's running statistics lag behind large early steps: such spikes, far above the start, would flatten all else.
+    start = axes[0].lines[0].get_ydata()[0]
+    if axes[0].get_ylim()[1] > 2 * start:
+        for axis in axes:
+            axis.set_ylim(0.9 * min(targets.values()) - 0.1 * start, 1.6 * start)
+        axes[1].set_title("losses above 1.6 times the start's are cut off", fontsize="small", color="0.4")
     axes[0].set_ylabel("probe loss (nats)")
     axes[2].legend(title="best setting", title_fontsize="small", **KEY)
     figure.suptitle(f"{name.replace('_', ', ')}: mean over seeds; dotted: the two targets", x=0.01, ha="left")
