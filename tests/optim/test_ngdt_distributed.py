@@ -12,14 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import thermo_opt as to
 from tests.optim import optim_models as models
-from thermo_opt.optim import units
+from thermo_opt.optim import kronecker_unit
 
 STEPS = 12
 
 
 def run(rank: int, count: int, path: str, metric: str, port: int, settled: int) -> None:
     torch.set_num_threads(1)
-    units.SETTLED = settled
+    kronecker_unit.SETTLED = settled
     if count > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         dist.init_process_group("gloo", rank=rank, world_size=count)
@@ -44,7 +44,7 @@ def run(rank: int, count: int, path: str, metric: str, port: int, settled: int) 
 @pytest.mark.parametrize(("metric", "settled"), [("kfac", 30), ("ekfac", 30), ("ekfac", 2)])
 def test_two_processes_equal_one(metric: str, settled: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``settled``: from which observation on EKFAC's bases follow by warm starts."""
-    monkeypatch.setattr(units, "SETTLED", settled)
+    monkeypatch.setattr(kronecker_unit, "SETTLED", settled)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -9,7 +9,7 @@ from torch import nn
 
 import thermo_opt as to
 from tests.optim import optim_models as models
-from thermo_opt.optim import units
+from thermo_opt.optim import kronecker_unit
 from thermo_opt.optim.inverse import positive_inverse
 from thermo_opt.optim.solvers import KroneckerInverse
 
@@ -222,12 +222,12 @@ def test_a_broken_eigensolver_does_not_stop_training(metric: str, monkeypatch: p
 
 
 def test_a_broken_warm_start_keeps_the_basis_and_is_decomposed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units, "SETTLED", 2)
+    monkeypatch.setattr(kronecker_unit, "SETTLED", 2)
     model = models.mlp()
     optimizer = to.NGDT(model, metric="ekfac", budget=1e-2)
     for number in range(5):
         step(model, optimizer, number)
-    unit = next(u for u in optimizer.curvature.units if isinstance(u, units.KroneckerUnit))
+    unit = next(u for u in optimizer.curvature.units if isinstance(u, kronecker_unit.KroneckerUnit))
     assert unit._block is not None
     assert unit._block.A.spectrum.note == ""
     before = unit._block.A.spectrum.basis.clone()

@@ -23,11 +23,9 @@ def positive_inverse(matrix: Tensor, shift: Amount = 0.0) -> tuple[Tensor | None
     """
     if not all_finite(matrix):
         return None, "factor is not finite"
-    k = matrix.shape[-1]
-    factor, info = torch.linalg.cholesky_ex(shifted(matrix, shift, border=k >= 128 and k % 64 == 0))
-    if not bool(info.any()):
-        # LAPACK's result is column-major: its transpose, which equals it, is laid out as the products want it.
-        return torch.cholesky_inverse(factor).mT[..., :k, :k].contiguous(), ""
+    inverse = plain_inverse(matrix, shift)
+    if inverse is not None:
+        return inverse, ""
     precise = shifted(matrix.double(), shift)
     mean = precise.diagonal(dim1=-2, dim2=-1).abs().mean(-1)[..., None]
     for jitter in (0.0, *JITTERS):
@@ -36,6 +34,16 @@ def positive_inverse(matrix: Tensor, shift: Amount = 0.0) -> tuple[Tensor | None
             note = "Cholesky failed; retried in float64" + (f" with jitter {jitter:g}" if jitter else "")
             return torch.cholesky_inverse(factor).to(matrix.dtype), note
     return None, "factor is not positive definite"
+
+
+def plain_inverse(matrix: Tensor, shift: Amount) -> Tensor | None:
+    """(M + cI)⁻¹ of finite matrices (…, k, k) in the given precision, or None where one is not positive definite."""
+    k = matrix.shape[-1]
+    factor, info = torch.linalg.cholesky_ex(shifted(matrix, shift, border=k >= 128 and k % 64 == 0))
+    if bool(info.any()):
+        return None
+    # LAPACK's result is column-major: its transpose, which equals it, is laid out as the products want it.
+    return torch.cholesky_inverse(factor).mT[..., :k, :k].contiguous()
 
 
 def all_finite(t: Tensor) -> bool:

@@ -29,13 +29,17 @@ from thermo_opt.fisher.predictor import _logits as logits_of
 from thermo_opt.optim.curvature import Curvature, Lengths, Recipe
 from thermo_opt.optim.distributed import Processes
 from thermo_opt.optim.inverse import all_finite
+from thermo_opt.optim.kronecker_unit import KroneckerUnit, TiedUnit
 from thermo_opt.optim.observer import Forward, Tap, attach, on_gradient, quiet
 from thermo_opt.optim.schedule import Refresh
 from thermo_opt.optim.solvers import Solver
-from thermo_opt.optim.units import DiagonalUnit, KroneckerUnit, LayerUnit, ScaleUnit, Settings, Unit
+from thermo_opt.optim.units import DiagonalUnit, LayerUnit, ScaleUnit, Settings, Unit
 
 SIDES = (1024, 512, 256, 128)
 """Sides to which wide factors may be cut (block-diagonal factors) where solving with whole ones would slow training."""
+
+STACK = 8
+"""Most layers of one shape that are stacked to one unit."""
 
 _UNKNOWN = -1
 
@@ -50,8 +54,8 @@ def make_units(model: nn.Module, plan: Cover, settings: Settings) -> list[Unit]:
         own = [i for _, i in layer.own]
         if not plan.tied.intersection(own):
             params = [trainable[i][1] for i in own]
-            kind = ScaleUnit if isinstance(layer.rule, ScaleRule) else None
-            units.append(kind(layer, params, settings) if kind else KroneckerUnit([layer], params, settings))
+            kind = ScaleUnit if isinstance(layer.rule, ScaleRule) else KroneckerUnit
+            units.append(kind([layer], params, settings))
             continue
         for local, i in layer.own:
             if i in plan.tied and local == "weight" and isinstance(layer.rule, KroneckerRule):
@@ -60,7 +64,7 @@ def make_units(model: nn.Module, plan: Cover, settings: Settings) -> list[Unit]:
                 rest.add(i)
     for i, layers in shared.items():
         rest.discard(i)
-        units.append(KroneckerUnit(layers, [trainable[i][1]], settings))
+        units.append(TiedUnit(layers, trainable[i][1], settings))
     units += [DiagonalUnit(trainable[i][0], [trainable[i][1]], settings) for i in sorted(rest)]
     return units
 
@@ -68,15 +72,16 @@ def make_units(model: nn.Module, plan: Cover, settings: Settings) -> list[Unit]:
 class KroneckerCurvature(Curvature):
     """Running K-FAC or EKFAC factors of a model, diagonal where no layer rule applies.
 
-    ``pools``: pool number of each parameter (`params`); a unit belongs to the pool of its first parameter. ``targets``: "empirical"
-    reads the factors from the user's own backward pass, "sampled" runs one more forward and backward pass with labels drawn from the
-    model on refresh steps.
+    ``groups`` and ``pools``: numbers of the parameter group and the pool of each of ``params``; a unit belongs to the pool of its first
+    parameter. ``targets``: "empirical" reads the factors from the user's own backward pass, "sampled" runs one more forward and backward
+    pass with labels drawn from the model on refresh steps. Layers of one shape that the first step sees are stacked to one unit.
     """
 
     def __init__(
         self,
         model: nn.Module,
         params: list[nn.Parameter],
+        groups: Sequence[int],
         pools: Sequence[int],
         likelihood: Likelihood,
         settings: Settings,
@@ -90,7 +95,7 @@ class KroneckerCurvature(Curvature):
         self.settings, self.schedule, self.processes = settings, refresh, processes
         self.sampled = targets == "sampled"
         self._place = {id(p): i for i, p in enumerate(params)}
-        self._pools, self._pool_count = list(pools), max(pools) + 1
+        self._groups, self._pools, self._pool_count = list(groups), list(pools), max(pools) + 1
         plan = cover(model)
         self.units = self._placed(make_units(model, plan, settings))
         if plan.unruled:
@@ -107,6 +112,7 @@ class KroneckerCurvature(Curvature):
         self._directions: list[tuple[Unit, Tensor, Tensor | None]] = []
         self._recipe = Recipe(0.0, [], [], False)
         self._fallback: list[str] = []
+        self._stacks: list[list[str]] = []
         self._report: dict[str, float | None] = {}
         self.failures = 0
 
@@ -162,30 +168,27 @@ class KroneckerCurvature(Curvature):
     ) -> None:
         start = time.perf_counter()
         self._detach()
-        numbers = self._turn
         if self.sampled and forward is not None:
-            terms = self._sample(numbers, forward)
-        found: list[tuple[int, list[Tensor]]] = []
-        for i in numbers:
-            unit = self.units[i]
+            terms = self._sample(self._turn, forward)
+        found: list[tuple[Unit, list[Tensor]]] = []
+        for unit in [self.units[i] for i in self._turn]:
             if isinstance(unit, DiagonalUnit):
-                place = self._place[id(unit.params[0])]
-                unit.see(gradients[place])
+                unit.see(gradients[self._place[id(unit.params[0])]])
             observed = unit.observed(terms)
             if observed is not None:
-                found.append((i, observed))
+                found.append((unit, observed))
         if self._limit is _UNKNOWN and found:
-            found = self._divide(found)
+            found = self._stack(self._divide(found))
         self.processes.average([t for _, observed in found for t in observed])
         refreshed = []
-        for i, observed in found:
+        for unit, observed in found:
             if all(map(all_finite, observed)):
-                self.units[i].fold(observed)
-                refreshed.append(self.units[i])
+                unit.fold(observed)
+                refreshed.append(unit)
             else:
-                self.units[i].discard()
+                unit.discard()
                 self.failures += 1
-        self._fall_back(numbers, gradients, terms, damping)
+        self._fall_back(gradients, terms, damping)
         for job, unit in enumerate(refreshed):
             unit.refresh(damping, compute=self.processes.mine(job))
         self.processes.hand_out([unit.shared() for unit in refreshed])
@@ -195,12 +198,12 @@ class KroneckerCurvature(Curvature):
             if unit.solver is not None and unit.solver.notes:
                 self.failures += 1
         self._report = {
-            "refreshed": float(len(refreshed)),
+            "refreshed": float(sum(len(u.layers) if isinstance(u, LayerUnit) else 1 for u in refreshed)),
             "refresh_seconds": time.perf_counter() - start,
             "solver_failures": float(self.failures),
         }
 
-    def _divide(self, found: list[tuple[int, list[Tensor]]]) -> list[tuple[int, list[Tensor]]]:
+    def _divide(self, found: list[tuple[Unit, list[Tensor]]]) -> list[tuple[Unit, list[Tensor]]]:
         """Choose, once, the largest side of a block such that solving stays within `Settings.overhead` of the passes' work."""
         blocks = [u for u in self.units if isinstance(u, KroneckerUnit)]
         limit: int | None = None
@@ -209,13 +212,38 @@ class KroneckerCurvature(Curvature):
             if sum(s for _, s in work) <= self.settings.overhead * sum(p for p, _ in work):
                 break
         self._set_limit(limit)
-        return [(i, u.cut(limit, t) if isinstance(u := self.units[i], KroneckerUnit) else t) for i, t in found]
+        return [(u, u.cut(limit, t) if isinstance(u, KroneckerUnit) else t) for u, t in found]
 
     def _set_limit(self, limit: int | None) -> None:
         self._limit = limit
         for unit in self.units:
             if isinstance(unit, KroneckerUnit):
                 unit.cut(limit)
+
+    def _stack(self, found: list[tuple[Unit, list[Tensor]]]) -> list[tuple[Unit, list[Tensor]]]:
+        """Stack, once, the units of one kind and parameter group that were seen, at most `STACK` at a time."""
+        alike: dict[tuple[object, ...], list[tuple[Unit, list[Tensor]]]] = {}
+        for unit, observed in found:
+            kind = unit.kind() if isinstance(unit, LayerUnit) else None
+            groups = tuple(None if i is None else self._groups[i] for i in unit.places)
+            like = unit.params[0]
+            key = (id(unit),) if kind is None else (*kind, groups, like.dtype, like.device)
+            alike.setdefault(key, []).append((unit, observed))
+        stacked: list[tuple[Unit, list[Tensor]]] = []
+        for members in alike.values():
+            size = math.ceil(len(members) / math.ceil(len(members) / STACK))
+            for part in (members[i : i + size] for i in range(0, len(members), size)):
+                unit = part[0][0] if len(part) == 1 else self._join([u.name for u, _ in part])
+                stacked.append((unit, [t for _, observed in part for t in observed]))
+        return stacked
+
+    def _join(self, names: list[str]) -> Unit:
+        """Put a stack of the units of these names in the place of the first."""
+        parts = [u for u in self.units if isinstance(u, LayerUnit) and u.name in names]
+        whole = parts[0].joined(parts)
+        self.units = self._placed([whole if u is parts[0] else u for u in self.units if u not in parts[1:]])
+        self._stacks.append(names)
+        return whole
 
     def _sample(self, numbers: Sequence[int], forward: Forward) -> float:
         """One more pass on the step's inputs with labels drawn from the model; the factors see that one."""
@@ -229,11 +257,10 @@ class KroneckerCurvature(Curvature):
         self._detach()
         return float(nll.numel())
 
-    def _fall_back(self, numbers: Sequence[int], gradients: Sequence[Tensor], terms: float, damping: float) -> None:
+    def _fall_back(self, gradients: Sequence[Tensor], terms: float, damping: float) -> None:
         """Give a layer whose parameters have gradients although the layer was never seen a diagonal metric."""
         lost = []
-        for i in numbers:
-            unit = self.units[i]
+        for unit in self.units:
             unseen = unit.solver is None and isinstance(unit, LayerUnit) and not any(r.count for r in unit.running())
             if unseen and any(bool(gradients[j].any()) for j in unit.places if j is not None):
                 lost.append(unit.name)
@@ -405,19 +432,26 @@ class KroneckerCurvature(Curvature):
             "fallback": list(self._fallback),
             "failures": self.failures,
             "limit": self._limit,
+            "stacks": list(self._stacks),
             "units": {unit.name: unit.state_dict() for unit in self.units},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._replace([name for name in state["fallback"] if name not in self._fallback])
+        self._limit, self._fallback, self._stacks = _UNKNOWN, [], []
+        self.units = self._placed(make_units(self.model, cover(self.model), self.settings))
+        self._replace(state["fallback"])
+        if state["limit"] != _UNKNOWN:
+            self._set_limit(state["limit"])
+        known = {unit.name for unit in self.units}
+        for names in state["stacks"]:
+            if known.issuperset(names):
+                self._join(list(names))
         names = [unit.name for unit in self.units]
         if sorted(names) != sorted(state["units"]):
             different = sorted(set(names) ^ set(state["units"]))
             raise InputError(
                 f"the saved optimizer state is of another model: {', '.join(different[:5])} on one side only"
             )
-        if state["limit"] != _UNKNOWN:
-            self._set_limit(state["limit"])
         for unit in self.units:
             unit.load_state_dict(state["units"][unit.name])
         self.failures = int(state["failures"])

@@ -132,8 +132,17 @@ class NGDT(Optimizer):
             spectral = metric == "ekfac" or null_space != "damped"
             kept = Settings(decay, rows, overhead, setting, spectral, metric == "ekfac", rtol, atol)
             turns = Refresh(refresh_every, staggered=targets == "empirical" and not self.compiled)
+            numbers = [k for k, group in enumerate(self.param_groups) for _ in group["params"]]
             self.curvature = KroneckerCurvature(
-                self.model, self._params, self._pools, self.likelihood, kept, turns, targets, self.processes
+                self.model,
+                self._params,
+                numbers,
+                self._pools,
+                self.likelihood,
+                kept,
+                turns,
+                targets,
+                self.processes,
             )
         else:
             if self._shares != [1.0]:

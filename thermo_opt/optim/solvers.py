@@ -7,6 +7,7 @@ Tikhonov damping, truncation, null-space steps and EKFAC need. Each uses one F_�
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from thermo_opt.fisher import spectral
 from thermo_opt.fisher.kronecker import Block
-from thermo_opt.optim.inverse import Amount, positive_inverse, shifted
+from thermo_opt.optim.inverse import Amount, all_finite, plain_inverse, positive_inverse, shifted
 
 
 class Solver(ABC):
@@ -42,15 +43,15 @@ class Solver(ABC):
 
 
 def _mean_of_blocks(blocks: Sequence[Tensor]) -> Tensor:
-    """Mean of a side's diagonal: a scalar, or one a group."""
+    """Mean of a side's diagonal: a scalar, or one a product of a batch."""
     diagonals = [block if block.dim() == 1 else block.diagonal(dim1=-2, dim2=-1) for block in blocks]
-    return diagonals[0].mean(-1) if len(diagonals) == 1 else torch.cat(diagonals).mean()
+    return (diagonals[0] if len(diagonals) == 1 else torch.cat(diagonals, dim=-1)).mean(-1)
 
 
 def damping_split(A: Sequence[Tensor], G: Sequence[Tensor], damping: float) -> tuple[Amount, Amount]:
     """The sides' shares (π√λ, √λ/π), π² = (tr A/dim A)/(tr G/dim G): Martens & Grosse 2015, §6.3. π = 1 where a trace is 0.
 
-    Each side is a list of diagonal blocks. Numbers, or tensors of one number a group.
+    Each side is a list of diagonal blocks. Numbers, or tensors of one number a product of a batch.
     """
     mean_a, mean_g = _mean_of_blocks(A), _mean_of_blocks(G)
     if mean_a.dim() == mean_g.dim() == 0:
@@ -63,50 +64,86 @@ def damping_split(A: Sequence[Tensor], G: Sequence[Tensor], damping: float) -> t
     return pi * damping**0.5, damping**0.5 / pi
 
 
-class Side:
-    """One side of a damped Kronecker product, ``M + cI``, and its inverse: diagonal blocks (…, k, k), or one diagonal (k,).
+class Damped:
+    """``M + cI`` of a block (k,), (k, k) or a batch (m, k, k), and its inverse.
 
-    Several blocks only for plain matrices. A block whose inverse fails keeps that of ``last``, or becomes a multiple of the identity.
-    The blocks are not copied: `damped` is right until the running factors change, which makes a new solver.
+    One that can't be inverted keeps the inverse of ``last``, or becomes a multiple of the identity, and says so in ``notes``. The block
+    is not copied: `matrix` is right until the running factors change, which makes a new one. With ``compute=False`` the inverse is
+    left for another process to fill.
     """
 
-    def __init__(self, blocks: Sequence[Tensor], amount: Amount, last: Side | None, compute: bool = True) -> None:
+    def __init__(self, block: Tensor, amount: Amount, last: Damped | None, compute: bool = True) -> None:
         self.notes: list[str] = []
-        self.blocks: list[Tensor] = []
-        self.amounts: list[Amount] = []
-        self.inverses: list[Tensor] = []
-        self.ends: list[tuple[int, int]] = []
-        start = 0
-        for i, block in enumerate(blocks):
-            shift = amount
-            inverse: Tensor | None
-            if block.dim() == 1:
-                inverse = (block + amount).reciprocal()
-            elif not compute:
-                inverse = torch.empty_like(block)
-            else:
-                inverse, note = positive_inverse(block, amount)
-                if inverse is None:
-                    shift = 0.0
-                    if last is not None:
-                        inverse = last.inverses[i]
-                        note += "; kept the last inverse"
-                    else:
-                        mean = torch.nan_to_num(_mean_of_blocks([block]), posinf=0.0, neginf=0.0).abs() + 1.0
-                        inverse = torch.diag_embed((1 / mean)[..., None].expand(block.shape[:-1]))
-                        note += "; used a multiple of the identity"
-                    block = torch.linalg.inv(inverse.double()).to(block.dtype)
-                if note:
-                    self.notes.append(note)
-            self.blocks.append(block)
-            self.amounts.append(shift)
-            self.inverses.append(inverse)
-            self.ends.append((start, start + block.shape[-1]))
-            start += block.shape[-1]
+        self.block, self.amount = block, amount
+        self.inverse: Tensor
+        if block.dim() == 1:
+            self.inverse = (block + amount).reciprocal()
+        elif not compute:
+            self.inverse = torch.empty_like(block)
+        elif block.dim() == 2:
+            self._invert(last)
+        else:
+            whole = plain_inverse(block, amount) if all_finite(block) else None
+            if whole is None:  # one by one, so that only those that fail are affected
+                amounts = amount if isinstance(amount, Tensor) else block.new_full(block.shape[:1], amount)
+                each = [
+                    Damped(b, c, None if last is None else last[j])
+                    for j, (b, c) in enumerate(zip(block, amounts, strict=True))
+                ]
+                self.notes = sorted({note for one in each for note in one.notes})
+                self.block = torch.stack([one.block for one in each])
+                self.amount = torch.stack([torch.as_tensor(one.amount, dtype=block.dtype) for one in each]).to(block)
+                whole = torch.stack([one.inverse for one in each])
+            self.inverse = whole
 
+    def _invert(self, last: Damped | None) -> None:
+        inverse, note = positive_inverse(self.block, self.amount)
+        if inverse is None:
+            if last is not None:
+                inverse = last.inverse
+                note += "; kept the last inverse"
+            else:
+                mean = torch.nan_to_num(_mean_of_blocks([self.block]), posinf=0.0, neginf=0.0).abs() + 1.0
+                inverse = torch.diag_embed((1 / mean).expand(self.block.shape[-1]))
+                note += "; used a multiple of the identity"
+            self.block, self.amount = torch.linalg.inv(inverse.double()).to(self.block.dtype), 0.0
+        self.inverse = inverse
+        if note:
+            self.notes.append(note)
+
+    def __getitem__(self, j: int) -> Damped:
+        """One of a batch."""
+        one = Damped.__new__(Damped)
+        one.notes, one.block, one.inverse = [], self.block[j], self.inverse[j]
+        one.amount = self.amount[j] if isinstance(self.amount, Tensor) else self.amount
+        return one
+
+    @property
+    def matrix(self) -> Tensor:
+        """``M + cI``; a diagonal stays one."""
+        return shifted(self.block, self.amount)
+
+
+class Side:
+    """One side of a damped Kronecker product: its diagonal blocks, or one diagonal (k,)."""
+
+    def __init__(self, blocks: Sequence[Tensor], amount: Amount, last: Side | None, compute: bool = True) -> None:
+        self.parts: list[Damped] = [
+            Damped(block, amount, None if last is None else last.parts[i], compute) for i, block in enumerate(blocks)
+        ]
+        self.notes = [note for part in self.parts for note in part.notes]
+        ends = list(itertools.accumulate(block.shape[-1] for block in blocks))
+        self.ends = list(zip([0, *ends], ends, strict=False))
+
+    @property
+    def inverses(self) -> list[Tensor]:
+        """The blocks of ``(M + cI)⁻¹``."""
+        return [part.inverse for part in self.parts]
+
+    @property
     def damped(self) -> list[Tensor]:
         """The blocks of ``M + cI``."""
-        return [shifted(block, amount) for block, amount in zip(self.blocks, self.amounts, strict=True)]
+        return [part.matrix for part in self.parts]
 
     def right(self, v: Tensor, matrices: Sequence[Tensor]) -> Tensor:
         """``v M`` with v (…, m, k)."""
@@ -114,7 +151,7 @@ class Side:
             return v * matrices[0] if matrices[0].dim() == 1 else v @ matrices[0]
         out = torch.empty_like(v)
         for (start, end), block in zip(self.ends, matrices, strict=True):
-            torch.mm(v[:, start:end], block, out=out[:, start:end])
+            torch.matmul(v[..., start:end], block, out=out[..., start:end])
         return out
 
     def left(self, matrices: Sequence[Tensor], v: Tensor) -> Tensor:
@@ -123,14 +160,15 @@ class Side:
             return matrices[0][..., None] * v if matrices[0].dim() == 1 else matrices[0] @ v
         out = torch.empty_like(v)
         for (start, end), block in zip(self.ends, matrices, strict=True):
-            torch.mm(block, v[start:end], out=out[start:end])
+            torch.matmul(block, v[..., start:end, :], out=out[..., start:end, :])
         return out
 
 
 class KroneckerInverse(Solver):
     """``(A + π√λ I) ⊗ (G + √λ/π I)`` on matrices V (…, out, in), each side one matrix, its diagonal blocks, or a diagonal.
 
-    Refresh: Cholesky inverses, Σ k³ over blocks; solve: out·in·(k_A + k_G) multiplications for blocks of side k.
+    A leading dimension is a batch of products (the groups of a convolution, or a stack of layers). Refresh: Cholesky inverses, Σ k³
+    over blocks; solve: out·in·(k_A + k_G) multiplications for blocks of side k.
     """
 
     def __init__(
@@ -151,15 +189,17 @@ class KroneckerInverse(Solver):
         return self.G.left(self.G.inverses, self.A.right(v, self.A.inverses))
 
     def accumulate(self, b: Tensor, mu: float, v: Tensor) -> None:
-        if v.dim() > 2 or self.G.inverses[0].dim() == 1:
+        if self.G.inverses[0].dim() == 1:
             super().accumulate(b, mu, v)
             return
         half = self.A.right(v, self.A.inverses)
         for (start, end), block in zip(self.G.ends, self.G.inverses, strict=True):
-            b[start:end].addmm_(block, half[start:end], beta=mu)
+            into = b[..., start:end, :]
+            add = into.addmm_ if into.dim() == 2 else into.baddbmm_
+            add(block, half[..., start:end, :], beta=mu)
 
     def matvec(self, v: Tensor) -> Tensor:
-        return self.G.left(self.G.damped(), self.A.right(v, self.A.damped()))
+        return self.G.left(self.G.damped, self.A.right(v, self.A.damped))
 
     def cached(self) -> list[Tensor]:
         return [t for side in (self.A, self.G) for t in side.inverses if t.dim() > 1]
@@ -169,29 +209,17 @@ class DenseInverse(Solver):
     """``M + λI`` on vectors (…, k), inverted by Cholesky."""
 
     def __init__(self, matrix: Tensor, damping: float, last: DenseInverse | None, compute: bool = True) -> None:
-        self.notes: list[str] = []
-        self.matrix, self.damping = matrix, damping
-        if not compute:
-            self.inverse = torch.empty_like(matrix)
-            return
-        inverse, note = positive_inverse(matrix, damping)
-        if note:
-            self.notes.append(note)
-        if inverse is None:
-            self.notes.append("kept the last inverse")
-            eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
-            inverse = eye if last is None else last.inverse
-            self.matrix, self.damping = torch.linalg.inv(inverse.double()).to(matrix.dtype), 0.0
-        self.inverse = inverse
+        self.part: Damped = Damped(matrix, damping, None if last is None else last.part, compute)
+        self.notes = self.part.notes
 
     def solve(self, v: Tensor) -> Tensor:
-        return (self.inverse @ v[..., None])[..., 0]
+        return (self.part.inverse @ v[..., None])[..., 0]
 
     def matvec(self, v: Tensor) -> Tensor:
-        return (self.matrix @ v[..., None])[..., 0] + self.damping * v
+        return (self.part.matrix @ v[..., None])[..., 0]
 
     def cached(self) -> list[Tensor]:
-        return [self.inverse]
+        return [self.part.inverse]
 
 
 class DiagonalInverse(Solver):

@@ -16,24 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thermo_opt.fisher.kronecker import (
-    DenseBlock,
-    EigenvalueCorrectedBlock,
-    Factor,
-    KroneckerBlock,
-    KroneckerRule,
-    ScaleRule,
-)
-from thermo_opt.fisher.kronecker.estimate import DENSE_SCALES, projected_squares
-from thermo_opt.fisher.kronecker.factors import flatten, outer
+from thermo_opt.fisher.kronecker import DenseBlock, ScaleRule
+from thermo_opt.fisher.kronecker.estimate import DENSE_SCALES
+from thermo_opt.fisher.kronecker.factors import outer
 from thermo_opt.fisher.kronecker.layers import Layer
-from thermo_opt.fisher.kronecker.placement import place_tied
-from thermo_opt.fisher.kronecker.rules import ConvRule
-from thermo_opt.fisher.spectral import Spectrum, default_rtol, orthogonal_iteration
-from thermo_opt.optim.solvers import DenseInverse, DiagonalInverse, KroneckerInverse, Solver, Spectral
-
-SETTLED = 30
-"""Observations after which a running factor turns slowly enough for its basis to follow by warm starts."""
+from thermo_opt.fisher.spectral import default_rtol
+from thermo_opt.optim.solvers import DenseInverse, DiagonalInverse, Solver, Spectral
 
 Average = Callable[[Sequence[Tensor]], None]
 
@@ -172,7 +160,7 @@ class DiagonalUnit(Unit):
 
     def see(self, gradient: Tensor) -> None:
         """Take the gradient of the step's mean loss."""
-        self._pending = gradient.to(_statistics(gradient.dtype)).square()
+        self._pending = gradient.to(statistics(gradient.dtype)).square()
 
     def observed(self, terms: float) -> list[Tensor] | None:
         pending, self._pending = self._pending, None
@@ -185,14 +173,17 @@ class DiagonalUnit(Unit):
         if self.average.value:
             self.damping = damping
             values = self.average.value[0]
-            self.solver = DiagonalInverse(values, damping, _rtol(self.settings, values), self.settings.atol)
+            self.solver = DiagonalInverse(values, damping, rtol_of(self.settings, values), self.settings.atol)
 
     def running(self) -> list[Running]:
         return [self.average]
 
 
 class LayerUnit(Unit):
-    """A unit fed by its layers' inputs and output gradients."""
+    """A unit fed by its layers' inputs and output gradients: one layer, or a stack of layers of one shape.
+
+    A stack's coordinates, factors and inverses have a leading dimension, one entry a layer, so that many small products run as one.
+    """
 
     layers: list[Layer]
 
@@ -203,339 +194,134 @@ class LayerUnit(Unit):
         ``offset`` varies with the step and decides which rows a subsample takes.
         """
 
+    def kind(self) -> tuple[object, ...] | None:
+        """Units of the same kind may be stacked; None: not with any."""
+        return None
+
+    def joined(self, units: Sequence[LayerUnit]) -> LayerUnit:
+        """The stack of ``units``, all of this unit's kind and none of them refreshed yet; what they observed last is to be folded into it,
+        one after the other."""
+        raise NotImplementedError
+
+    def _each(self, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """Tensors aligned with `params`, layer by layer."""
+        count = len(self.params) // len(self.layers)
+        return [tensors[i : i + count] for i in range(0, len(tensors), count)]
+
+
+def stack(averages: Sequence[Running]) -> list[Tensor]:
+    """The running averages of a stack's layers as tensors (m, …); the averages become views of them, and stay so."""
+    values = [average.value for average in averages]
+    if len(values) == 1:
+        return values[0]
+    whole = [t._base for t in values[0] if t._base is not None]
+    if len(whole) < len(values[0]):
+        whole = [torch.stack(parts) for parts in zip(*values, strict=True)]
+        for j, average in enumerate(averages):
+            average.value = [t[j] for t in whole]
+    return whole
+
 
 class ScaleUnit(LayerUnit):
-    """Scale and shift of a normalisation layer: one dense block (2d × 2d), or 2 × 2 a channel where that is too large."""
+    """Scale and shift of normalisation layers: one dense block (2d × 2d) a layer, or 2 × 2 a channel where that is too large."""
 
-    def __init__(self, layer: Layer, params: list[nn.Parameter], settings: Settings) -> None:
-        super().__init__(layer.name, params, settings)
-        self.layers = [layer]
-        self.sizes = [p.numel() for p in params]
+    def __init__(self, layers: list[Layer], params: list[nn.Parameter], settings: Settings) -> None:
+        super().__init__(", ".join(layer.name for layer in layers), params, settings)
+        self.layers = layers
+        self.sizes = [p.numel() for p in self._each(params)[0]]
         self.dense = sum(self.sizes) <= DENSE_SCALES
-        self.average = Running()
-        self._pending: Tensor | None = None
+        self.averages = [Running() for _ in layers]
+        self._pending: list[Tensor | None] = [None] * len(layers)
+        self._seen: list[int] = []
+
+    def kind(self) -> tuple[object, ...] | None:
+        stackable = self.dense and not self.settings.spectral
+        return (ScaleUnit, tuple(self.sizes)) if stackable else None
+
+    def joined(self, units: Sequence[LayerUnit]) -> ScaleUnit:
+        layers, params = [la for u in units for la in u.layers], [p for u in units for p in u.params]
+        unit = ScaleUnit(layers, params, self.settings)
+        unit._seen = list(range(len(layers)))
+        return unit
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
-        flat = [t.flatten() for t in tensors]
-        return torch.cat(flat) if self.dense else torch.stack(flat, dim=-1)
+        flat = [t.reshape(-1) for t in tensors]
+        if not self.dense:
+            return torch.stack(flat, dim=-1)
+        whole = torch.cat(flat)
+        return whole if len(self.layers) == 1 else whole.view(len(self.layers), -1)
 
     def scatter(self, x: Tensor) -> list[Tensor]:
         if not self.dense:
             return [x[:, j].view_as(p) for j, p in enumerate(self.params)]
-        return [part.view_as(p) for part, p in zip(x.split(self.sizes), self.params, strict=True)]
+        parts = x.reshape(-1).split(self.sizes * len(self.layers))
+        return [part.view_as(p) for part, p in zip(parts, self.params, strict=True)]
 
     def capture(self, place: int, x: Tensor, g: Tensor, offset: int) -> None:
-        layer = self.layers[0]
+        layer = self.layers[place]
         rule = layer.rule
         assert isinstance(rule, ScaleRule)
-        total = g.numel() // max(p.numel() for p in self.params)
+        width = max(self.sizes)
+        total = g.numel() // width
         if rule.axes == "last":  # positions are independent: thin them before any arithmetic
-            width = max(p.numel() for p in self.params)
             shape = layer.module.weight.shape
-            x, g = (_thin(t.reshape(-1, width), self.settings.rows, offset).unflatten(-1, shape) for t in (x, g))
+            x, g = (thin(t.reshape(-1, width), self.settings.rows, offset).unflatten(-1, shape) for t in (x, g))
             rows = rule.rows(layer.module, rule.normalised(layer.module, x), g, "expand")
         else:
             rows = rule.rows(layer.module, rule.normalised(layer.module, x), g, "reduce")
             total = rows.shape[0]
-            rows = _thin(rows, self.settings.rows, offset)
+            rows = thin(rows, self.settings.rows, offset)
         if self.dense:
             moment = outer(rows)
         else:
-            channels = rows.to(_statistics(rows.dtype)).unflatten(-1, (len(self.params), -1))
+            channels = rows.to(statistics(rows.dtype)).unflatten(-1, (len(self.sizes), -1))
             moment = torch.einsum("npd,nqd->dpq", channels, channels)
         moment.mul_(total / rows.shape[0])
-        self._pending = moment if self._pending is None else self._pending.add_(moment)
+        pending = self._pending[place]
+        self._pending[place] = moment if pending is None else pending.add_(moment)
 
     def observed(self, terms: float) -> list[Tensor] | None:
-        pending, self._pending = self._pending, None
-        return None if pending is None else [pending.mul_(terms)]
+        pending = self._pending
+        self.discard()
+        self._seen = [j for j, moment in enumerate(pending) if moment is not None]
+        return [moment.mul_(terms) for moment in pending if moment is not None] or None
 
     def discard(self) -> None:
-        self._pending = None
+        self._pending = [None] * len(self.layers)
 
     def fold(self, observed: Sequence[Tensor]) -> None:
-        self.average.add(observed, self.settings.decay)
+        for j, moment in zip(self._seen, observed, strict=True):
+            self.averages[j].add([moment], self.settings.decay)
 
     def refresh(self, damping: float, compute: bool = True) -> None:
-        if not self.average.value:
+        if not all(average.value for average in self.averages):
             return
-        matrix = self.average.value[0]
+        (matrix,) = stack(self.averages)
         self.damping = damping
         if self.settings.spectral:
-            self.solver = Spectral(DenseBlock(matrix), damping, _rtol(self.settings, matrix), self.settings.atol)
+            self.solver = Spectral(DenseBlock(matrix), damping, rtol_of(self.settings, matrix), self.settings.atol)
         else:
             last = self.solver if isinstance(self.solver, DenseInverse) else None
             self.solver = DenseInverse(matrix, damping, last, compute)
 
     def running(self) -> list[Running]:
-        return [self.average]
+        return self.averages
 
 
-def bounds(size: int, limit: int | None) -> list[tuple[int, int]]:
-    """0 … size in equal parts no longer than ``limit``."""
-    parts = 1 if limit is None else math.ceil(size / limit)
-    step = math.ceil(size / parts)
-    return [(start, min(start + step, size)) for start in range(0, size, step)]
-
-
-class _Side:
-    """Captured and running A and G of one layer, as lists of diagonal blocks."""
-
-    def __init__(self, layer: Layer, bias: bool) -> None:
-        self.layer, self.bias = layer, bias
-        self.average = Running()
-        self.limit: int | None = None
-        self.A: list[Tensor] = []
-        self.A_rows = 0
-        self.G: list[Tensor] = []
-        self.rows = 0.0
-        self.samples: list[tuple[Tensor, Tensor, float]] = []
-
-    def add(self, A: list[Tensor], A_rows: int, G: list[Tensor], rows: float) -> None:
-        """Take sums of outer products of one use: A over ``A_rows`` rows, G standing for ``rows`` rows."""
-        if self.A:
-            torch._foreach_add_(self.A, A)
-            torch._foreach_add_(self.G, G)
-        else:
-            self.A, self.G, self.A_rows, self.rows = A, G, 0, 0.0
-        self.A_rows += A_rows
-        self.rows += rows
-
-    def observed(self, terms: float) -> list[Tensor]:
-        found = [A.div_(self.A_rows) for A in self.A] + [G.mul_(terms) for G in self.G]
-        self.A, self.G = [], []
-        return found
-
-    def cut(self, side: Tensor, bias: bool) -> list[Tensor]:
-        """The diagonal blocks of a whole side."""
-        if side.dim() != 2:
-            return [side]
-        size = side.shape[-1] - bias
-        return [
-            side[s : e + (bias and e == size), s : e + (bias and e == size)].clone()
-            for s, e in bounds(size, self.limit)
-        ]
-
-
-class KroneckerUnit(LayerUnit):
-    """Weight and bias of one layer, ``A ⊗ G``; or a weight that several layers share (the nearest single product of their sum)."""
-
-    def __init__(self, layers: list[Layer], params: list[nn.Parameter], settings: Settings) -> None:
-        super().__init__(" = ".join(layer.name for layer in layers), params, settings)
-        self.layers = layers
-        rules = [layer.rule for layer in layers]
-        assert all(isinstance(rule, KroneckerRule) for rule in rules)
-        self.tied = len(layers) > 1
-        self.sides = [
-            _Side(layer, not self.tied and any(p is getattr(layer.module, "bias", None) for p in params))
-            for layer in layers
-        ]
-        self.corrected = settings.corrected and not self.tied
-        self.eigenvalues = Running()
-        self._terms = 1.0
-        self._block: KroneckerBlock | None = None
-
-    @property
-    def rule(self) -> KroneckerRule:
-        """The rule of the (first) layer."""
-        rule = self.layers[0].rule
-        assert isinstance(rule, KroneckerRule)
-        return rule
-
-    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
-        if self.tied:
-            return self.rule.weight_matrix(self.layers[0].module, tensors[0])
-        return self.rule.to_matrix(self.layers[0].module, tensors)
-
-    def scatter(self, x: Tensor) -> list[Tensor]:
-        if self.tied:
-            return [self.rule.weight_tensor(self.layers[0].module, x)]
-        parts = self.rule.from_matrix(self.layers[0].module, x)
-        return [
-            part.view(p.shape) if part.shape != p.shape else part for part, p in zip(parts, self.params, strict=True)
-        ]
-
-    def capture(self, place: int, x: Tensor, g: Tensor, offset: int) -> None:
-        side, layer = self.sides[place], self.layers[place]
-        rule, module, settings = layer.rule, layer.module, self.settings
-        assert isinstance(rule, KroneckerRule)
-        if rule.one_hot:
-            indices = rule.inputs(module, x)
-            counts = torch.bincount(indices.flatten(), minlength=rule.shape(module)[2])
-            A, A_rows = [counts.to(_statistics(g.dtype))], indices.numel()
-            samples = rule.gradients(module, x, g)
-            total = float(samples.shape[-3] * samples.shape[-2])
-            rows = _thin(samples.flatten(-3, -2), settings.rows, offset)
-            if self.corrected:
-                side.samples.append((_thin(indices.reshape(-1, 1), settings.rows, offset), rows, total))
-        else:
-            examples = x.shape[0] if x.dim() > 1 else 1
-            positions = math.prod(g.shape[2:]) if isinstance(rule, ConvRule) else 1
-            kept = examples
-            if settings.rows is not None and isinstance(rule, ConvRule):
-                # Unfolding is the cost here: take a few examples whole, several times the rows wanted.
-                kept = min(examples, max(8, math.ceil(8 * settings.rows / positions)))
-                x, g = _examples(x, kept, offset), _examples(g, kept, offset)
-            inputs = flatten(rule.inputs(module, x), settings.setting, mean=True)
-            gradients = flatten(rule.gradients(module, x, g), settings.setting, mean=False)
-            total = gradients.shape[-2] * examples / kept
-            a, rows = _thin(inputs, settings.rows, offset), _thin(gradients, settings.rows, offset)
-            size, A_rows = a.shape[-1], a.shape[-2]
-            A = [outer(a[..., s:e], ones=side.bias and e == size) for s, e in bounds(size, side.limit)]
-            if self.corrected:
-                side.samples.append((a, rows, total))
-        G = [outer(rows[..., s:e]).mul_(total / rows.shape[-2]) for s, e in bounds(rows.shape[-1], side.limit)]
-        side.add(A, A_rows, G, total)
-
-    def observed(self, terms: float) -> list[Tensor] | None:
-        found = [side.observed(terms) for side in self.sides]
-        self._terms = terms
-        return [t for side in found for t in side] if all(found) else None
-
-    def discard(self) -> None:
-        for side in self.sides:
-            side.A, side.G, side.samples = [], [], []
-
-    def work(self, limit: int | None) -> tuple[float, float]:
-        """Multiplications of (the layer's three passes, one `solve` with sides cut to ``limit``) as last captured."""
-        groups, out, inputs = self.rule.shape(self.layers[0].module)
-        side_a, side_g = (k if limit is None or not self.divisible else min(k, limit) for k in (inputs, out))
-        passes = sum(3.0 * side.rows * (out if self.rule.one_hot else groups * out * inputs) for side in self.sides)
-        return passes, float(groups * out * inputs * (side_g + (1 if self.rule.one_hot else side_a)))
-
-    @property
-    def divisible(self) -> bool:
-        """Whether the sides may be cut into diagonal blocks."""
-        return not (self.tied or self.settings.spectral or self.rule.shape(self.layers[0].module)[0] > 1)
-
-    def cut(self, limit: int | None, observed: list[Tensor] | None = None) -> list[Tensor]:
-        """From now on keep diagonal blocks of side ≤ ``limit`` only; returns the whole sides ``observed`` so cut."""
-        if not self.divisible:
-            return observed or []
-        side = self.sides[0]
-        side.limit = limit
-        return [b for t, bias in zip(observed or [], (side.bias, False), strict=False) for b in side.cut(t, bias)]
-
-    def fold(self, observed: Sequence[Tensor]) -> None:
-        each = len(observed) // len(self.sides)
-        for i, side in enumerate(self.sides):
-            side.average.add(observed[each * i : each * (i + 1)], self.settings.decay)
-
-    def factors(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Running (A, G), each as a list of diagonal blocks, or None while some layer has not been seen."""
-        if not all(side.average.value for side in self.sides):
-            return None
-        if not self.tied:
-            value, side = self.sides[0].average.value, self.sides[0]
-            groups, out, _ = self.rule.shape(self.layers[0].module)
-            count = len(bounds(out, side.limit)) if groups == 1 else 1
-            return value[:-count], value[-count:]
-        terms = [(side.layer, side.average.value[0], side.average.value[1]) for side in self.sides]
-        placed = place_tied(0, self.params[0], terms)
-        if placed is None:
-            return None
-        assert isinstance(placed.block, KroneckerBlock)
-        return [placed.block.A.matrix], [placed.block.G.matrix]
-
-    def refresh(self, damping: float, compute: bool = True) -> None:
-        pair = self.factors()
-        if pair is None:
-            return
-        self.damping = damping
-        if not self.settings.spectral:
-            last = self.solver if isinstance(self.solver, KroneckerInverse) else None
-            self.solver = KroneckerInverse(*pair, damping, last, compute)
-            return
-        (A,), (G,) = pair
-        if self._block is None:
-            self._block = KroneckerBlock(
-                A, G, diagonal_A=self.rule.one_hot and A.dim() == 1, diagonal_G=G.dim() == 1 and A.dim() > 1
-            )
-        for factor, matrix in ((self._block.A, A), (self._block.G, G)):
-            if factor.diagonal:
-                factor.update(matrix)
-            elif not compute:
-                factor.update(matrix, Spectrum(matrix.new_zeros(matrix.shape[:-1]), torch.empty_like(matrix)))
-            else:
-                factor.update(matrix, self._warm(factor, matrix))
-        self.solver = None
-
-    def _warm(self, factor: Factor, matrix: Tensor) -> Spectrum | None:
-        """EKFAC's next basis, one QR step from the last: half an eigendecomposition, and its axes turn slowly instead of being
-        reordered, so that eigenvalues averaged over refreshes belong to the same axes. None (decompose anew) for other metrics, whose
-        eigenvalues must be the factors' own, and while young averages still turn fast."""
-        settled = all(side.average.count > SETTLED for side in self.sides)
-        if not (self.corrected and settled and factor.decomposed):
-            return None
-        return orthogonal_iteration(matrix, factor.spectrum.basis)
-
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        if self.corrected and self._block is not None:
-            sides = (self._block.A, self._block.G)
-            state["spectra"] = [[f.spectrum.eigenvalues, f.spectrum.basis] for f in sides if not f.diagonal]
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        if "spectra" in state and self._block is not None:  # bases depend on the path that led to them
-            saved = iter(state["spectra"])
-            like = self.params[0]
-            for factor in (self._block.A, self._block.G):
-                if not factor.diagonal:
-                    values, basis = (t.to(device=like.device).clone() for t in next(saved))
-                    factor.update(factor.matrix, Spectrum(values, basis))
-            self.finish(lambda tensors: None)
-
-    def shared(self) -> list[Tensor]:
-        if self._block is None:
-            return super().shared()
-        sides: list[Factor] = [f for f in (self._block.A, self._block.G) if not f.diagonal]
-        return [t for f in sides for t in (f.spectrum.basis, f.spectrum.eigenvalues)]
-
-    def finish(self, average: Average) -> None:
-        if self._block is None:
-            return
-        block = self._block
-        if self.corrected:
-            side = self.sides[0]
-            squares: Tensor | None = None
-            for a, rows, total in side.samples:
-                inputs = a if self.rule.one_hot else a.unsqueeze(-2)
-                new = projected_squares(side.layer, block, inputs, rows.unsqueeze(-2)).mul_(total / rows.shape[-2])
-                squares = new if squares is None else squares.add_(new)
-            if squares is not None:
-                average([squares.mul_(self._terms)])
-                self.eigenvalues.add([squares], self.settings.decay)
-            side.samples = []
-            if self.eigenvalues.value:
-                block = EigenvalueCorrectedBlock(block, self.eigenvalues.value[0])
-        cut = _rtol(self.settings, block.eigenvalues)
-        self.solver = Spectral(block, self.damping, cut, self.settings.atol)
-
-    def running(self) -> list[Running]:
-        return [*(side.average for side in self.sides), self.eigenvalues]
-
-
-def _rtol(settings: Settings, values: Tensor) -> float:
+def rtol_of(settings: Settings, values: Tensor) -> float:
+    """The relative threshold for eigenvalues ``values``: the user's, or the default of their shape and precision."""
     return default_rtol(max(values.shape), values.dtype) if settings.rtol is None else settings.rtol
 
 
-def _statistics(dtype: torch.dtype) -> torch.dtype:
+def statistics(dtype: torch.dtype) -> torch.dtype:
     """Factors are never held in half precision."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _thin(rows: Tensor, most: int | None, offset: int) -> Tensor:
+def thin(rows: Tensor, most: int | None, offset: int) -> Tensor:
     """At most ``most`` of the rows (…, r, k), evenly spaced by an odd stride (so that no power-of-two layout aliases)."""
     count = rows.shape[-2]
     if most is None or count <= most:
         return rows
     stride = math.ceil(count / most) | 1
     return rows[..., offset % stride :: stride, :]
-
-
-def _examples(t: Tensor, kept: int, offset: int) -> Tensor:
-    """``kept`` examples (dimension 0), evenly spaced."""
-    stride = max(len(t) // kept, 1)
-    return t[offset % stride :: stride][:kept]
