@@ -13,9 +13,11 @@ FULL = {"batch_size": 256, "validation": 2500}
 STUDY = Study(
     "imagenet",
     {
-        "small": Scale({"": SMALL}, 150),
+        "small": Scale({"": SMALL}, 150, aligned=16),
         "full": Scale({"": FULL}, 6000, every=100, decay=True),
-        "tiny": Scale({"": SMALL | {"batch_size": 8, "width": 4, "size": 32, "probe": 8, "validation": 8}}, 6, every=2),
+        "tiny": Scale(
+            {"": SMALL | {"batch_size": 8, "width": 4, "size": 32, "probe": 8, "validation": 8}}, 6, every=2, aligned=4
+        ),
     },
 )
 

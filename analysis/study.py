@@ -4,7 +4,8 @@ Every method gets the same number of tuning trials (5, `analysis.tuning`), of se
 neither trained on nor reported; then more seeds at its best, up to three in all. Same starts, data order and schedule for all methods, which
 take turns. Every run is recorded on a fixed probe and audited through the outputs lens. Targets: the probe loss of AdamW's worst seed half-way
 through its best runs and at their end; steps and dissipation up to them from `to.pareto`; seconds are processor seconds of forward,
-backward and optimizer step alone (wall seconds on a GPU). Alignment: the parameter lens's certified bracket, mean over four moments of a run.
+backward and optimizer step alone (wall seconds on a GPU). Alignment: the parameter lens's certified bracket on each step's own minibatch, mean over
+four moments of a run (`analysis.study_alignment`). Peak memory: of training steps, in a process of its own (`analysis.study_memory`).
 
 Writes <study>_<scale>.csv (a row a method: means and standard deviations over seeds), <study>_<scale>_runs.csv (a row a run) and figures into
 analysis/results/, recorded runs into analysis/runs/<study>_<scale>/. Finished runs are not repeated, so a killed study can be called again.
@@ -30,8 +31,10 @@ import thermo_opt as to
 from analysis import study_figures, study_table, tuning
 from analysis.compare_results import differences
 from analysis.methods import METHODS
+from analysis.study_alignment import align
+from analysis.study_memory import add_peak_memory
 from analysis.timing import RESULTS, machine
-from analysis.training import STRIDE, Trial, align, is_finished, record, result
+from analysis.training import STRIDE, Trial, is_finished, record, result
 
 RUNS = Path(__file__).parent / "runs"
 COMPARED = ("NGD-T", "NGD-T EKFAC", "AdamW", "SGD", "SOAP", "Muon")
@@ -40,8 +43,8 @@ SEEDS = 3
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a study is: options of its task for each variant, steps, steps between recorded predictions, probe examples for the
-    parameter lens (0: no alignment), and whether the methods' weight decay is on.
+    """How large a study is: options of its task for each variant, steps, steps between recorded predictions, examples of a
+    minibatch for the parameter lens (0: no alignment), and whether the methods' weight decay is on.
     """
 
     variants: Mapping[str, Mapping[str, Any]]
@@ -75,6 +78,7 @@ class Plan:
     runs: Path | None = None
     results: Path | None = None
     trials: int = tuning.TRIALS
+    memory: bool = True
     size: Scale = field(init=False)
 
     def __post_init__(self) -> None:
@@ -158,9 +162,12 @@ def run_study(plan: Plan) -> pd.DataFrame:
         score([(*name, tuning.next_setting(METHODS[name[1]].grid, tried[name])) for name in names])
     best = {name: tuning.best(scores) for name, scores in tried.items()}
     run([(*name, best[name], seed) for seed in range(1, plan.seeds) for name in names])
+    final = [[plan.trial(*name, best[name], seed) for seed in range(plan.seeds)] for name in names]
     if plan.size.aligned:
-        final = [plan.trial(*name, best[name], seed) for name in names for seed in range(plan.seeds)]
-        _each(align, final, plan, None)
+        _each(align, [trial for own in final for trial in own], plan, None)
+    if plan.memory:
+        work = (delayed(add_peak_memory)(own, [plan.path(trial) for trial in own]) for own in final)
+        Parallel(n_jobs=plan.jobs)(work)
     tables = []
     for variant in plan.size.variants:
         scores = {method: tried[variant, method] for method in plan.methods}
@@ -278,8 +285,9 @@ def main(study: Study, description: str | None, data_flags: Sequence[str] = ("--
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=1, help="runs trained at a time, in processes of one thread")
     parser.add_argument(
-        "--align", type=int, dest="aligned", metavar="N", help="probe examples for the parameter lens; 0: none"
+        "--align", type=int, dest="aligned", metavar="N", help="examples of a minibatch for the parameter lens; 0: none"
     )
+    parser.add_argument("--no-memory", action="store_false", dest="memory", help="leave peak memory unmeasured")
     parser.add_argument("--runs", type=Path, help="folder of recorded runs; default: analysis/runs")
     parser.add_argument("--results", type=Path, help="folder of tables and figures")
     parser.add_argument("--device", help="default: cpu; at full scale a GPU where there is one")

@@ -29,9 +29,10 @@ MEASURES = (
     *REACHED,
     *("final_loss", "accuracy", "validation_loss"),
     *("dissipation", "efficiency", "straightness", "steadiness", "alignment_lower", "alignment_upper"),
-    *("ms_a_step", "memory"),
+    *("ms_a_step", "memory", "peak_memory"),
 )
-"""Columns that both tables have; the methods' has their means over seeds, and ``<column>_std``."""
+"""Columns that both tables have; the methods' has their means over seeds, and ``<column>_std``. ``memory``: of the optimizer, over the
+parameters'; ``peak_memory``: of training steps, MiB."""
 RATIOS = (*REACHED, "ms_a_step")
 """Columns that are also given over the reference's: ``<column>_ratio``."""
 _ROUNDING = 1e-9
@@ -126,9 +127,25 @@ def rows_of_runs(
         row |= {name: found[name] for name in ("dissipation", "efficiency", "straightness", "steadiness")}
         row |= {f"alignment_{edge}": found.get(f"alignment_{edge}", math.nan) for edge in ("lower", "upper")}
         row["ms_a_step"] = 1e3 * found["seconds"] / found["steps_done"] if found["steps_done"] else math.nan
-        row |= {name: found[name] for name in ("memory", "steps_done", "date", "thermo_opt", "machine")}
+        row["memory"], row["peak_memory"] = found["memory"], found.get("peak_memory", math.nan)
+        row |= {name: found[name] for name in ("steps_done", "date", "thermo_opt", "machine")}
+        row["notes"] = "; ".join(_notes(found))
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _notes(found: Mapping[str, Any]) -> list[str]:
+    """How a run's alignment was had, and why a value isn't known."""
+    notes = []
+    aligned = found.get("alignment", {})
+    if aligned.get("steps"):
+        notes.append(
+            f"alignment at λ = {aligned['damping']:g}, {len(aligned['steps'])} steps a run, {aligned['examples']} examples of each one's minibatch"
+        )
+    if aligned.get("frozen"):
+        notes.append("batch normalisation frozen there at the minibatch's statistics")
+    reasons = {"alignment": "alignment_reason", "peak memory": "peak_memory_reason"}
+    return notes + [f"{what} unknown: {found[key]}" for what, key in reasons.items() if key in found]
 
 
 def rows_of_methods(rows: pd.DataFrame, scores: Mapping[str, Mapping[float, float]]) -> pd.DataFrame:
@@ -159,5 +176,6 @@ def rows_of_methods(rows: pd.DataFrame, scores: Mapping[str, Mapping[float, floa
         for name in RATIOS:
             row[f"{name}_ratio"] = own[name].mean(skipna=False) / base[name].mean(skipna=False)
             row[f"{name}_ratio_std"] = (own[name] / base[name]).std(skipna=False)
-        table.append(row | {"reference": reference})
+        notes = dict.fromkeys(note for run in own["notes"] for note in run.split("; ") if note)
+        table.append(row | {"reference": reference, "notes": "; ".join(notes)})
     return pd.DataFrame(table)

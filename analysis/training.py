@@ -168,7 +168,7 @@ def first_reach(run: pd.DataFrame, target: float) -> dict[str, float]:
 class Trial:
     """One run of a study: everything its result depends on, in plain values.
 
-    ``every``: steps between recorded predictions. ``aligned``: probe examples that the parameter lens will read (0: no weights are kept).
+    ``every``: steps between recorded predictions. ``aligned``: examples of a minibatch that the parameter lens will read (0: no weights are kept).
     ``decay``: with the methods' weight decay.
     """
 
@@ -275,9 +275,8 @@ def _train_recorded(trial: Trial, task: Task, training: Training, folder: Path) 
     )
     weights = None
     if trial.aligned:
-        wanted = {k for m in MOMENTS for k in _around(m, trial.length)}
-        few = (task.probe[0][: trial.aligned], task.probe[1][: trial.aligned])
-        weights = to.Recorder(folder / WEIGHTS, **common, probe=few, every=lambda k: k in wanted, params=True)
+        wanted = {k for m in MOMENTS for k in around(m, trial.length)}
+        weights = to.Recorder(folder / WEIGHTS, **common, probe=None, every=lambda k: k in wanted, params=True)
     total = 0.0
     with outputs:
         if weights is not None:
@@ -294,7 +293,7 @@ def _train_recorded(trial: Trial, task: Task, training: Training, folder: Path) 
     return total
 
 
-def _around(moment: float, length: int) -> tuple[int, int]:
+def around(moment: float, length: int) -> tuple[int, int]:
     """The step of a moment and the one after it."""
     first = max(1, min(round(moment * length), length - 1))
     return first, first + 1
@@ -310,31 +309,25 @@ def _audited(folder: Path) -> dict[str, Any]:
     return {key: summary[key] for key in keys}
 
 
-def align(trial: Trial, folder: Path) -> Trial:
-    """Add the parameter lens's alignment at `MOMENTS` to a finished run's result, unless it is there; returns the trial."""
-    path = folder / RESULT
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if "alignment_lower" in found or not trial.aligned:
-        return trial
-    torch.set_num_threads(1)
-    run = to.load_run(folder / WEIGHTS)
-    steps = [snapshot.step for snapshot in run.snapshots]
-    model = load_task(trial).build(trial.seed)
-    chosen = [steps.index(_around(m, trial.length)[0]) for m in MOMENTS]
-    lens = to.audit(run, lens="parameters", model=model, steps=sorted(set(chosen))).lenses["parameters"]
-    for edge in ("lower", "upper"):
-        found[f"alignment_{edge}"] = float(np.mean(lens.steps[f"alignment_{edge}"]))
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(_plain(found), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-    return trial
-
-
 def result(folder: Path) -> dict[str, Any]:
     """A finished run's result; NaN for what couldn't be known."""
     found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     return {key: math.nan if value is None else value for key, value in found.items()}
 
 
-def _plain(found: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in found.items()}
+def add_to_result(folder: Path, what: dict[str, Any]) -> None:
+    """Add values to a finished run's result, or replace them; all at once, whenever the process may be killed."""
+    path = folder / RESULT
+    found = json.loads(path.read_text(encoding="utf-8")) | _plain(what)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _plain(found: Any) -> Any:
+    """The same with null for what isn't finite."""
+    if isinstance(found, dict):
+        return {key: _plain(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [_plain(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found

@@ -16,9 +16,11 @@ FULL = {
 STUDY = Study(
     "transformer",
     {
-        "small": Scale({"": SMALL}, 600),
+        "small": Scale({"": SMALL}, 600, aligned=16),
         "full": Scale({"": FULL}, 5000, every=100, decay=True),
-        "tiny": Scale({"": {"layers": 1, "width": 16, "context": 16, "batch_size": 8, "probe": 4}}, 20, every=5),
+        "tiny": Scale(
+            {"": {"layers": 1, "width": 16, "context": 16, "batch_size": 8, "probe": 4}}, 20, every=5, aligned=4
+        ),
     },
 )
 

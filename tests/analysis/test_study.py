@@ -28,7 +28,7 @@ from thermo_opt.audit.track import read_track
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIBATCH = Study("digits", {"tiny": Scale({"": {"batch_size": 64}}, 20, every=4, aligned=6)})
-COSTS = ("seconds", "ms", "date", "machine")
+COSTS = ("seconds", "ms", "peak_memory", "date", "machine", "notes")
 """Columns that differ between one run and the next."""
 
 
@@ -114,7 +114,7 @@ def test_a_killed_study_resumes_and_ends_with_the_table_of_one_never_killed(done
         "from pathlib import Path\n"
         "from analysis.study import Plan, Scale, Study, run_study\n"
         "study = Study('digits', {'tiny': Scale({'': {'batch_size': 64}}, 20, every=4, aligned=6)})\n"
-        "run_study(Plan(study, 'tiny', methods=('NGD-T', 'AdamW', 'SGD'), seeds=2, runs=Path(sys.argv[2])))\n"
+        "run_study(Plan(study, 'tiny', methods=('NGD-T', 'AdamW', 'SGD'), seeds=2, runs=Path(sys.argv[2]), memory=False))\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE, text=True, env=os.environ
@@ -125,7 +125,7 @@ def test_a_killed_study_resumes_and_ends_with_the_table_of_one_never_killed(done
             break
     process.send_signal(signal.SIGKILL)
     process.wait()
-    half = replace(plan, runs=tmp_path)
+    half = replace(plan, runs=tmp_path, memory=False)
     finished = {path: path.stat().st_mtime_ns for path in half.folder.glob("*/study.json")}
     assert 7 <= len(finished) < 3 * (TRIALS + 1)
     same(run_study(half), table)
@@ -183,7 +183,7 @@ def test_a_diverging_setting_is_scored_last_and_the_study_goes_on(tmp_path, monk
 
     wild = replace(methods.METHODS["SGD"], grid=(0.3, 1e12, 1e30))
     monkeypatch.setitem(methods.METHODS, "SGD", wild)
-    plan = Plan(MINIBATCH, "tiny", methods=("AdamW", "SGD"), seeds=1, aligned=0, runs=tmp_path)
+    plan = Plan(MINIBATCH, "tiny", methods=("AdamW", "SGD"), seeds=1, aligned=0, memory=False, runs=tmp_path)
     table = run_study(plan).set_index("method")
     assert table.loc["SGD", "setting"] < 10
     assert math.isfinite(table.loc["SGD", "final_loss"])
@@ -191,7 +191,7 @@ def test_a_diverging_setting_is_scored_last_and_the_study_goes_on(tmp_path, monk
 
 
 def test_methods_without_the_reference_are_compared_with_the_first(tmp_path):
-    plan = Plan(MINIBATCH, "tiny", methods=("SGD",), seeds=1, aligned=0, runs=tmp_path, jobs=2)
+    plan = Plan(MINIBATCH, "tiny", methods=("SGD",), seeds=1, aligned=0, memory=False, runs=tmp_path, jobs=2)
     table = run_study(plan)
     assert table["reference"].tolist() == ["SGD"]
     assert table["steps_end_ratio"].tolist() == [1.0]
@@ -204,9 +204,14 @@ def test_a_check_agrees_with_itself_and_names_what_differs(done, tmp_path, capsy
     changed.loc[0, "setting"] *= 2
     changed.loc[1, "final_loss"] += 1
     changed.loc[2, "seconds_end"] *= 100  # seconds belong to a machine
-    found = differences(table, changed)
-    assert found[["method", "column"]].to_numpy().tolist() == [["NGD-T", "setting"], ["AdamW", "final_loss"]]
-    few = Plan(MINIBATCH, "tiny", methods=("AdamW",), seeds=1, aligned=0, runs=tmp_path)
+    # peak memory: within its spread, not measured on this system, and beyond it
+    found = differences(
+        table.assign(peak_memory=100.0, peak_memory_std=1.0), changed.assign(peak_memory=[111, math.nan, 150])
+    )
+    expected = [["NGD-T", "setting"], ["AdamW", "final_loss"], ["SGD", "peak_memory"]]
+    assert found[["method", "column"]].to_numpy().tolist() == expected
+    assert len(differences(table.drop(columns=["peak_memory", "peak_memory_std"]), table)) == 0  # an older table
+    few = Plan(MINIBATCH, "tiny", methods=("AdamW",), seeds=1, aligned=0, memory=False, runs=tmp_path)
     with pytest.raises(to.InputError, match="run the study without --check first"):
         check(few)
     run_study(few)
@@ -216,7 +221,7 @@ def test_a_check_agrees_with_itself_and_names_what_differs(done, tmp_path, capsy
 
 @pytest.mark.parametrize("module", [digits, cifar10, imagenet, transformer])
 def test_each_command_runs(module, tmp_path, monkeypatch, capsys, request):
-    arguments = ["--tiny", "--methods", "AdamW,NGD-T", "--seeds", "1", "--runs", str(tmp_path / "runs")]
+    arguments = ["--tiny", "--methods", "AdamW,NGD-T", "--seeds", "1", "--no-memory", "--runs", str(tmp_path / "runs")]
     if module is transformer:
         (tmp_path / "text.txt").write_text("to be, or not to be: that is the question. " * 40)
         arguments += ["--text", str(tmp_path / "text.txt")]
@@ -236,6 +241,9 @@ def test_each_command_runs(module, tmp_path, monkeypatch, capsys, request):
     table = pd.read_csv(tmp_path / "runs" / f"{name}_tiny" / f"{name}_tiny.csv")
     assert set(table["method"]) == {"AdamW", "NGD-T"}
     assert np.isfinite(table["final_loss"]).all()
+    assert (table["alignment_lower"] <= table["alignment_upper"]).all()
+    assert table["notes"].str.contains("batch normalisation frozen").all() == (module is imagenet)
+    assert table["peak_memory"].isna().all()
     assert "tiny" in set(table["scale"])
 
 
@@ -256,7 +264,14 @@ def test_the_full_scale_runs_at_small_sizes(module, tmp_path, request):
         smaller = {"width": 4, "batch_size": 8, "probe": 8, "validation": 8, "size": 32}
     size = replace(full, variants={"": {**full.variants[""], **smaller}}, length=4, every=2)
     plan = Plan(
-        Study(module.STUDY.name, {"full": size}), "full", data, ("NGD-T", "AdamW", "SGD"), 1, trials=1, runs=tmp_path
+        Study(module.STUDY.name, {"full": size}),
+        "full",
+        data,
+        ("NGD-T", "AdamW", "SGD"),
+        1,
+        trials=1,
+        runs=tmp_path,
+        memory=False,
     )
     table = run_study(replace(plan, results=tmp_path))
     assert np.isfinite(table["final_loss"]).all()
