@@ -115,8 +115,10 @@ def test_peak_memory_holds_weights_gradients_and_optimizer_state(tmp_path):
             folder.mkdir()
             (folder / "study.json").write_text("{}")
         study_memory.add_peak_memory(trials, folders)
-        found[method] = [result(folder)["peak_memory"] for folder in folders]
+        if "doesn't reset" in str(result(folders[0]).get("peak_memory_reason")):
+            pytest.skip("a kernel without /proc/self/clear_refs")
         assert "peak_memory_reason" not in result(folders[0])
+        found[method] = [result(folder)["peak_memory"] for folder in folders]
         assert found[method][1] == pytest.approx(found[method][0], rel=0.1, abs=0.5)
         before = folders[0].joinpath("study.json").stat().st_mtime_ns
         study_memory.add_peak_memory(trials, folders)
