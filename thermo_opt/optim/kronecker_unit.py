@@ -96,8 +96,11 @@ class KroneckerUnit(LayerUnit):
 
     def kind(self) -> tuple[object, ...] | None:
         side = self.sides[0]
-        if self.settings.spectral or self.rule.one_hot or self.shape[0] > 1:
+        groups, out, inputs = self.shape
+        if self.settings.spectral or self.rule.one_hot or groups > 1:
             return None
+        if any(part._base is None for part in self.scatter(self.params[0].new_empty(out, inputs))):
+            return None  # a rule whose parameters are no views of its matrix
         return type(self), type(self.rule), self.shape, side.bias, side.limit, len(self.params)
 
     def joined(self, units: Sequence[LayerUnit]) -> KroneckerUnit:
@@ -107,10 +110,12 @@ class KroneckerUnit(LayerUnit):
         return unit
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
-        each = [
-            self.rule.to_matrix(layer.module, own) for layer, own in zip(self.layers, self._each(tensors), strict=True)
-        ]
-        return each[0] if len(each) == 1 else torch.stack(each)
+        if len(self.layers) == 1:
+            return self.rule.to_matrix(self.layers[0].module, tensors)
+        _, out, inputs = self.shape
+        whole = tensors[0].new_empty(len(self.layers), out, inputs)
+        torch._foreach_copy_(self.scatter(whole), list(tensors))
+        return whole
 
     def scatter(self, x: Tensor) -> list[Tensor]:
         matrices = [x] if len(self.layers) == 1 else x

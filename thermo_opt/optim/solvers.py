@@ -125,13 +125,21 @@ class Damped:
 
 
 class Side:
-    """One side of a damped Kronecker product: its diagonal blocks, or one diagonal (k,)."""
+    """One side of a damped Kronecker product: its diagonal blocks, or one diagonal (k,).
+
+    ``equal``: the inverses of several blocks of one size as one tensor (…, blocks, k, k), of which they are views.
+    """
 
     def __init__(self, blocks: Sequence[Tensor], amount: Amount, last: Side | None, compute: bool = True) -> None:
         self.parts: list[Damped] = [
             Damped(block, amount, None if last is None else last.parts[i], compute) for i, block in enumerate(blocks)
         ]
         self.notes = [note for part in self.parts for note in part.notes]
+        self.equal: Tensor | None = None
+        if len({block.shape for block in blocks}) == 1 < len(blocks):
+            self.equal = torch.stack([part.inverse for part in self.parts], dim=-3)
+            for i, part in enumerate(self.parts):
+                part.inverse = self.equal[..., i, :, :]
         ends = list(itertools.accumulate(block.shape[-1] for block in blocks))
         self.ends = list(zip([0, *ends], ends, strict=False))
 
@@ -193,6 +201,11 @@ class KroneckerInverse(Solver):
             super().accumulate(b, mu, v)
             return
         half = self.A.right(v, self.A.inverses)
+        if self.G.equal is not None:
+            k, columns = self.G.equal.shape[-1], v.shape[-1]
+            rows, inverses = half.view(-1, k, columns), self.G.equal.view(-1, k, k)
+            b.view(-1, k, columns).baddbmm_(inverses, rows, beta=mu)
+            return
         for (start, end), block in zip(self.G.ends, self.G.inverses, strict=True):
             into = b[..., start:end, :]
             add = into.addmm_ if into.dim() == 2 else into.baddbmm_

@@ -1,0 +1,146 @@
+"""Layers of one shape are stacked to one unit: the numbers stay those of the layers apart."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import thermo_opt as to
+from tests.optim import optim_models as models
+from thermo_opt.optim import kronecker_curvature, kronecker_unit
+from thermo_opt.optim.solvers import Damped, KroneckerInverse
+
+
+class Alike(nn.Module):
+    """Blocks of one shape; ``skip`` leaves every third block out of every other pass."""
+
+    def __init__(self, blocks: int = 5, skip: bool = False) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 20), nn.Linear(20, 10)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(20), nn.Linear(20, 20)) for _ in range(blocks))
+        self.skip, self.passes = skip, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        x = self.first(x)
+        for i, block in enumerate(self.blocks):
+            if not (self.skip and i % 3 == 1 and self.passes % 2 == 0):
+                x = x + torch.tanh(block(x))
+        return self.last(x)
+
+
+def trained(model: nn.Module, steps: int = 25, groups: list | None = None, **options: object) -> to.NGDT:
+    optimizer = to.NGDT(model.double(), budget=1e-2, params=groups, **options)
+    train(model, optimizer, range(steps))
+    return optimizer
+
+
+def train(model: nn.Module, optimizer: to.NGDT, steps: range) -> None:
+    data = models.digits()
+    for step in steps:
+        x, y = models.minibatch(data, step, 64)
+        optimizer.zero_grad()
+        models.loss(model(x.double()), y).backward()
+        optimizer.step()
+
+
+def test_resume_is_bit_exact() -> None:
+    torch.manual_seed(0)
+    straight = Alike()
+    resumed = copy.deepcopy(straight)
+    trained(straight, 60)
+    first = trained(resumed, 45)
+    state = copy.deepcopy(first.state_dict())
+    first.close()
+    second = to.NGDT(resumed, budget=1e-2)
+    train(resumed, second, range(3))  # stacks of its own, which the saved ones replace
+    resumed.load_state_dict(dict(zip(resumed.state_dict(), trained_state(45), strict=True)))
+    second.load_state_dict(state)
+    train(resumed, second, range(45, 60))
+    assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+def trained_state(steps: int) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    model = Alike()
+    trained(model, steps)
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"overhead": 1e-9}])
+def test_stacked_layers_move_as_they_would_apart(skip: bool, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that a step doesn't see keep their own factors. ``overhead``: with sides cut to diagonal blocks."""
+    torch.manual_seed(0)
+    together = Alike(skip=skip)
+    apart = copy.deepcopy(together)
+    if "overhead" in options:
+        monkeypatch.setattr(kronecker_curvature, "SIDES", (10,))
+    options = {**options, "refresh_every": 1}  # a stack has one turn: with all turns at every step it matters not
+    stacked = trained(together, **options)
+    monkeypatch.setattr(kronecker_curvature, "STACK", 1)
+    single = trained(apart, **options)
+    assert len(stacked.curvature.units) == 4
+    assert len(single.curvature.units) == 12
+    for p, q in zip(together.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
+    assert stacked.last_step["delta"] == pytest.approx(single.last_step["delta"], rel=1e-8)
+
+
+def test_stacks_are_of_one_parameter_group_and_no_larger_than_allowed() -> None:
+    torch.manual_seed(0)
+    model = Alike(blocks=10)
+    names = [unit.name for unit in trained(model, 2).curvature.units]
+    assert len(names) == 6
+    assert max(name.count(",") for name in names) == 4  # ten layers: two stacks of five
+    model = Alike(blocks=4)
+    groups = [
+        {"params": [*model.first.parameters(), *model.last.parameters(), *model.blocks[:2].parameters()]},
+        {"params": model.blocks[2:].parameters(), "lr": 0.5},
+    ]
+    assert len(trained(model, 2, groups).curvature.units) == 6
+
+
+def test_only_the_member_that_cannot_be_inverted_keeps_its_last_inverse() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 6, 12)
+    good = x @ x.mT / 12 + torch.eye(6)
+    last = Damped(good, 0.1, None)
+    bad = 2 * good
+    bad[1] = -torch.eye(6)
+    now = Damped(bad, torch.tensor([0.1, 0.2, 0.3]), last)
+    torch.testing.assert_close(now.inverse[1], last.inverse[1])
+    torch.testing.assert_close(
+        now.inverse[[0, 2]] @ (bad + torch.tensor([0.1, 0.2, 0.3])[:, None, None] * torch.eye(6))[[0, 2]],
+        torch.eye(6).expand(2, 6, 6),
+        rtol=0,
+        atol=1e-4,
+    )
+    torch.testing.assert_close(now.matrix @ now.inverse, torch.eye(6).expand(3, 6, 6), rtol=0, atol=1e-3)
+    assert now.notes == ["factor is not positive definite; kept the last inverse"]
+
+
+@pytest.mark.parametrize("k", [5, 127, 128, 192, 200])
+def test_inverses_of_every_size_class(k: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, k, 2 * k)
+    matrix = x @ x.mT / k
+    found = Damped(matrix, 0.1, None)
+    exact = torch.linalg.inv(matrix.double() + 0.1 * torch.eye(k))
+    assert float((found.inverse - exact).norm() / exact.norm()) < 1e-5
+    assert found.inverse.is_contiguous()
+
+
+def test_equal_blocks_are_multiplied_as_one() -> None:
+    torch.manual_seed(0)
+    blocks = [torch.randn(2, 7, 9) for _ in range(3)]
+    G = [b @ b.mT for b in blocks]
+    A = [(a := torch.randn(2, 5, 9)) @ a.mT]
+    solver = KroneckerInverse(A, G, 0.1, None)
+    assert solver.G.equal is not None
+    b, v = torch.randn(2, 21, 5), torch.randn(2, 21, 5)
+    wanted = 0.7 * b + solver.solve(v)
+    solver.accumulate(b, 0.7, v)
+    torch.testing.assert_close(b, wanted, rtol=1e-4, atol=1e-5)
+    assert not kronecker_unit.bounds(4, None)[1:]
