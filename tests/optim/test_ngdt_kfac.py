@@ -119,6 +119,24 @@ def test_wide_factors_are_cut_where_they_would_slow_training_and_only_there() ->
         assert sum(len(b) for b in first.solver.A.inverses) == 601
 
 
+@pytest.mark.parametrize("metric", ["kfac", "ekfac"])
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_one_frozen_parameter_of_a_layer(metric: str, frozen: str) -> None:
+    model, data = models.mlp(), models.digits()
+    layers = [m for m in model if isinstance(m, nn.Linear)]
+    for layer in layers[:-1]:
+        getattr(layer, frozen).requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = to.NGDT(model, budget=1e-2, metric=metric)
+    for step in range(5):
+        x, y = models.minibatch(data, step, 64)
+        optimizer.zero_grad()
+        models.loss(model(x), y).backward()
+        optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
 def test_tied_and_unruled_parameters_are_covered() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -25,11 +25,11 @@ def positive_inverse(matrix: Tensor, shift: Amount = 0.0) -> tuple[Tensor | None
     The ladder: the given precision; float64; float64 with jitter on the diagonal. ``(None, note)`` where all of it fails, for the
     caller to keep its last inverse. The note is empty when the plain solver succeeded.
     """
-    if not all_finite(matrix):
-        return None, "factor is not finite"
     inverse = plain_inverse(matrix, shift)
     if inverse is not None:
         return inverse, ""
+    if not all_finite(matrix):
+        return None, "factor is not finite"
     precise = shifted(matrix.double(), shift)
     mean = precise.diagonal(dim1=-2, dim2=-1).abs().mean(-1)[..., None]
     for jitter in (0.0, *JITTERS):
@@ -41,10 +41,10 @@ def positive_inverse(matrix: Tensor, shift: Amount = 0.0) -> tuple[Tensor | None
 
 
 def plain_inverse(matrix: Tensor, shift: Amount) -> Tensor | None:
-    """(M + cI)⁻¹ of finite matrices (…, k, k) in the given precision, or None where one is not positive definite."""
+    """(M + cI)⁻¹ of matrices (…, k, k) in the given precision, or None where one is not positive definite (or not finite)."""
     k = matrix.shape[-1]
     factor, info = torch.linalg.cholesky_ex(shifted(matrix, shift, border=k >= 128 and k % 64 == 0))
-    if bool(info.any()):
+    if bool(info.any()) or not all_finite(factor.diagonal(dim1=-2, dim2=-1)):
         return None
     if k <= SMALL or matrix.is_cuda:
         eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)

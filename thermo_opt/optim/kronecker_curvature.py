@@ -300,7 +300,7 @@ class KroneckerCurvature(Curvature):
         if unit.solver is None or unit.momentum is None:
             return
         image = unit.solver.matvec(unit.momentum)
-        unit.squared = max(float(torch.sum(unit.momentum * image)), 0.0)
+        unit.squared = max(float(torch.dot(unit.momentum.reshape(-1), image.reshape(-1))), 0.0)
         decay = self._decay(unit)
         if decay is not None:
             w = decay.to(image.dtype)

@@ -11,23 +11,33 @@ from torch import Tensor, nn
 
 from thermo_opt.fisher.kronecker import EigenvalueCorrectedBlock, Factor, KroneckerBlock, KroneckerRule
 from thermo_opt.fisher.kronecker.estimate import projected_squares
-from thermo_opt.fisher.kronecker.factors import flatten, outer
+from thermo_opt.fisher.kronecker.factors import flatten
 from thermo_opt.fisher.kronecker.layers import Layer
 from thermo_opt.fisher.kronecker.placement import place_tied
 from thermo_opt.fisher.kronecker.rules import ConvRule
 from thermo_opt.fisher.spectral import Spectrum, orthogonal_iteration
 from thermo_opt.optim.solvers import KroneckerInverse, Spectral
-from thermo_opt.optim.units import Average, LayerUnit, Running, Settings, rtol_of, stack, statistics, thin
+from thermo_opt.optim.units import (
+    Average,
+    LayerUnit,
+    Running,
+    Settings,
+    rtol_of,
+    second_moment,
+    stack,
+    statistics,
+    thin,
+)
 
 SETTLED = 30
 """Observations after which a running factor turns slowly enough for its basis to follow by warm starts."""
 
 
 def bounds(size: int, limit: int | None) -> list[tuple[int, int]]:
-    """0 … size in equal parts no longer than ``limit``."""
-    parts = 1 if limit is None else math.ceil(size / limit)
-    step = math.ceil(size / parts)
-    return [(start, min(start + step, size)) for start in range(0, size, step)]
+    """0 … size in equal parts no longer than ``limit``; at least one, however short."""
+    parts = 1 if limit is None else max(math.ceil(size / limit), 1)
+    step = max(math.ceil(size / parts), 1)
+    return [(start, min(start + step, size)) for start in range(0, max(size, 1), step)]
 
 
 class _Side:
@@ -44,9 +54,9 @@ class _Side:
         self.samples: list[tuple[Tensor, Tensor, float]] = []
 
     def add(self, A: list[Tensor], A_rows: int, G: list[Tensor], rows: float) -> None:
-        """Take sums of outer products of one use: A over ``A_rows`` rows, G standing for ``rows`` rows."""
+        """Take one use: A, the mean of outer products over ``A_rows`` rows, and G, their sum over ``rows`` rows."""
         if self.A:
-            torch._foreach_add_(self.A, A)
+            torch._foreach_lerp_(self.A, A, A_rows / (self.A_rows + A_rows))
             torch._foreach_add_(self.G, G)
         else:
             self.A, self.G, self.A_rows, self.rows = A, G, 0, 0.0
@@ -54,7 +64,7 @@ class _Side:
         self.rows += rows
 
     def observed(self, terms: float) -> list[Tensor]:
-        found = [A.div_(self.A_rows) for A in self.A] + [G.mul_(terms) for G in self.G]
+        found = self.A + [G.mul_(terms) for G in self.G]
         self.A, self.G = [], []
         return found
 
@@ -132,7 +142,8 @@ class KroneckerUnit(LayerUnit):
         if rule.one_hot:
             indices = rule.inputs(module, x)
             counts = torch.bincount(indices.flatten(), minlength=rule.shape(module)[2])
-            A, A_rows = [counts.to(statistics(g.dtype))], indices.numel()
+            A_rows = indices.numel()
+            A = [counts.to(statistics(g.dtype)).div_(A_rows)]
             samples = rule.gradients(module, x, g)
             total = float(samples.shape[-3] * samples.shape[-2])
             rows = thin(samples.flatten(-3, -2), settings.rows, offset)
@@ -151,10 +162,17 @@ class KroneckerUnit(LayerUnit):
             total = gradients.shape[-2] * examples / kept
             a, rows = thin(inputs, settings.rows, offset), thin(gradients, settings.rows, offset)
             size, A_rows = a.shape[-1], a.shape[-2]
-            A = [outer(a[..., s:e], ones=side.bias and e == size) for s, e in bounds(size, side.limit)]
             if self.corrected:
                 side.samples.append((a, rows, total))
-        G = [outer(rows[..., s:e]).mul_(total / rows.shape[-2]) for s, e in bounds(rows.shape[-1], side.limit)]
+            if not rule.covers(module, "weight"):  # the bias alone: its input is 1
+                a, size = a[..., :0], 0
+            if side.bias:
+                a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
+            A = [
+                second_moment(a[..., s : e + (side.bias and e == size)], 1 / A_rows)
+                for s, e in bounds(size, side.limit)
+            ]
+        G = [second_moment(rows[..., s:e], total / rows.shape[-2]) for s, e in bounds(rows.shape[-1], side.limit)]
         side.add(A, A_rows, G, total)
 
     def observed(self, terms: float) -> list[Tensor] | None:

@@ -99,7 +99,7 @@ class NGDT(Optimizer):
         sigma2: float | None = None,
         targets: str = "empirical",
         decay: float = 0.95,
-        refresh_every: int = 16,
+        refresh_every: int = 32,
         rows: int | None = 256,
         overhead: float = 0.05,
         setting: str = "expand",

@@ -14,7 +14,7 @@ class Refresh:
     function of the step alone: a resumed run needs no state.
     """
 
-    longest: int = 16
+    longest: int = 32
     patience: int = 20
     staggered: bool = True
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from thermo_opt.fisher import spectral
 from thermo_opt.fisher.kronecker import Block
-from thermo_opt.optim.inverse import Amount, all_finite, plain_inverse, positive_inverse, shifted
+from thermo_opt.optim.inverse import Amount, plain_inverse, positive_inverse, shifted
 
 
 class Solver(ABC):
@@ -83,7 +83,7 @@ class Damped:
         elif block.dim() == 2:
             self._invert(last)
         else:
-            whole = plain_inverse(block, amount) if all_finite(block) else None
+            whole = plain_inverse(block, amount)
             if whole is None:  # one by one, so that only those that fail are affected
                 amounts = amount if isinstance(amount, Tensor) else block.new_full(block.shape[:1], amount)
                 each = [
@@ -226,10 +226,10 @@ class DenseInverse(Solver):
         self.notes = self.part.notes
 
     def solve(self, v: Tensor) -> Tensor:
-        return (self.part.inverse @ v[..., None])[..., 0]
+        return (v[..., None, :] @ self.part.inverse)[..., 0, :]  # symmetric: a row times it reads it in order
 
     def matvec(self, v: Tensor) -> Tensor:
-        return (self.part.matrix @ v[..., None])[..., 0]
+        return (v[..., None, :] @ self.part.matrix)[..., 0, :]
 
     def cached(self) -> list[Tensor]:
         return [self.part.inverse]

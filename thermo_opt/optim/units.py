@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from thermo_opt.fisher.kronecker import DenseBlock, ScaleRule
 from thermo_opt.fisher.kronecker.estimate import DENSE_SCALES
-from thermo_opt.fisher.kronecker.factors import outer
 from thermo_opt.fisher.kronecker.layers import Layer
 from thermo_opt.fisher.spectral import default_rtol
 from thermo_opt.optim.solvers import DenseInverse, DiagonalInverse, Solver, Spectral
@@ -59,7 +58,7 @@ class Running:
         else:
             keep = min(decay, self.count / (self.count + 1))
             for old, fresh in zip(self.value, new, strict=True):
-                old.mul_(keep).add_(fresh, alpha=1 - keep)
+                old.lerp_(fresh, 1 - keep)
         self.count += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -271,12 +270,12 @@ class ScaleUnit(LayerUnit):
             rows = rule.rows(layer.module, rule.normalised(layer.module, x), g, "reduce")
             total = rows.shape[0]
             rows = thin(rows, self.settings.rows, offset)
+        scale = total / rows.shape[0]
         if self.dense:
-            moment = outer(rows)
+            moment = second_moment(rows, scale)
         else:
             channels = rows.to(statistics(rows.dtype)).unflatten(-1, (len(self.sizes), -1))
-            moment = torch.einsum("npd,nqd->dpq", channels, channels)
-        moment.mul_(total / rows.shape[0])
+            moment = torch.einsum("npd,nqd->dpq", channels, channels).mul_(scale)
         pending = self._pending[place]
         self._pending[place] = moment if pending is None else pending.add_(moment)
 
@@ -316,6 +315,14 @@ def rtol_of(settings: Settings, values: Tensor) -> float:
 def statistics(dtype: torch.dtype) -> torch.dtype:
     """Factors are never held in half precision."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def second_moment(rows: Tensor, scale: float) -> Tensor:
+    """``scale · rowsᵀ rows`` of rows (…, r, k), in one pass."""
+    rows = rows.to(statistics(rows.dtype))
+    out = rows.new_empty(*rows.shape[:-2], rows.shape[-1], rows.shape[-1])
+    add = out.addmm_ if out.dim() == 2 else out.baddbmm_
+    return add(rows.mT, rows, beta=0.0, alpha=scale)
 
 
 def thin(rows: Tensor, most: int | None, offset: int) -> Tensor:
