@@ -109,7 +109,7 @@ class KroneckerCurvature(Curvature):
         self._offset, self._urgent = 0, False
         self._turn: list[int] = []
         self._limit: int | None = _UNKNOWN
-        self._directions: list[tuple[Unit, Tensor, Tensor | None]] = []
+        self._directions: list[tuple[Unit, Tensor | None]] = []
         self._recipe = Recipe(0.0, [], [], False)
         self._fallback: list[str] = []
         self._stacks: list[list[str]] = []
@@ -382,8 +382,7 @@ class KroneckerCurvature(Curvature):
             lengths.a[pool] += weight * weight * max(a, 0.0)
             lengths.delta[pool] += delta
             lengths.decrease[pool] += weight * (after[k] + against)
-            assert unit.momentum is not None
-            self._directions.append((unit, unit.momentum, null))
+            self._directions.append((unit, null))
         return lengths
 
     def apply(self, sizes: Sequence[float], null_size: float) -> None:
@@ -395,8 +394,8 @@ class KroneckerCurvature(Curvature):
             params.append(p)
             directions.append(along if along.dtype == p.dtype else along.to(p.dtype))
 
-        for unit, v, null in self._directions:
-            parts = unit.scatter(v)
+        for unit, null in self._directions:
+            parts = unit.scattered_momentum()
             nulls = unit.scatter(null) if null is not None and null_size else [None] * len(parts)
             for p, i, part, lost in zip(unit.params, unit.places, parts, nulls, strict=True):
                 if i is None:

@@ -85,6 +85,7 @@ class Unit(ABC):
         self.momentum: Tensor | None = None
         self.squared = self.crossed = self.decayed = 0.0
         self.stale = False
+        self._scattered: tuple[Tensor | None, list[Tensor]] = (None, [])
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """Parameter-shaped tensors as the block's coordinates."""
@@ -93,6 +94,15 @@ class Unit(ABC):
     def scatter(self, x: Tensor) -> list[Tensor]:
         """The inverse of `gather`."""
         return [x]
+
+    def scattered_momentum(self) -> list[Tensor]:
+        """`scatter` of the momentum, made once where it is updated in place."""
+        assert self.momentum is not None
+        last, parts = self._scattered
+        if last is not self.momentum:
+            parts = self.scatter(self.momentum)
+            self._scattered = (self.momentum, parts) if all(p._base is not None for p in parts) else (None, parts)
+        return parts
 
     @abstractmethod
     def observed(self, terms: float) -> list[Tensor] | None:
