@@ -36,6 +36,33 @@ def test_distance_to_one_part_in_a_million_however_close_or_extreme(shift, scale
         assert to.fisher_rao(p[None], q[None]) == pytest.approx(exact, rel=1e-6)
 
 
+@pytest.mark.parametrize("classes", [3, 20, 100])
+@pytest.mark.parametrize("order", [1, -1], ids=["far rows first", "near rows first"])
+def test_each_row_of_a_batch_is_exact_whether_it_moved_far_or_hardly_at_all(classes, order):
+    rng = np.random.default_rng(classes)
+    steps = np.repeat(10.0 ** np.arange(1, -8, -1), 5)[::order, None]
+    z = rng.normal(size=(len(steps), classes)) * 3
+    z[::7] += 800  # the squared amplitudes overflow unless shifted
+    z[3::7] *= 300
+    w = z + steps * rng.normal(size=z.shape)
+    exact = [exact_distance(a, b) for a, b in zip(z, w, strict=True)]
+    each = to.fisher_rao(z, w, kind="logits", per_example=True)
+    moved = np.array(exact) > 1e-7
+    assert moved.sum() > 30
+    assert np.allclose(each[moved], np.array(exact)[moved], rtol=1e-6, atol=0)
+    step = move(embed(z, np.zeros(len(z), dtype=int)), embed(w, np.zeros(len(z), dtype=int)))
+    assert step.a == pytest.approx(np.mean(each**2), rel=1e-12)
+
+
+def test_a_point_holds_unit_amplitudes_and_identical_ones_are_no_move_apart():
+    z = np.random.default_rng(0).normal(size=(40, 100)) * 5
+    point = embed(z, np.arange(40))
+    assert np.allclose(np.square(point.u).sum(axis=1), 1, rtol=1e-14)
+    assert np.allclose(2 * np.log(point.u[np.arange(40), np.arange(40)]), -point.loss, rtol=1e-12)
+    assert np.array_equal(point.first(3), point.u[:3])
+    assert move(point, embed(z, np.arange(40)))[:2] == (0, 0)
+
+
 def test_disjoint_predictions_are_pi_apart():
     z = np.array([[1000.0, -1000.0]])
     assert to.fisher_rao(z, -z, kind="logits") == pytest.approx(np.pi, rel=1e-12)

@@ -71,7 +71,7 @@ def walk(
     intervals = len(indices) - 1
     marks = set(np.unique(np.linspace(0, intervals, min(_LANDMARKS, intervals + 1)).round().astype(int)).tolist())
     first = source.point(indices[0])
-    widest = max(1, _AMPLITUDE_BYTES // max(1, first.u.nbytes))
+    widest = max(1, _AMPLITUDE_BYTES // max(1, first.w.nbytes))
     strides = [m for m in (1, 2, 4, 8, 16, 32, 64) if m <= max(1, intervals)][:widest]
     starts = range(0, intervals, _SEGMENT)
     parts: Iterator[Walk]
@@ -118,11 +118,12 @@ def _segment(
         if not point.finite:
             out.stopped = int(source.steps[indices[k]])
             break
-        out.loss.append(np.nan if point.mean_loss is None else point.mean_loss)
+        loss = point.mean_loss
+        out.loss.append(np.nan if loss is None else loss)
         boundary = k == start > 0  # the segment before has seen this point as its last
         if k in marks and not boundary and source.likelihood != "gaussian":
-            rows = max(1, _LANDMARK_FLOATS // point.u.shape[1])
-            out.landmarks.append((k, point.u[:rows].astype(np.float32)))
+            rows = max(1, _LANDMARK_FLOATS // point.w.shape[1])
+            out.landmarks.append((k, point.first(rows).astype(np.float32)))
         if previous is None:
             held = dict.fromkeys(strides[1:], (k, point))
         else:

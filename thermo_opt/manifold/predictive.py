@@ -8,6 +8,7 @@ distances, the loss and its gradient are then cheap and exact. Distances and los
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,8 +23,14 @@ LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
 _BLOCK = 1 << 17
 """Elements handled at a time, so that the temporaries of a row block stay in the processor's cache."""
 
-_SAFE = 150.0
-"""Halved logits within ± this neither overflow nor underflow when exponentiated and their squares summed unshifted."""
+_NARROW = 16
+"""Up to this many classes, amplitudes lie in memory class by class, so that sums over classes add long columns."""
+
+_NEAR = 5e-6
+"""From here on 1 - cos θ is taken from the inner product, whose rounding, a few 1e-16, is below 1e-10 of it."""
+
+_SAFE = 1e130
+"""Squared norms within this factor of one come from amplitudes that neither overflowed nor lost digits to underflow."""
 
 
 class Move(NamedTuple):
@@ -38,19 +45,30 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True)
 class Point:
-    """Embedded predictions. ``u`` (rows, width): unit amplitudes √p, or outputs in units of σ. ``examples``: n.
+    """Embedded predictions. ``w`` (rows, width): amplitudes √p up to a factor, or outputs in units of σ. ``examples``: n.
 
     ``log_amplitude_y`` (rows,): log √p(y), categorical and Bernoulli; ``residual`` (rows, width): (y - f)/σ, Gaussian;
     both None without targets. ``loss`` (rows,): negative log-likelihood of each row (nats), or None. ``finite``: whether
-    every prediction, and every target's loss, is a number.
+    every prediction, and every target's loss, is a number. ``scale`` (rows,): the factors that make w unit amplitudes, or
+    None where they are one: applying them costs as much as a distance, which needs them only once a row.
     """
 
-    u: Array
+    w: Array
     examples: int
     log_amplitude_y: Array | None = None
     residual: Array | None = None
     loss: Array | None = None
     finite: bool = True
+    scale: Array | None = None
+
+    @cached_property
+    def u(self) -> Array:
+        """Unit amplitudes √p, or outputs in units of σ, (rows, width)."""
+        return self.first(len(self.w))
+
+    def first(self, rows: int) -> Array:
+        """The first ``rows`` rows of ``u``, without the cost of the others."""
+        return self.w[:rows] if self.scale is None else self.w[:rows] * self.scale[:rows, None]
 
     @property
     def mean_loss(self) -> float | None:
@@ -117,38 +135,40 @@ def _embed_categorical(f: NDArray[Any], y: NDArray[Any] | None, kind: str, ignor
                 raise InputError("categorical targets must be class indices (integers)")
             y = y.astype(np.int64)
         y = y.reshape(-1)
-        counted = y != ignore_index
-        if not counted.all():
+        if 0 <= ignore_index < classes or y.min() < 0 or y.max() >= classes:
+            counted = y != ignore_index
             rows, y = rows[counted], y[counted]
-        if len(y) == 0:
-            raise InputError("every target of the probe is ignored: nothing is left to count")
-        if y.min() < 0 or y.max() >= classes:
-            wrong = int(y[(y < 0) | (y >= classes)][0])
-            raise InputError(f"target {wrong} lies outside the {classes} classes of the outputs (0 … {classes - 1})")
+            if len(y) == 0:
+                raise InputError("every target of the probe is ignored: nothing is left to count")
+            wrong = y[(y < 0) | (y >= classes)]
+            if len(wrong):
+                raise InputError(
+                    f"target {int(wrong[0])} lies outside the {classes} classes of the outputs (0 … {classes - 1})"
+                )
     n = len(rows)
-    u = np.empty((n, classes), dtype=np.float64)
-    log_y = None if y is None else np.empty(n, dtype=np.float64)
+    w = np.empty((n, classes), dtype=np.float64, order="F" if classes <= _NARROW else "C")
+    norm2, log_y = np.empty(n), None if y is None else np.empty(n)
     finite = True
     block = max(1, _BLOCK // classes)
     for start in range(0, n, block):
         part = slice(start, min(start + block, n))
-        z = u[part]
+        z = w[part]
         if kind == "logits":
             np.multiply(rows[part], 0.5, out=z)
-            # Shifting by the row's maximum is only needed where exp could overflow, and costs more than the exp.
-            if z.min() <= -_SAFE or z.max() >= _SAFE:
-                with np.errstate(invalid="ignore"):
-                    z -= z.max(axis=1, keepdims=True)
-            shifted_y = None if y is None else z[np.arange(len(z)), y[part]]
-            with np.errstate(invalid="ignore"):
+            if log_y is not None and y is not None:
+                log_y[part] = z[np.arange(len(z)), y[part]]
+            with np.errstate(over="ignore", invalid="ignore"):
                 np.exp(z, out=z)
-            norm2 = np.einsum("ij,ij->i", z, z)
-            finite = finite and bool(np.isfinite(norm2).all())
-            with np.errstate(invalid="ignore"):
-                z /= np.sqrt(norm2)[:, None]
-            if log_y is not None:
-                # a saturated prediction's probability may round to just above 1
-                log_y[part] = np.minimum(shifted_y - 0.5 * np.log(norm2), 0.0)
+                square = _inner(z, z, out=norm2[part])
+                # Rarely needed, and written so that NaN needs it too: a shift by each row's largest logit.
+                if not (square.min() > 1 / _SAFE and square.max() < _SAFE):
+                    np.multiply(rows[part], 0.5, out=z)
+                    largest = z.max(axis=1)
+                    z -= largest[:, None]
+                    if log_y is not None:
+                        log_y[part] -= largest
+                    np.exp(z, out=z)
+                    finite = finite and bool(np.isfinite(_inner(z, z, out=square)).all())
         else:
             p = _checked_probabilities(rows[part])
             finite = finite and bool(np.isfinite(p).all())
@@ -156,7 +176,21 @@ def _embed_categorical(f: NDArray[Any], y: NDArray[Any] | None, kind: str, ignor
             if log_y is not None and y is not None:
                 with np.errstate(divide="ignore"):
                     log_y[part] = 0.5 * np.log(p[np.arange(len(p)), y[part]])
-    return Point(u, n, log_y, None, None if log_y is None else -2 * log_y, finite)
+    scale = None
+    if kind == "logits":
+        scale = 1 / np.sqrt(norm2)
+        if log_y is not None:
+            log_y += np.log(scale)
+            np.minimum(log_y, 0.0, out=log_y)  # a saturated prediction's probability may round to just above 1
+    return Point(w, n, log_y, None, None if log_y is None else -2 * log_y, finite, scale)
+
+
+def _inner(x: Array, y: Array, out: Array) -> Array:
+    """Inner product of each row of x with that of y, into ``out``: long rows by BLAS one by one, short ones together."""
+    if x.shape[1] > 4 * _NARROW and x.flags.c_contiguous and y.flags.c_contiguous:
+        np.matmul(x[:, None, :], y[:, :, None], out=out[:, None, None])
+        return out
+    return np.einsum("ij,ij->i", x, y, out=out)
 
 
 def _checked_probabilities(p: NDArray[Any]) -> Array:
@@ -173,11 +207,11 @@ def _embed_bernoulli(f: NDArray[Any], y: NDArray[Any] | None, kind: str) -> Poin
     if kind == "probabilities":
         if np.any((z < 0) | (z > 1)):
             raise InputError("Bernoulli probabilities must lie in [0, 1]: pass logits with kind='logits' instead")
-        u = np.sqrt(np.stack([1 - z, z], axis=1))
+        u = np.sqrt(np.stack([1 - z, z]).T)
         with np.errstate(divide="ignore"):
             log_u = np.log(u)
     else:
-        log_u = -0.5 * np.stack([np.logaddexp(0, z), np.logaddexp(0, -z)], axis=1)
+        log_u = -0.5 * np.stack([np.logaddexp(0, z), np.logaddexp(0, -z)]).T
         u = np.exp(log_u)
     finite = bool(np.isfinite(z).all())
     if y is None:
@@ -189,18 +223,56 @@ def _embed_bernoulli(f: NDArray[Any], y: NDArray[Any] | None, kind: str) -> Poin
     return Point(u, len(f), log_y, None, -2 * log_y, finite)
 
 
-def _half_sines(p: Point, q: Point) -> Array:
-    """sin(θ/2) of each row's angle θ, from the chord between unit amplitudes: exact however close p and q are."""
-    if p.u.shape != q.u.shape:
-        raise InputError(f"predictions of shapes {p.u.shape} and {q.u.shape} can't be compared")
-    chord2 = np.empty(len(p.u))
-    block = max(1, _BLOCK // p.u.shape[1])
-    for start in range(0, len(chord2), block):
+def _angles(p: Point, q: Point) -> tuple[Array, Array]:
+    """Angle θ of each row between unit amplitudes, and 1 - cos θ: exact however close p and q are.
+
+    Inner products give both for half the memory traffic of differences, but only to an absolute 1e-16: rows that have
+    hardly moved need the differences, and where several of the first few rows are such, all rows get them at once.
+    """
+    if p.w.shape != q.w.shape:
+        raise InputError(f"predictions of shapes {p.w.shape} and {q.w.shape} can't be compared")
+    if np.count_nonzero(_cosines(p, q, slice(16)) > 1 - _NEAR) > 2:
+        versine = _versines(p, q, slice(None))
+        return _angles_of(versine), versine
+    cosine = _cosines(p, q, slice(None))
+    versine = 1 - cosine
+    theta = np.arccos(np.minimum(cosine, 1.0, out=cosine), out=cosine)
+    near = np.flatnonzero(versine < _NEAR)
+    if len(near):
+        versine[near] = _versines(p, q, near)
+        theta[near] = _angles_of(versine[near])
+    return theta, versine
+
+
+def _angles_of(versine: Array) -> Array:
+    return 2 * np.arcsin(np.sqrt(0.5 * versine))
+
+
+def _cosines(p: Point, q: Point, rows: slice) -> Array:
+    """cos θ of some rows, the inner product of the unit amplitudes."""
+    u, v = p.w[rows], q.w[rows]
+    cosine = _inner(u, v, out=np.empty(len(u)))
+    for x in (p, q):
+        if x.scale is not None:
+            cosine *= x.scale[rows]
+    return cosine
+
+
+def _versines(p: Point, q: Point, rows: slice | NDArray[np.intp]) -> Array:
+    """1 - cos θ of some rows as half the squared chord |u - v|²: to all digits, at more than twice the work."""
+    u, v = p.w[rows], q.w[rows]
+    ones = np.ones(len(u))
+    a, b = (ones if x.scale is None else x.scale[rows] for x in (p, q))
+    ratio = a / b
+    chord2 = np.empty(len(u))
+    block = max(1, _BLOCK // u.shape[1])
+    for start in range(0, len(u), block):
         part = slice(start, start + block)
-        gap = p.u[part] - q.u[part]
-        np.einsum("ij,ij->i", gap, gap, out=chord2[part])
+        gap = u[part] * ratio[part, None]
+        gap -= v[part]
+        _inner(gap, gap, out=chord2[part])
     # Disjoint supports make the chord √2 but for rounding; nothing lies further apart on the octant.
-    return np.sqrt(np.minimum(chord2, 2.0)) / 2
+    return np.minimum(0.5 * chord2 * b * b, 1.0)
 
 
 def row_distances(p: Point, q: Point, likelihood: str = "categorical") -> Array:
@@ -209,7 +281,7 @@ def row_distances(p: Point, q: Point, likelihood: str = "categorical") -> Array:
         if p.u.shape != q.u.shape:
             raise InputError(f"predictions of shapes {p.u.shape} and {q.u.shape} can't be compared")
         return np.linalg.norm(p.u - q.u, axis=1)
-    return 4 * np.arcsin(_half_sines(p, q))
+    return 2 * _angles(p, q)[0]
 
 
 def move(p: Point, q: Point, likelihood: str = "categorical") -> Move:
@@ -225,17 +297,17 @@ def move(p: Point, q: Point, likelihood: str = "categorical") -> Move:
             return Move(a, np.nan, np.nan)
         d = float(np.einsum("ij,ij->", p.residual, gap) / p.examples)
         return Move(a, d, float(np.einsum("ij,ij->", p.residual, p.residual) / p.examples))
-    sine = _half_sines(p, q)
-    theta = 2 * np.arcsin(sine)
+    theta, versine = _angles(p, q)
     a = float(4 * np.dot(theta, theta) / p.examples)
     if p.log_amplitude_y is None or q.log_amplitude_y is None:
         return Move(a, np.nan, np.nan)
-    square = sine * sine
-    sin_theta = 2 * sine * np.sqrt(1 - square)
+    sin_theta = np.sqrt(versine * (2 - versine))
     ratio = np.divide(theta, sin_theta, out=np.ones_like(theta), where=sin_theta > 0)
     with np.errstate(over="ignore", invalid="ignore"):
-        # √(q_y/p_y) - cos θ, each term near 1 for a small move: expm1 and 2 sin²(θ/2) keep the digits.
-        d = float(2 * np.dot(ratio, np.expm1(q.log_amplitude_y - p.log_amplitude_y) + 2 * square) / p.examples)
+        # √(q_y/p_y) - cos θ, each term near 1 for a small move: expm1 and 1 - cos θ keep the digits.
+        gain = np.expm1(q.log_amplitude_y - p.log_amplitude_y)
+        gain += versine
+        d = float(2 * np.dot(ratio, gain) / p.examples)
     return Move(a, d, _chi_squared(p.log_amplitude_y, p.examples))
 
 
