@@ -122,21 +122,19 @@ class Categorical(Likelihood):
                 f"class targets must have shape {tuple(f.shape[:-1])} for outputs {tuple(f.shape)}, got {tuple(y.shape)}"
             )
         y = y.long()
-        counted = y[y != IGNORED]
+        counted = y if y.numel() and int(y.min()) >= 0 else y[y != IGNORED]
         if counted.numel() == 0:
             raise InputError("every target is ignored (−100): there is nothing to predict")
-        if int(counted.min()) < 0 or int(counted.max()) >= f.shape[-1]:
-            raise InputError(
-                f"class targets must lie in 0 … {f.shape[-1] - 1} (or be −100), got {int(counted.min())} … {int(counted.max())}"
-            )
+        low, high = (int(end) for end in counted.aminmax())
+        if low < 0 or high >= f.shape[-1]:
+            raise InputError(f"class targets must lie in 0 … {f.shape[-1] - 1} (or be −100), got {low} … {high}")
         return y
 
     def suspicious(self, f: Tensor) -> bool:
-        return bool((f >= 0).all()) and bool(((f.sum(-1) - 1).abs() < 1e-3).all())
+        return float(f.min()) >= 0 and bool(((f.sum(-1) - 1).abs() < 1e-3).all())
 
     def mask(self, y: Tensor) -> Tensor | None:
-        counted = y != IGNORED
-        return None if bool(counted.all()) else counted
+        return None if int(y.min()) > IGNORED else y != IGNORED
 
     def nll(self, f: Tensor, y: Tensor) -> Tensor:
         flat = functional.cross_entropy(

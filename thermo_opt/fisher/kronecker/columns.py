@@ -50,7 +50,7 @@ class Columns:
         columns = cotangents(self.predictor, part, f.detach(), self.targets, self.samples, generator).movedim(-1, 0)
         if self.targets == "sampled":  # draws are independent and their scores have mean zero already
             return columns
-        signs = torch.randint(0, 2, f.shape[:-1], generator=generator, device=f.device).to(f.dtype) * 2 - 1
+        signs = torch.randint(0, 2, f.shape[:-1], generator=generator, dtype=f.dtype, device=f.device).mul_(2).sub_(1)
         return columns * signs.unsqueeze(-1)
 
 

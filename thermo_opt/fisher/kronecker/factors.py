@@ -16,8 +16,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from thermo_opt.fisher.kronecker.rules import KroneckerRule, Module, Setting
+
+_COPIED = 1 << 15
+"""Most numbers in input samples that are copied to append a column of ones: beyond it, summing their columns is cheaper."""
 
 
 @dataclass
@@ -112,7 +116,10 @@ def samples_moment(
         one = torch.ones((groups, *shape) if groups > 1 else shape, dtype=dtype or working_dtype(module.bias.dtype))
         return Moment(one.to(module.bias.device), 1)
     rows = flatten(samples, setting, mean=True)
-    return Moment(outer(rows, rule.covers(module, "bias"), dtype, diagonal), rows.shape[-2])
+    ones = rule.covers(module, "bias")
+    if ones and rows.numel() <= _COPIED:
+        rows, ones = functional.pad(rows, (0, 1), value=1.0), False
+    return Moment(outer(rows, ones, dtype, diagonal), rows.shape[-2])
 
 
 def gradient_moment(

@@ -42,10 +42,15 @@ class Cover:
 
 def cover(model: nn.Module) -> Cover:
     """Assign every trainable parameter of ``model`` to the layers whose rule covers it. No forward pass."""
-    position = {id(p): i for i, p in enumerate(p for p in model.parameters() if p.requires_grad)}
+    owning = [(name, module) for name, module in model.named_modules() if module._parameters]
+    position: dict[int, int] = {}
+    for _, module in owning:
+        for p in module._parameters.values():
+            if p is not None and p.requires_grad:
+                position.setdefault(id(p), len(position))
     owners: dict[int, int] = {}
     layers, unruled = [], []
-    for name, module in model.named_modules():
+    for name, module in owning:
         rule = rule_for(module)
         ruled = {} if rule is None else dict(rule.parameters(module))
         own = tuple((local, position[id(p)]) for local, p in ruled.items())
