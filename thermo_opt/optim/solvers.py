@@ -166,6 +166,9 @@ class Side:
         """``M v`` with v (…, k, m)."""
         if len(matrices) == 1:
             return matrices[0][..., None] * v if matrices[0].dim() == 1 else matrices[0] @ v
+        if self.equal is not None:  # one product of a stack runs by threads, several small ones don't
+            rows = v.unflatten(-2, (len(matrices), -1))
+            return (torch.stack(list(matrices), dim=-3) @ rows).flatten(-3, -2)
         out = torch.empty_like(v)
         for (start, end), block in zip(self.ends, matrices, strict=True):
             torch.matmul(block, v[..., start:end, :], out=out[..., start:end, :])
