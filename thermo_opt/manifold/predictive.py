@@ -29,6 +29,9 @@ _NARROW = 16
 _NEAR = 5e-6
 """From here on 1 - cos θ is taken from the inner product, whose rounding, a few 1e-16, is below 1e-10 of it."""
 
+_TINY = float(np.finfo(np.float64).tiny)
+"""Added to θ and sin θ it makes their ratio one where both are zero, and changes no other value."""
+
 _SAFE = 1e130
 """Squared norms within this factor of one come from amplitudes that neither overflowed nor lost digits to underflow."""
 
@@ -148,6 +151,7 @@ def _embed_categorical(f: NDArray[Any], y: NDArray[Any] | None, kind: str, ignor
     n = len(rows)
     w = np.empty((n, classes), dtype=np.float64, order="F" if classes <= _NARROW else "C")
     norm2, log_y = np.empty(n), None if y is None else np.empty(n)
+    at_target = None if y is None else _places(w, y)
     finite = True
     block = max(1, _BLOCK // classes)
     for start in range(0, n, block):
@@ -155,8 +159,8 @@ def _embed_categorical(f: NDArray[Any], y: NDArray[Any] | None, kind: str, ignor
         z = w[part]
         if kind == "logits":
             np.multiply(rows[part], 0.5, out=z)
-            if log_y is not None and y is not None:
-                log_y[part] = z[np.arange(len(z)), y[part]]
+            if log_y is not None and at_target is not None:
+                log_y[part] = w.ravel(order="A").take(at_target[part])
             with np.errstate(over="ignore", invalid="ignore"):
                 np.exp(z, out=z)
                 square = _inner(z, z, out=norm2[part])
@@ -178,11 +182,19 @@ def _embed_categorical(f: NDArray[Any], y: NDArray[Any] | None, kind: str, ignor
                     log_y[part] = 0.5 * np.log(p[np.arange(len(p)), y[part]])
     scale = None
     if kind == "logits":
-        scale = 1 / np.sqrt(norm2)
+        scale = np.divide(1, np.sqrt(norm2, out=norm2), out=norm2)
         if log_y is not None:
             log_y += np.log(scale)
             np.minimum(log_y, 0.0, out=log_y)  # a saturated prediction's probability may round to just above 1
     return Point(w, n, log_y, None, None if log_y is None else -2 * log_y, finite, scale)
+
+
+def _places(w: Array, y: NDArray[Any]) -> NDArray[np.intp]:
+    """Where the entries w[i, y_i] lie in w's memory: taking them from there is cheaper than indexing rows and columns."""
+    down, across = (stride // w.itemsize for stride in w.strides)
+    places = np.multiply(y, across, dtype=np.intp, casting="unsafe")
+    places += np.arange(0, len(w) * down, down)
+    return places
 
 
 def _inner(x: Array, y: Array, out: Array) -> Array:
@@ -236,11 +248,12 @@ def _angles(p: Point, q: Point) -> tuple[Array, Array]:
         return _angles_of(versine), versine
     cosine = _cosines(p, q, slice(None))
     versine = 1 - cosine
-    theta = np.arccos(np.minimum(cosine, 1.0, out=cosine), out=cosine)
+    if versine.min(initial=1.0) >= _NEAR:
+        return np.arccos(cosine, out=cosine), versine
     near = np.flatnonzero(versine < _NEAR)
-    if len(near):
-        versine[near] = _versines(p, q, near)
-        theta[near] = _angles_of(versine[near])
+    theta = np.arccos(np.minimum(cosine, 1.0, out=cosine), out=cosine)
+    versine[near] = _versines(p, q, near)
+    theta[near] = _angles_of(versine[near])
     return theta, versine
 
 
@@ -301,8 +314,12 @@ def move(p: Point, q: Point, likelihood: str = "categorical") -> Move:
     a = float(4 * np.dot(theta, theta) / p.examples)
     if p.log_amplitude_y is None or q.log_amplitude_y is None:
         return Move(a, np.nan, np.nan)
-    sin_theta = np.sqrt(versine * (2 - versine))
-    ratio = np.divide(theta, sin_theta, out=np.ones_like(theta), where=sin_theta > 0)
+    sine = 2 - versine
+    sine *= versine
+    np.sqrt(sine, out=sine)
+    sine += _TINY
+    theta += _TINY
+    ratio = np.divide(theta, sine, out=theta)
     with np.errstate(over="ignore", invalid="ignore"):
         # √(q_y/p_y) - cos θ, each term near 1 for a small move: expm1 and 1 - cos θ keep the digits.
         gain = np.expm1(q.log_amplitude_y - p.log_amplitude_y)
