@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from thermo_opt.fisher.kronecker import EigenvalueCorrectedBlock, Factor, KroneckerBlock, KroneckerRule
 from thermo_opt.fisher.kronecker.estimate import projected_squares
-from thermo_opt.fisher.kronecker.factors import flatten
+from thermo_opt.fisher.kronecker.factors import flatten, working_dtype
 from thermo_opt.fisher.kronecker.layers import Layer
 from thermo_opt.fisher.kronecker.placement import place_tied
 from thermo_opt.fisher.kronecker.rules import ConvRule
@@ -25,7 +25,6 @@ from thermo_opt.optim.units import (
     rtol_of,
     second_moment,
     stack,
-    statistics,
     thin,
 )
 
@@ -143,7 +142,7 @@ class KroneckerUnit(LayerUnit):
             indices = rule.inputs(module, x)
             counts = torch.bincount(indices.flatten(), minlength=rule.shape(module)[2])
             A_rows = indices.numel()
-            A = [counts.to(statistics(g.dtype)).div_(A_rows)]
+            A = [counts.to(working_dtype(g.dtype)).div_(A_rows)]
             samples = rule.gradients(module, x, g)
             total = float(samples.shape[-3] * samples.shape[-2])
             rows = thin(samples.flatten(-3, -2), settings.rows, offset)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from thermo_opt.fisher.kronecker import DenseBlock, ScaleRule
 from thermo_opt.fisher.kronecker.estimate import DENSE_SCALES
+from thermo_opt.fisher.kronecker.factors import working_dtype
 from thermo_opt.fisher.kronecker.layers import Layer
 from thermo_opt.fisher.spectral import default_rtol
 from thermo_opt.optim.solvers import DenseInverse, DiagonalInverse, Solver, Spectral
@@ -169,7 +170,7 @@ class DiagonalUnit(Unit):
 
     def see(self, gradient: Tensor) -> None:
         """Take the gradient of the step's mean loss."""
-        self._pending = gradient.to(statistics(gradient.dtype)).square()
+        self._pending = gradient.to(working_dtype(gradient.dtype)).square()
 
     def observed(self, terms: float) -> list[Tensor] | None:
         pending, self._pending = self._pending, None
@@ -203,14 +204,14 @@ class LayerUnit(Unit):
         ``offset`` varies with the step and decides which rows a subsample takes.
         """
 
+    @abstractmethod
     def kind(self) -> tuple[object, ...] | None:
         """Units of the same kind may be stacked; None: not with any."""
-        return None
 
+    @abstractmethod
     def joined(self, units: Sequence[LayerUnit]) -> LayerUnit:
         """The stack of ``units``, all of this unit's kind and none of them refreshed yet; what they observed last is to be folded into it,
         one after the other."""
-        raise NotImplementedError
 
     def _each(self, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """Tensors aligned with `params`, layer by layer."""
@@ -284,7 +285,7 @@ class ScaleUnit(LayerUnit):
         if self.dense:
             moment = second_moment(rows, scale)
         else:
-            channels = rows.to(statistics(rows.dtype)).unflatten(-1, (len(self.sizes), -1))
+            channels = rows.to(working_dtype(rows.dtype)).unflatten(-1, (len(self.sizes), -1))
             moment = torch.einsum("npd,nqd->dpq", channels, channels).mul_(scale)
         pending = self._pending[place]
         self._pending[place] = moment if pending is None else pending.add_(moment)
@@ -322,14 +323,9 @@ def rtol_of(settings: Settings, values: Tensor) -> float:
     return default_rtol(max(values.shape), values.dtype) if settings.rtol is None else settings.rtol
 
 
-def statistics(dtype: torch.dtype) -> torch.dtype:
-    """Factors are never held in half precision."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
 def second_moment(rows: Tensor, scale: float) -> Tensor:
     """``scale · rowsᵀ rows`` of rows (…, r, k), in one pass."""
-    rows = rows.to(statistics(rows.dtype))
+    rows = rows.to(working_dtype(rows.dtype))
     out = rows.new_empty(*rows.shape[:-2], rows.shape[-1], rows.shape[-1])
     add = out.addmm_ if out.dim() == 2 else out.baddbmm_
     return add(rows.mT, rows, beta=0.0, alpha=scale)
