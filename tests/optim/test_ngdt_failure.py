@@ -11,7 +11,7 @@ import thermo_opt as to
 from tests.optim import optim_models as models
 from thermo_opt.optim import kronecker_unit
 from thermo_opt.optim.inverse import positive_inverse
-from thermo_opt.optim.solvers import KroneckerInverse
+from thermo_opt.optim.solvers import KroneckerInverse, invert
 
 DATA = models.digits()
 
@@ -193,7 +193,9 @@ def test_inverse_ladder() -> None:
 
 def test_an_inverse_that_fails_keeps_the_last_one() -> None:
     good = KroneckerInverse([torch.eye(3)], [2 * torch.eye(2)], 1e-3, None)
+    invert(good.damped)
     bad = KroneckerInverse([-5 * torch.eye(3)], [2 * torch.eye(2)], 1e-3, good)
+    invert(bad.damped)
     v = torch.randn(2, 3)
     torch.testing.assert_close(bad.A.inverses[0], good.A.inverses[0])
     assert any("kept the last inverse" in note for note in bad.notes)

@@ -9,7 +9,7 @@ from torch import nn
 import thermo_opt as to
 from tests.optim import optim_models as models
 from thermo_opt.optim import kronecker_curvature, kronecker_unit
-from thermo_opt.optim.solvers import Damped, KroneckerInverse
+from thermo_opt.optim.solvers import Damped, KroneckerInverse, invert
 
 
 class Alike(nn.Module):
@@ -107,9 +107,11 @@ def test_only_the_member_that_cannot_be_inverted_keeps_its_last_inverse() -> Non
     x = torch.randn(3, 6, 12)
     good = x @ x.mT / 12 + torch.eye(6)
     last = Damped(good, 0.1, None)
+    invert([last])
     bad = 2 * good
     bad[1] = -torch.eye(6)
     now = Damped(bad, torch.tensor([0.1, 0.2, 0.3]), last)
+    invert([now])
     torch.testing.assert_close(now.inverse[1], last.inverse[1])
     torch.testing.assert_close(
         now.inverse[[0, 2]] @ (bad + torch.tensor([0.1, 0.2, 0.3])[:, None, None] * torch.eye(6))[[0, 2]],
@@ -126,10 +128,14 @@ def test_inverses_of_every_size_class(k: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, k, 2 * k)
     matrix = x @ x.mT / k
-    found = Damped(matrix, 0.1, None)
+    found, other = Damped(matrix, 0.1, None), Damped(2 * matrix[0], 0.3, None)
+    invert([other, found])
     exact = torch.linalg.inv(matrix.double() + 0.1 * torch.eye(k))
     assert float((found.inverse - exact).norm() / exact.norm()) < 1e-5
     assert found.inverse.is_contiguous()
+    alone = Damped(matrix[:1], 0.1, None)
+    invert([alone])
+    assert torch.equal(alone.inverse[0], found.inverse[0])  # what a resumed run rebuilds by itself
 
 
 def test_equal_blocks_are_multiplied_as_one() -> None:
@@ -138,6 +144,7 @@ def test_equal_blocks_are_multiplied_as_one() -> None:
     G = [b @ b.mT for b in blocks]
     A = [(a := torch.randn(2, 5, 9)) @ a.mT]
     solver = KroneckerInverse(A, G, 0.1, None)
+    invert(solver.damped)
     assert solver.G.equal is not None
     b, v = torch.randn(2, 21, 5), torch.randn(2, 21, 5)
     wanted = 0.7 * b + solver.solve(v)

@@ -15,8 +15,9 @@ PATIENCE = 8
 RISE = 11.0
 """Largest ratio of realised to predicted KL that a measurement in the warm-up reports to κ, which starts far too low."""
 
-BAND = 1.5
-"""Later measurements report ratios between 1/BAND and BAND, so that κ settles where half of the steps spend more than predicted."""
+BAND = (1 / 1.5, 1.8)
+"""Later measurements report ratios between these. Few predictions carry most of a step's KL, so that a mean over some of them is mostly too
+low and sometimes far too high: κ follows the mean ratio, not the mean of its logarithm, and the band is wider above."""
 
 EXCESS = 1.25
 """A measured step that spends more than this many times its budget is shortened to it."""
@@ -32,8 +33,8 @@ BREACH = 3.0
 class Calibration:
     """The scale κ of the metric, when to measure, and when to distrust.
 
-    Measured at every step at first, then at intervals that grow with the step up to ``every``, and whenever Δ jumps. Before step ``warmup`` κ may rise fast. κ moves by the
-    measured ratio to the power ``gain``, so that noise of one minibatch is averaged over a few measurements.
+    Measured at every step at first, then at intervals that grow with the step up to ``every``, and whenever Δ jumps. Before step ``warmup`` κ may rise fast. κ moves by a
+    share ``gain`` of what the measured ratio asks for, so that noise of one minibatch is averaged over a few measurements.
     """
 
     every: int = 10
@@ -60,8 +61,11 @@ class Calibration:
         are not typical, and say whether the curvature is out of date."""
         ratio = realised / predicted
         if self.due(step):
-            top = RISE if step < self.warmup else BAND
-            self.kappa *= min(max(ratio, 1 / BAND), top) ** self.gain
+            low, high = BAND
+            if step < self.warmup:
+                self.kappa *= min(max(ratio, low), RISE) ** self.gain
+            else:
+                self.kappa *= 1 + self.gain * (min(max(ratio, low), high) - 1)
             self.last = step
         self.breached = ratio > BREACH
 

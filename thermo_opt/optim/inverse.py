@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,69 +12,77 @@ JITTERS = (1e-6, 1e-4, 1e-2)
 """Multiples of the mean diagonal added, in turn, to a matrix that is not numerically positive definite."""
 
 
-SMALL = 160
+SMALL = 300
 """Up to this side the inverse is L⁻ᵀL⁻¹, three times the multiplications of LAPACK's inverse from the Cholesky factor but run by threads:
 two take 0.7 of its time, one 1.1. The same on GPUs."""
+
+TOGETHER = 1 << 20
+"""Most numbers that are inverted in one batch (memory: three times as much)."""
 
 Amount = Tensor | float
 """A multiple of the identity: a number, or one a matrix of a batch."""
 
 
 def positive_inverse(matrix: Tensor, shift: Amount = 0.0) -> tuple[Tensor | None, str]:
-    """((M + cI)⁻¹, note) of a symmetric positive definite matrix (…, k, k) by Cholesky, about k³ multiplications.
+    """((M + cI)⁻¹, note) of a symmetric positive definite matrix (k, k) by Cholesky, about k³ multiplications.
 
     The ladder: the given precision; float64; float64 with jitter on the diagonal. ``(None, note)`` where all of it fails, for the
     caller to keep its last inverse. The note is empty when the plain solver succeeded.
     """
-    inverse = plain_inverse(matrix, shift)
+    inverse = plain_inverses([matrix], [shift])
     if inverse is not None:
-        return inverse, ""
+        return inverse[0], ""
     if not all_finite(matrix):
         return None, "factor is not finite"
     precise = shifted(matrix.double(), shift)
-    mean = precise.diagonal(dim1=-2, dim2=-1).abs().mean(-1)[..., None]
+    mean = precise.diagonal().abs().mean()
     for jitter in (0.0, *JITTERS):
-        factor, info = torch.linalg.cholesky_ex(precise + torch.diag_embed((jitter * mean).expand(matrix.shape[:-1])))
+        factor, info = torch.linalg.cholesky_ex(precise + torch.diag_embed((jitter * mean).expand(len(matrix))))
         if not bool(info.any()):
             note = "Cholesky failed; retried in float64" + (f" with jitter {jitter:g}" if jitter else "")
             return torch.cholesky_inverse(factor).to(matrix.dtype), note
     return None, "factor is not positive definite"
 
 
-def plain_inverse(matrix: Tensor, shift: Amount) -> Tensor | None:
-    """(M + cI)⁻¹ of matrices (…, k, k) in the given precision, or None where one is not positive definite (or not finite)."""
-    k = matrix.shape[-1]
-    factor, info = torch.linalg.cholesky_ex(shifted(matrix, shift, border=k >= 128 and k % 64 == 0))
+def plain_inverses(matrices: Sequence[Tensor], shifts: Sequence[Amount]) -> Tensor | None:
+    """(M + cI)⁻¹ of matrices (k, k) or batches (m, k, k) of one side k, all in one batch (…, k, k), in the given precision.
+
+    None where one of them is not positive definite (or not finite). An inverse doesn't depend, to the bit, on what it shares a batch with.
+    """
+    k, like = matrices[0].shape[-1], matrices[0]
+    # A border diag(M, 1): rows a power of two long fall on the same cache lines, which makes LAPACK's Cholesky up to four times slower.
+    side = k + (k >= 128 and k % 64 == 0)
+    counts = [len(m) if m.dim() == 3 else 1 for m in matrices]
+    work = like.new_empty(sum(counts), side, side)
+    inner, diagonal = work[:, :k, :k], work.diagonal(dim1=-2, dim2=-1)
+    if side > k:
+        work[:, k, :k] = 0.0  # the upper triangle is not read
+        diagonal[:, k] = 1.0
+    for part, matrix, shift in zip(inner.split(counts), matrices, shifts, strict=True):
+        part.copy_(matrix)
+        on = part.diagonal(dim1=-2, dim2=-1)
+        on += shift[..., None] if isinstance(shift, Tensor) and shift.dim() else shift
+    factor, info = torch.linalg.cholesky_ex(work)
     if bool(info.any()) or not all_finite(factor.diagonal(dim1=-2, dim2=-1)):
         return None
-    if k <= SMALL or matrix.is_cuda:
-        eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
-        root = torch.linalg.solve_triangular(factor, eye, upper=False)[..., :k, :k]
+    if k <= SMALL or like.is_cuda:
+        eye = torch.eye(side, dtype=like.dtype, device=like.device).expand_as(factor)
+        root = torch.linalg.solve_triangular(factor, eye, upper=False)[:, :k, :k]
         return root.mT @ root
     # LAPACK's result is column-major: its transpose, which equals it, is laid out as the products want it.
-    return torch.cholesky_inverse(factor).mT[..., :k, :k].contiguous()
+    return torch.cholesky_inverse(factor).mT[:, :k, :k]
 
 
-def all_finite(t: Tensor) -> bool:
-    """Whether a tensor holds no NaN or infinity: the sum of one that does is never finite. (A sum that overflows counts too.)"""
-    return math.isfinite(float(t.sum()))
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether tensors hold no NaN or infinity: the sum of one that does is never finite. (A sum that overflows counts too.)"""
+    return math.isfinite(float(sum(t.sum() for t in tensors)))
 
 
-def shifted(matrix: Tensor, amount: Amount, border: bool = False) -> Tensor:
-    """M + cI, a diagonal (k,) staying one; with ``border``, ``diag(M + cI, 1)``.
-
-    The border serves Cholesky: rows a power of two long fall on the same cache lines, which makes LAPACK's up to four times slower.
-    """
+def shifted(matrix: Tensor, amount: Amount) -> Tensor:
+    """M + cI, a diagonal (k,) staying one."""
     if matrix.dim() == 1:
         return matrix + amount
-    if border:
-        k = matrix.shape[-1]
-        out = matrix.new_zeros(*matrix.shape[:-2], k + 1, k + 1)
-        out[..., :k, :k] = matrix
-        out[..., k, k] = 1.0
-        inner = out[..., :k, :k]
-    else:
-        out = inner = matrix.clone()
-    diagonal = inner.diagonal(dim1=-2, dim2=-1)
+    out = matrix.clone()
+    diagonal = out.diagonal(dim1=-2, dim2=-1)
     diagonal += amount[..., None] if isinstance(amount, Tensor) and amount.dim() else amount
     return out

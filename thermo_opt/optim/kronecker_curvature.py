@@ -32,7 +32,7 @@ from thermo_opt.optim.inverse import all_finite
 from thermo_opt.optim.kronecker_unit import KroneckerUnit, TiedUnit
 from thermo_opt.optim.observer import Forward, Tap, attach, on_gradient, quiet
 from thermo_opt.optim.schedule import Refresh
-from thermo_opt.optim.solvers import Solver
+from thermo_opt.optim.solvers import Solver, invert
 from thermo_opt.optim.units import DiagonalUnit, LayerUnit, ScaleUnit, Settings, Unit
 
 SIDES = (1024, 512, 256, 128)
@@ -182,7 +182,7 @@ class KroneckerCurvature(Curvature):
         self.processes.average([t for _, observed in found for t in observed])
         refreshed = []
         for unit, observed in found:
-            if all(map(all_finite, observed)):
+            if all_finite(*observed):
                 unit.fold(observed)
                 refreshed.append(unit)
             else:
@@ -191,6 +191,7 @@ class KroneckerCurvature(Curvature):
         self._fall_back(gradients, terms, damping)
         for job, unit in enumerate(refreshed):
             unit.refresh(damping, compute=self.processes.mine(job))
+        invert([part for job, unit in enumerate(refreshed) if self.processes.mine(job) for part in unit.damped])
         self.processes.hand_out([unit.shared() for unit in refreshed])
         for unit in refreshed:
             unit.finish(self.processes.average)

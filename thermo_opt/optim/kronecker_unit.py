@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from thermo_opt.fisher.kronecker import EigenvalueCorrectedBlock, Factor, KroneckerBlock, KroneckerRule
 from thermo_opt.fisher.kronecker.estimate import projected_squares
@@ -22,10 +23,13 @@ from thermo_opt.optim.units import (
     LayerUnit,
     Running,
     Settings,
+    Use,
+    alike,
     rtol_of,
     second_moment,
     stack,
     thin,
+    together,
 )
 
 SETTLED = 30
@@ -46,6 +50,7 @@ class _Side:
         self.layer, self.bias = layer, bias
         self.average = Running()
         self.limit: int | None = None
+        self.use: Use | None = None
         self.A: list[Tensor] = []
         self.A_rows = 0
         self.G: list[Tensor] = []
@@ -63,8 +68,9 @@ class _Side:
         self.rows += rows
 
     def observed(self, terms: float) -> list[Tensor]:
-        found = self.A + [G.mul_(terms) for G in self.G]
-        self.A, self.G = [], []
+        torch._foreach_mul_(self.G, terms)
+        found = self.A + self.G
+        self.use, self.A, self.G = None, [], []
         return found
 
     def cut(self, side: Tensor, bias: bool) -> list[Tensor]:
@@ -148,40 +154,55 @@ class KroneckerUnit(LayerUnit):
             rows = thin(samples.flatten(-3, -2), settings.rows, offset)
             if self.corrected:
                 side.samples.append((thin(indices.reshape(-1, 1), settings.rows, offset), rows, total))
+            side.add(A, A_rows, self._squares(rows, total), total)
+            return
+        examples = x.shape[0] if x.dim() > 1 else 1
+        positions = math.prod(g.shape[2:]) if isinstance(rule, ConvRule) else 1
+        kept = examples
+        if settings.rows is not None and isinstance(rule, ConvRule):
+            # Unfolding is the cost here: take a few examples whole, several times the rows wanted.
+            kept = min(examples, max(8, math.ceil(8 * settings.rows / positions)))
+            x, g = _examples(x, kept, offset), _examples(g, kept, offset)
+        inputs = flatten(rule.inputs(module, x), settings.setting, mean=True)
+        gradients = flatten(rule.gradients(module, x, g), settings.setting, mean=False)
+        total = gradients.shape[-2] * examples / kept
+        use = Use(thin(inputs, settings.rows, offset), thin(gradients, settings.rows, offset), total)
+        if self.corrected:
+            side.samples.append((use.x, use.g, total))
+        if not rule.covers(module, "weight"):  # the bias alone: its input is 1
+            use.x = use.x[..., :0]
+        if side.use is None and settings.rows is not None:
+            side.use = use.kept()
         else:
-            examples = x.shape[0] if x.dim() > 1 else 1
-            positions = math.prod(g.shape[2:]) if isinstance(rule, ConvRule) else 1
-            kept = examples
-            if settings.rows is not None and isinstance(rule, ConvRule):
-                # Unfolding is the cost here: take a few examples whole, several times the rows wanted.
-                kept = min(examples, max(8, math.ceil(8 * settings.rows / positions)))
-                x, g = _examples(x, kept, offset), _examples(g, kept, offset)
-            inputs = flatten(rule.inputs(module, x), settings.setting, mean=True)
-            gradients = flatten(rule.gradients(module, x, g), settings.setting, mean=False)
-            total = gradients.shape[-2] * examples / kept
-            a, rows = thin(inputs, settings.rows, offset), thin(gradients, settings.rows, offset)
-            size, A_rows = a.shape[-1], a.shape[-2]
-            if self.corrected:
-                side.samples.append((a, rows, total))
-            if not rule.covers(module, "weight"):  # the bias alone: its input is 1
-                a, size = a[..., :0], 0
-            if side.bias:
-                a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
-            A = [
-                second_moment(a[..., s : e + (side.bias and e == size)], 1 / A_rows)
-                for s, e in bounds(size, side.limit)
-            ]
-        G = [second_moment(rows[..., s:e], total / rows.shape[-2]) for s, e in bounds(rows.shape[-1], side.limit)]
-        side.add(A, A_rows, G, total)
+            self._add([side], [use])
+
+    def _add(self, sides: Sequence[_Side], uses: Sequence[Use]) -> None:
+        """Turn rows into factors."""
+        a, rows = together(uses)
+        bias, size, A_rows = sides[0].bias, a.shape[-1], a.shape[-2]
+        if bias:
+            a = functional.pad(a, (0, 1), value=1.0)
+        A = [second_moment(a[..., s : e + (bias and e == size)], 1 / A_rows) for s, e in bounds(size, sides[0].limit)]
+        G = self._squares(rows, uses[0].total)
+        for j, (side, use) in enumerate(zip(sides, uses, strict=True)):
+            own_A, own_G = (A, G) if len(uses) == 1 else ([t[j] for t in A], [t[j] for t in G])
+            side.add(own_A, A_rows, own_G, use.total)
+
+    def _squares(self, rows: Tensor, total: float) -> list[Tensor]:
+        """The blocks of G, of gradients that stand for ``total`` rows."""
+        limit = self.sides[0].limit
+        return [second_moment(rows[..., s:e], total / rows.shape[-2]) for s, e in bounds(rows.shape[-1], limit)]
 
     def observed(self, terms: float) -> list[Tensor] | None:
         self._terms = terms
+        for places, uses in alike([side.use for side in self.sides]):
+            self._add([self.sides[place] for place in places], uses)
         self._seen = [side for side in self.sides if side.A]
         return [t for side in self._seen for t in side.observed(terms)] or None
 
     def discard(self) -> None:
         for side in self.sides:
-            side.A, side.G, side.samples = [], [], []
+            side.use, side.A, side.G, side.samples = None, [], [], []
 
     def work(self, limit: int | None) -> tuple[float, float]:
         """Multiplications of (the layer's three passes, one `solve` with sides cut to ``limit``) as last captured."""
@@ -224,7 +245,7 @@ class KroneckerUnit(LayerUnit):
         self.damping = damping
         if not self.settings.spectral:
             last = self.solver if isinstance(self.solver, KroneckerInverse) else None
-            self.solver = KroneckerInverse(*pair, damping, last, compute)
+            self.solver = KroneckerInverse(*pair, damping, last)
             return
         (A,), (G,) = pair
         if self._block is None:

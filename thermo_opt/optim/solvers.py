@@ -17,13 +17,21 @@ from torch import Tensor
 
 from thermo_opt.fisher import spectral
 from thermo_opt.fisher.kronecker import Block
-from thermo_opt.optim.inverse import Amount, plain_inverse, positive_inverse, shifted
+from thermo_opt.optim.inverse import TOGETHER, Amount, plain_inverses, positive_inverse, shifted
 
 
 class Solver(ABC):
     """F_λ of one block, in the block's coordinates."""
 
-    notes: list[str]
+    @property
+    def notes(self) -> list[str]:
+        """What went wrong in the last refresh, if anything."""
+        return []
+
+    @property
+    def damped(self) -> Sequence[Damped]:
+        """The matrices that `invert` must invert before the solver is used."""
+        return ()
 
     @abstractmethod
     def solve(self, v: Tensor) -> Tensor:
@@ -36,10 +44,6 @@ class Solver(ABC):
     def accumulate(self, b: Tensor, mu: float, v: Tensor) -> None:
         """b ← μ b + F_λ⁻¹ v, in place."""
         b.mul_(mu).add_(self.solve(v))
-
-    def cached(self) -> list[Tensor]:
-        """The costly tensors of a refresh, for one process to compute and the others to receive."""
-        return []
 
 
 def _mean_of_blocks(blocks: Sequence[Tensor]) -> Tensor:
@@ -65,63 +69,105 @@ def damping_split(A: Sequence[Tensor], G: Sequence[Tensor], damping: float) -> t
 
 
 class Damped:
-    """``M + cI`` of a block (k,), (k, k) or a batch (m, k, k), and its inverse.
+    """``M + cI`` of a block (k,), (k, k) or a batch (m, k, k), and its inverse, which `invert` fills in unless the block is a diagonal.
 
     One that can't be inverted keeps the inverse of ``last``, or becomes a multiple of the identity, and says so in ``notes``. The block
-    is not copied: `matrix` is right until the running factors change, which makes a new one. With ``compute=False`` the inverse is
-    left for another process to fill.
+    is not copied: `matrix` is right until the running factors change, which makes a new one. ``into``: where the inverse goes.
     """
 
-    def __init__(self, block: Tensor, amount: Amount, last: Damped | None, compute: bool = True) -> None:
+    def __init__(self, block: Tensor, amount: Amount, last: Damped | None, into: Tensor | None = None) -> None:
         self.notes: list[str] = []
-        self.block, self.amount = block, amount
-        self.inverse: Tensor
+        self.block, self.amount, self._last = block, amount, last
+        if last is not None:
+            last._last = None  # no chain of all that were before
         if block.dim() == 1:
             self.inverse = (block + amount).reciprocal()
-        elif not compute:
-            self.inverse = torch.empty_like(block)
-        elif block.dim() == 2:
-            self._invert(last)
         else:
-            whole = plain_inverse(block, amount)
-            if whole is None:  # one by one, so that only those that fail are affected
-                amounts = amount if isinstance(amount, Tensor) else block.new_full(block.shape[:1], amount)
-                each = [
-                    Damped(b, c, None if last is None else last[j])
-                    for j, (b, c) in enumerate(zip(block, amounts, strict=True))
-                ]
-                self.notes = sorted({note for one in each for note in one.notes})
-                self.block = torch.stack([one.block for one in each])
-                self.amount = torch.stack([torch.as_tensor(one.amount, dtype=block.dtype) for one in each]).to(block)
-                whole = torch.stack([one.inverse for one in each])
-            self.inverse = whole
+            self.inverse = torch.empty_like(block) if into is None else into
 
-    def _invert(self, last: Damped | None) -> None:
+    def fill(self, inverse: Tensor | None) -> None:
+        """Take over the inverse, or find it by the ladder, each of a batch for itself."""
+        if inverse is not None:
+            self.inverse.copy_(inverse)
+        elif self.block.dim() == 2:
+            self._climb()
+        else:
+            each = [self[j] for j in range(len(self.block))]
+            for one in each:
+                one._climb()
+            self.notes = sorted({note for one in each for note in one.notes})
+            self.block = torch.stack([one.block for one in each])
+            self.amount = torch.stack([torch.as_tensor(one.amount) for one in each]).to(self.block)
+        self._last = None
+
+    def _climb(self) -> None:
         inverse, note = positive_inverse(self.block, self.amount)
         if inverse is None:
-            if last is not None:
-                inverse = last.inverse
+            if self._last is not None:
+                inverse = self._last.inverse
                 note += "; kept the last inverse"
             else:
                 mean = torch.nan_to_num(_mean_of_blocks([self.block]), posinf=0.0, neginf=0.0).abs() + 1.0
                 inverse = torch.diag_embed((1 / mean).expand(self.block.shape[-1]))
                 note += "; used a multiple of the identity"
             self.block, self.amount = torch.linalg.inv(inverse.double()).to(self.block.dtype), 0.0
-        self.inverse = inverse
+        self.inverse.copy_(inverse)
         if note:
             self.notes.append(note)
 
     def __getitem__(self, j: int) -> Damped:
         """One of a batch."""
-        one = Damped.__new__(Damped)
-        one.notes, one.block, one.inverse = [], self.block[j], self.inverse[j]
-        one.amount = self.amount[j] if isinstance(self.amount, Tensor) else self.amount
-        return one
+        amount = self.amount[j] if isinstance(self.amount, Tensor) else self.amount
+        return Damped(self.block[j], amount, None if self._last is None else self._last[j], self.inverse[j])
 
     @property
     def matrix(self) -> Tensor:
         """``M + cI``; a diagonal stays one."""
         return shifted(self.block, self.amount)
+
+    def times(self, v: Tensor) -> Tensor:
+        """``(M + cI) v`` with v (…, k, m)."""
+        if self.block.dim() == 1:
+            return self.matrix[..., None] * v
+        return self._shift(self.block @ v, v)
+
+    def times_left(self, v: Tensor) -> Tensor:
+        """``v (M + cI)`` with v (…, m, k)."""
+        if self.block.dim() == 1:
+            return v * self.matrix
+        return self._shift(v @ self.block, v)
+
+    def _shift(self, image: Tensor, v: Tensor) -> Tensor:
+        if isinstance(self.amount, Tensor):
+            return image.addcmul_(v, self.amount[..., None, None])
+        return image.add_(v, alpha=self.amount)
+
+
+def invert(parts: Sequence[Damped]) -> None:
+    """Invert damped blocks, those of one size in one batch."""
+    alike: dict[tuple[object, ...], list[Damped]] = {}
+    for part in parts:
+        alike.setdefault((part.block.shape[-1], part.block.dtype, part.block.device), []).append(part)
+    for group in alike.values():
+        start = 0
+        while start < len(group):
+            end, numbers = start, 0
+            while end < len(group) and (end == start or numbers + group[end].block.numel() <= TOGETHER):
+                numbers += group[end].block.numel()
+                end += 1
+            _invert_alike(group[start:end])
+            start = end
+
+
+def _invert_alike(parts: Sequence[Damped]) -> None:
+    whole = plain_inverses([part.block for part in parts], [part.amount for part in parts])
+    if whole is None:  # one by one, so that only those that fail are affected
+        for part in parts:
+            part.fill(None)
+        return
+    sizes = [len(part.block) if part.block.dim() == 3 else 1 for part in parts]
+    for part, inverse in zip(parts, whole.split(sizes), strict=True):
+        part.fill(inverse.view_as(part.block) if part.block.dim() == 3 else inverse[0])
 
 
 class Side:
@@ -130,16 +176,17 @@ class Side:
     ``equal``: the inverses of several blocks of one size as one tensor (…, blocks, k, k), of which they are views.
     """
 
-    def __init__(self, blocks: Sequence[Tensor], amount: Amount, last: Side | None, compute: bool = True) -> None:
-        self.parts: list[Damped] = [
-            Damped(block, amount, None if last is None else last.parts[i], compute) for i, block in enumerate(blocks)
-        ]
-        self.notes = [note for part in self.parts for note in part.notes]
+    def __init__(self, blocks: Sequence[Tensor], amount: Amount, last: Side | None) -> None:
         self.equal: Tensor | None = None
+        places: Sequence[Tensor | None] = [None] * len(blocks)
         if len({block.shape for block in blocks}) == 1 < len(blocks):
-            self.equal = torch.stack([part.inverse for part in self.parts], dim=-3)
-            for i, part in enumerate(self.parts):
-                part.inverse = self.equal[..., i, :, :]
+            *batch, k, _ = blocks[0].shape
+            self.equal = blocks[0].new_empty(*batch, len(blocks), k, k)
+            places = self.equal.unbind(-3)
+        before = [None] * len(blocks) if last is None else last.parts
+        self.parts: list[Damped] = [
+            Damped(*part) for part in zip(blocks, [amount] * len(blocks), before, places, strict=True)
+        ]
         ends = list(itertools.accumulate(block.shape[-1] for block in blocks))
         self.ends = list(zip([0, *ends], ends, strict=False))
 
@@ -148,31 +195,37 @@ class Side:
         """The blocks of ``(M + cI)⁻¹``."""
         return [part.inverse for part in self.parts]
 
-    @property
-    def damped(self) -> list[Tensor]:
-        """The blocks of ``M + cI``."""
-        return [part.matrix for part in self.parts]
-
-    def right(self, v: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-        """``v M`` with v (…, m, k)."""
-        if len(matrices) == 1:
-            return v * matrices[0] if matrices[0].dim() == 1 else v @ matrices[0]
+    def solve_right(self, v: Tensor) -> Tensor:
+        """``v (M + cI)⁻¹`` with v (…, m, k)."""
+        if len(self.parts) == 1:
+            inverse = self.parts[0].inverse
+            return v * inverse if inverse.dim() == 1 else v @ inverse
         out = torch.empty_like(v)
-        for (start, end), block in zip(self.ends, matrices, strict=True):
-            torch.matmul(v[..., start:end], block, out=out[..., start:end])
+        for (start, end), part in zip(self.ends, self.parts, strict=True):
+            torch.matmul(v[..., start:end], part.inverse, out=out[..., start:end])
         return out
 
-    def left(self, matrices: Sequence[Tensor], v: Tensor) -> Tensor:
-        """``M v`` with v (…, k, m)."""
-        if len(matrices) == 1:
-            return matrices[0][..., None] * v if matrices[0].dim() == 1 else matrices[0] @ v
+    def solve_left(self, v: Tensor) -> Tensor:
+        """``(M + cI)⁻¹ v`` with v (…, k, m)."""
+        if len(self.parts) == 1:
+            inverse = self.parts[0].inverse
+            return inverse[..., None] * v if inverse.dim() == 1 else inverse @ v
         if self.equal is not None:  # one product of a stack runs by threads, several small ones don't
-            rows = v.unflatten(-2, (len(matrices), -1))
-            return (torch.stack(list(matrices), dim=-3) @ rows).flatten(-3, -2)
+            return (self.equal @ v.unflatten(-2, (len(self.parts), -1))).flatten(-3, -2)
         out = torch.empty_like(v)
-        for (start, end), block in zip(self.ends, matrices, strict=True):
-            torch.matmul(block, v[..., start:end, :], out=out[..., start:end, :])
+        for (start, end), part in zip(self.ends, self.parts, strict=True):
+            torch.matmul(part.inverse, v[..., start:end, :], out=out[..., start:end, :])
         return out
+
+    def right(self, v: Tensor) -> Tensor:
+        """``v (M + cI)`` with v (…, m, k)."""
+        parts = [part.times_left(v[..., s:e]) for (s, e), part in zip(self.ends, self.parts, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def left(self, v: Tensor) -> Tensor:
+        """``(M + cI) v`` with v (…, k, m)."""
+        parts = [part.times(v[..., s:e, :]) for (s, e), part in zip(self.ends, self.parts, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 
 class KroneckerInverse(Solver):
@@ -182,28 +235,28 @@ class KroneckerInverse(Solver):
     over blocks; solve: out·in·(k_A + k_G) multiplications for blocks of side k.
     """
 
-    def __init__(
-        self,
-        A: Sequence[Tensor],
-        G: Sequence[Tensor],
-        damping: float,
-        last: KroneckerInverse | None,
-        compute: bool = True,
-    ) -> None:
+    def __init__(self, A: Sequence[Tensor], G: Sequence[Tensor], damping: float, last: KroneckerInverse | None) -> None:
         on_a, on_g = damping_split(A, G, damping)
         last_a, last_g = (None, None) if last is None else (last.A, last.G)
-        self.A: Side = Side(A, on_a, last_a, compute)
-        self.G: Side = Side(G, on_g, last_g, compute)
-        self.notes = [f"A: {n}" for n in self.A.notes] + [f"G: {n}" for n in self.G.notes]
+        self.A: Side = Side(A, on_a, last_a)
+        self.G: Side = Side(G, on_g, last_g)
+
+    @property
+    def notes(self) -> list[str]:
+        return [f"{name}: {n}" for name, side in (("A", self.A), ("G", self.G)) for p in side.parts for n in p.notes]
+
+    @property
+    def damped(self) -> Sequence[Damped]:
+        return [part for side in (self.A, self.G) for part in side.parts if part.block.dim() > 1]
 
     def solve(self, v: Tensor) -> Tensor:
-        return self.G.left(self.G.inverses, self.A.right(v, self.A.inverses))
+        return self.G.solve_left(self.A.solve_right(v))
 
     def accumulate(self, b: Tensor, mu: float, v: Tensor) -> None:
         if self.G.inverses[0].dim() == 1:
             super().accumulate(b, mu, v)
             return
-        half = self.A.right(v, self.A.inverses)
+        half = self.A.solve_right(v)
         if self.G.equal is not None:
             k, columns = self.G.equal.shape[-1], v.shape[-1]
             rows, inverses = half.view(-1, k, columns), self.G.equal.view(-1, k, k)
@@ -215,34 +268,34 @@ class KroneckerInverse(Solver):
             add(block, half[..., start:end, :], beta=mu)
 
     def matvec(self, v: Tensor) -> Tensor:
-        return self.G.left(self.G.damped, self.A.right(v, self.A.damped))
-
-    def cached(self) -> list[Tensor]:
-        return [t for side in (self.A, self.G) for t in side.inverses if t.dim() > 1]
+        return self.G.left(self.A.right(v))
 
 
 class DenseInverse(Solver):
     """``M + λI`` on vectors (…, k), inverted by Cholesky."""
 
-    def __init__(self, matrix: Tensor, damping: float, last: DenseInverse | None, compute: bool = True) -> None:
-        self.part: Damped = Damped(matrix, damping, None if last is None else last.part, compute)
-        self.notes = self.part.notes
+    def __init__(self, matrix: Tensor, damping: float, last: DenseInverse | None) -> None:
+        self.part: Damped = Damped(matrix, damping, None if last is None else last.part)
+
+    @property
+    def notes(self) -> list[str]:
+        return self.part.notes
+
+    @property
+    def damped(self) -> Sequence[Damped]:
+        return (self.part,)
 
     def solve(self, v: Tensor) -> Tensor:
         return (v[..., None, :] @ self.part.inverse)[..., 0, :]  # symmetric: a row times it reads it in order
 
     def matvec(self, v: Tensor) -> Tensor:
-        return (v[..., None, :] @ self.part.matrix)[..., 0, :]
-
-    def cached(self) -> list[Tensor]:
-        return [self.part.inverse]
+        return self.part.times_left(v[..., None, :])[..., 0, :]
 
 
 class DiagonalInverse(Solver):
     """``diag(f) + λ``; with λ = 0 entries ≤ cut are the null space."""
 
     def __init__(self, values: Tensor, damping: float, rtol: float = 0.0, atol: float = 0.0) -> None:
-        self.notes: list[str] = []
         self.cut = spectral.threshold(float(values.max()), rtol, atol)
         self.values, self.damping = values, damping
         self.inverse = spectral.inverse(values, damping, self.cut)
@@ -272,7 +325,10 @@ class Spectral(Solver):
         self.block, self.damping = block, damping
         self.cut = spectral.threshold(float(block.eigenvalues.max()), rtol, atol)
         self.inverse = spectral.inverse(block.eigenvalues, damping, self.cut)
-        self.notes = block.notes
+
+    @property
+    def notes(self) -> list[str]:
+        return self.block.notes
 
     def solve(self, v: Tensor) -> Tensor:
         return self.block.unproject(self.inverse * self.block.project(v))

@@ -21,7 +21,7 @@ from thermo_opt.fisher.kronecker.estimate import DENSE_SCALES
 from thermo_opt.fisher.kronecker.factors import working_dtype
 from thermo_opt.fisher.kronecker.layers import Layer
 from thermo_opt.fisher.spectral import default_rtol
-from thermo_opt.optim.solvers import DenseInverse, DiagonalInverse, Solver, Spectral
+from thermo_opt.optim.solvers import Damped, DenseInverse, DiagonalInverse, Solver, Spectral, invert
 
 Average = Callable[[Sequence[Tensor]], None]
 
@@ -45,9 +45,14 @@ class Settings:
     atol: float = 0.0
 
 
+FORGET = 4
+"""The share of the n-th observation in a young average is FORGET/(n + FORGET): what was seen in the first fraction of a run is forgotten as
+fast as curvature moves away from it (polynomial-decay averaging, Shamir & Zhang 2013)."""
+
+
 @dataclass
 class Running:
-    """Exponential average of tensors; the first observation counts fully, and the memory grows to 1/(1−decay)."""
+    """Average of tensors that remembers a constant fraction of the observations so far, and from then on 1/(1−decay) of them."""
 
     count: int = 0
     value: list[Tensor] = field(default_factory=list)
@@ -57,9 +62,8 @@ class Running:
         if not self.value:
             self.value = [t.clone() for t in new]
         else:
-            keep = min(decay, self.count / (self.count + 1))
-            for old, fresh in zip(self.value, new, strict=True):
-                old.lerp_(fresh, 1 - keep)
+            keep = min(decay, self.count / (self.count + FORGET))
+            torch._foreach_lerp_(self.value, list(new), 1 - keep)
         self.count += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -68,6 +72,39 @@ class Running:
     def load_state_dict(self, state: dict[str, Any], like: Tensor) -> None:
         self.count = int(state["count"])
         self.value = [t.to(device=like.device).clone() for t in state["value"]]
+
+
+@dataclass
+class Use:
+    """Rows of one use of a layer in a pass: its inputs ``x`` (…, r, k) and output gradients ``g``; the latter stand for ``total`` rows."""
+
+    x: Tensor
+    g: Tensor
+    total: float
+
+    def kept(self) -> Use:
+        """The same in memory of its own, so that the pass's activations can go."""
+        x, g = (t.clone(memory_format=torch.contiguous_format) for t in (self.x, self.g))
+        return Use(x, g, self.total)
+
+
+def together(uses: Sequence[Use]) -> tuple[Tensor, Tensor]:
+    """x and g of uses of equal shapes as one batch (m, …); as they are if there is but one."""
+    if len(uses) == 1:
+        return uses[0].x, uses[0].g
+    return torch.stack([use.x for use in uses]), torch.stack([use.g for use in uses])
+
+
+def alike(uses: Sequence[Use | None]) -> list[tuple[list[int], list[Use]]]:
+    """Uses that can be treated as one batch, and where in the list they stand."""
+    found: dict[tuple[object, ...], tuple[list[int], list[Use]]] = {}
+    for place, use in enumerate(uses):
+        if use is not None:
+            key = (use.x.shape, use.x.dtype, use.g.shape, use.g.dtype, use.total)
+            places, same = found.setdefault(key, ([], []))
+            places.append(place)
+            same.append(use)
+    return list(found.values())
 
 
 class Unit(ABC):
@@ -118,7 +155,7 @@ class Unit(ABC):
 
     @abstractmethod
     def refresh(self, damping: float, compute: bool = True) -> None:
-        """Build the solver; with ``compute=False`` its costly tensors are left for another process to fill."""
+        """Build the solver, up to its inverses (`invert`); with ``compute=False`` eigenbases, too, are left for another process to fill."""
 
     def running(self) -> list[Running]:
         """The running averages, for saving."""
@@ -126,7 +163,12 @@ class Unit(ABC):
 
     def shared(self) -> list[Tensor]:
         """Costly tensors of the last refresh, in place, for broadcasting."""
-        return [] if self.solver is None else self.solver.cached()
+        return [part.inverse for part in self.damped]
+
+    @property
+    def damped(self) -> Sequence[Damped]:
+        """The matrices that wait for their inverses after `refresh`."""
+        return () if self.solver is None else self.solver.damped
 
     def finish(self, average: Average) -> None:
         """Called after `shared` tensors have arrived; ``average`` replaces tensors by their means over processes."""
@@ -156,6 +198,7 @@ class Unit(ABC):
         self.solver = None
         if state["ready"]:
             self.refresh(float(state["damping"]))
+            invert(self.damped)
             self.finish(lambda tensors: None)
         self.squared, self.crossed, self.decayed = (float(x) for x in state["lengths"])
 
@@ -241,12 +284,14 @@ class ScaleUnit(LayerUnit):
         self.sizes = [p.numel() for p in self._each(params)[0]]
         self.dense = sum(self.sizes) <= DENSE_SCALES
         self.averages = [Running() for _ in layers]
+        self._uses: list[Use | None] = [None] * len(layers)
         self._pending: list[Tensor | None] = [None] * len(layers)
         self._seen: list[int] = []
 
     def kind(self) -> tuple[object, ...] | None:
+        module = self.layers[0].module
         stackable = self.dense and not self.settings.spectral
-        return (ScaleUnit, tuple(self.sizes)) if stackable else None
+        return (ScaleUnit, type(module), getattr(module, "eps", None), tuple(self.sizes)) if stackable else None
 
     def joined(self, units: Sequence[LayerUnit]) -> ScaleUnit:
         layers, params = [la for u in units for la in u.layers], [p for u in units for p in u.params]
@@ -269,34 +314,51 @@ class ScaleUnit(LayerUnit):
 
     def capture(self, place: int, x: Tensor, g: Tensor, offset: int) -> None:
         layer = self.layers[place]
-        rule = layer.rule
+        rule, most = layer.rule, self.settings.rows
         assert isinstance(rule, ScaleRule)
         width = max(self.sizes)
-        total = g.numel() // width
+        total = float(g.numel() // width)
         if rule.axes == "last":  # positions are independent: thin them before any arithmetic
-            shape = layer.module.weight.shape
-            x, g = (thin(t.reshape(-1, width), self.settings.rows, offset).unflatten(-1, shape) for t in (x, g))
-            rows = rule.rows(layer.module, rule.normalised(layer.module, x), g, "expand")
+            x, g = (thin(t.reshape(-1, width), most, offset) for t in (x, g))
+            use = Use(x, g, total)
         else:
             rows = rule.rows(layer.module, rule.normalised(layer.module, x), g, "reduce")
-            total = rows.shape[0]
-            rows = thin(rows, self.settings.rows, offset)
-        scale = total / rows.shape[0]
+            use = Use(rows.new_empty(0), thin(rows, most, offset), float(len(rows)))
+        if self._uses[place] is None and most is not None:
+            self._uses[place] = use.kept()
+        else:
+            self._add([place], [use])
+
+    def _add(self, places: Sequence[int], uses: Sequence[Use]) -> None:
+        """Turn rows into second moments."""
+        layer = self.layers[places[0]]
+        rule = layer.rule
+        assert isinstance(rule, ScaleRule)
+        x, rows = together(uses)
+        if rule.axes == "last":
+            shape = layer.module.weight.shape
+            x, g = (t.flatten(0, -2).unflatten(-1, shape) for t in (x, rows))
+            rows = rule.rows(layer.module, rule.normalised(layer.module, x), g, "expand").view(*rows.shape[:-1], -1)
+        scale = uses[0].total / rows.shape[-2]
         if self.dense:
-            moment = second_moment(rows, scale)
+            moments = second_moment(rows, scale)
         else:
             channels = rows.to(working_dtype(rows.dtype)).unflatten(-1, (len(self.sizes), -1))
-            moment = torch.einsum("npd,nqd->dpq", channels, channels).mul_(scale)
-        pending = self._pending[place]
-        self._pending[place] = moment if pending is None else pending.add_(moment)
+            moments = torch.einsum("...npd,...nqd->...dpq", channels, channels).mul_(scale)
+        for place, moment in zip(places, moments if len(uses) > 1 else [moments], strict=True):
+            pending = self._pending[place]
+            self._pending[place] = moment if pending is None else pending.add_(moment)
 
     def observed(self, terms: float) -> list[Tensor] | None:
+        for places, uses in alike(self._uses):
+            self._add(places, uses)
         pending = self._pending
         self.discard()
         self._seen = [j for j, moment in enumerate(pending) if moment is not None]
         return [moment.mul_(terms) for moment in pending if moment is not None] or None
 
     def discard(self) -> None:
+        self._uses = [None] * len(self.layers)
         self._pending = [None] * len(self.layers)
 
     def fold(self, observed: Sequence[Tensor]) -> None:
@@ -312,7 +374,7 @@ class ScaleUnit(LayerUnit):
             self.solver = Spectral(DenseBlock(matrix), damping, rtol_of(self.settings, matrix), self.settings.atol)
         else:
             last = self.solver if isinstance(self.solver, DenseInverse) else None
-            self.solver = DenseInverse(matrix, damping, last, compute)
+            self.solver = DenseInverse(matrix, damping, last)
 
     def running(self) -> list[Running]:
         return self.averages
