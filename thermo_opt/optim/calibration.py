@@ -12,6 +12,9 @@ from typing import Any
 PATIENCE = 8
 """The first measurements are this many times closer together than the steps taken before them."""
 
+SELDOM = 32
+"""The last ones are at most this many times closer together."""
+
 RISE = 11.0
 """Largest ratio of realised to predicted KL that a measurement in the warm-up reports to κ, which starts far too low."""
 
@@ -33,7 +36,8 @@ BREACH = 3.0
 class Calibration:
     """The scale κ of the metric, when to measure, and when to distrust.
 
-    Measured at every step at first, then at intervals that grow with the step up to ``every``, and whenever Δ jumps. Before step ``warmup`` κ may rise fast. κ moves by a
+    Measured at every step at first, then at intervals that grow with the step up to ``every`` (from step SELDOM·every on, slowly beyond),
+    and whenever Δ jumps. Before step ``warmup`` κ may rise fast. κ moves by a
     share ``gain`` of what the measured ratio asks for, so that noise of one minibatch is averaged over a few measurements.
     """
 
@@ -47,7 +51,7 @@ class Calibration:
 
     def due(self, step: int) -> bool:
         """Whether the schedule asks for a measurement at this step (0, 1, 2, …)."""
-        return step - self.last >= min(max(step // PATIENCE, 1), self.every)
+        return step - self.last >= min(max(step // PATIENCE, 1), max(self.every, step // SELDOM))
 
     def wanted(self, step: int, delta: float) -> bool:
         """Whether to measure this step: its turn has come, or its Δ (in the uncalibrated metric) stands out."""

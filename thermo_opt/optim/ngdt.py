@@ -43,7 +43,7 @@ class NGDT(Optimizer):
 
     so that ½ δᵀ(κF_λ)δ, to second order the KL divergence between the predictions before and after, equals lr²·budget until η_max
     binds. κ is 1 for exact metrics; for approximate ones it follows the KL that steps really cause (one forward pass of a few examples
-    of the minibatch, on each of the first steps and every ``calibrate``-th later); a measured step that overspends is shortened.
+    of the minibatch, on each of the first steps and every ``calibrate``-th later, seldomer in long runs); a measured step that overspends is shortened.
 
     The loss must be the *mean* negative log-likelihood of ``likelihood`` over the batch (auxiliary terms are welcome); under gradient
     accumulation, the mean over all equally large parts. Pass the model that you call (a compiled one, if you compile).
@@ -62,7 +62,7 @@ class NGDT(Optimizer):
         eigenvalues ≤ max(rtol·σ_max, atol) (K-FAC: of the products) count as zero.
     targets: "empirical" (the labels of the batch, no extra cost) or "sampled" (from the model: one more forward and backward pass on
         refresh steps). decay: memory of running factors. refresh_every: longest refresh interval; it grows to that from 1 over the
-        first ``20·refresh_every`` steps, blocks in turn. rows: most rows a layer's factors read at one refresh (None: all).
+        first ``12·refresh_every`` steps, blocks in turn. rows: most rows a layer's factors read at one refresh (None: all).
         overhead: largest share of the passes' multiplications that F_λ⁻¹g may cost; where it would cost more, wide factors are cut into
         diagonal blocks of side ≥ 128 (`math.inf`: never).
     calibrate: steps between measurements (0: never; default 10 for K-FAC kinds and "diagonal", 0 otherwise); calibration_predictions:

@@ -15,7 +15,7 @@ class Refresh:
     """
 
     longest: int = 32
-    patience: int = 14
+    patience: int = 12
     staggered: bool = True
 
     def interval(self, step: int) -> int:
