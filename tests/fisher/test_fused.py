@@ -1,5 +1,7 @@
 """Tangents by fused rules against the framework's own."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from thermo_opt.fisher.fused import FusedTangents
+from thermo_opt.fisher.slopes import FixedSlopes
 
 
 def tangents(function, values, moving):
@@ -80,3 +83,42 @@ def test_a_model_with_frozen_layers():
     run = lambda w: torch.func.functional_call(model, {"2.weight": w}, (x,))  # noqa: E731
     ours, theirs = tangents(run, [torch.randn(2, 3).double()], {0})
     torch.testing.assert_close(tuple(ours), tuple(theirs))
+
+
+@pytest.mark.parametrize("moving", [{0}, {1}, {2}, {0, 1}, {1, 2}, {0, 1, 2}, set()])
+@pytest.mark.parametrize("shape", [(4,), (3, 4)])
+def test_layer_norm(moving, shape):
+    torch.manual_seed(0)
+    values = [
+        torch.randn(5, 3, 4).double().mT.contiguous().mT,
+        torch.randn(shape).double(),
+        torch.randn(shape).double(),
+    ]
+    ours, theirs = tangents(lambda x, w, b: functional.layer_norm(x, shape, w, b, 1e-3), values, moving)
+    torch.testing.assert_close(tuple(ours), tuple(theirs))
+    if moving == {0}:
+        ours, theirs = tangents(lambda x: functional.layer_norm(x, shape), values[:1], moving)
+        torch.testing.assert_close(tuple(ours), tuple(theirs))
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4)])
+@pytest.mark.parametrize("given", [0, 1, 2])
+def test_layer_norm_recorded_as_a_linear_map(shape, given):
+    """Jᵀu and, as its transpose, J v, of inputs that don't lie in order."""
+    torch.manual_seed(0)
+    values = [
+        torch.randn(5, 3, 4).double().mT.contiguous().mT,
+        torch.randn(shape).double(),
+        torch.randn(shape).double(),
+    ]
+    values = [v.requires_grad_() for v in values[: 1 + given]]
+    u = torch.randn(5, 3, 4).double().requires_grad_()
+    v = [torch.randn_like(t) for t in values]
+    found = []
+    for fixed in (True, False):
+        with FixedSlopes() if fixed else contextlib.nullcontext():
+            out = functional.layer_norm(torch.tanh(values[0]), shape, *values[1:])
+        pulled = torch.autograd.grad(out, values, u, create_graph=True)
+        (pushed,) = torch.autograd.grad(pulled, u, v, retain_graph=True)
+        found.append((out.detach(), [t.detach() for t in pulled], pushed))
+    torch.testing.assert_close(*found)

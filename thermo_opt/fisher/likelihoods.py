@@ -122,10 +122,12 @@ class Categorical(Likelihood):
                 f"class targets must have shape {tuple(f.shape[:-1])} for outputs {tuple(f.shape)}, got {tuple(y.shape)}"
             )
         y = y.long()
-        counted = y if y.numel() and int(y.min()) >= 0 else y[y != IGNORED]
-        if counted.numel() == 0:
-            raise InputError("every target is ignored (−100): there is nothing to predict")
-        low, high = (int(end) for end in counted.aminmax())
+        low, high = (int(end) for end in y.aminmax()) if y.numel() else (IGNORED, IGNORED)
+        if low == IGNORED:
+            counted = y[y != IGNORED]
+            if counted.numel() == 0:
+                raise InputError("every target is ignored (−100): there is nothing to predict")
+            low, high = (int(end) for end in counted.aminmax())
         if low < 0 or high >= f.shape[-1]:
             raise InputError(f"class targets must lie in 0 … {f.shape[-1] - 1} (or be −100), got {low} … {high}")
         return y
@@ -143,23 +145,22 @@ class Categorical(Likelihood):
         return flat.view(y.shape)
 
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
-        counted = (y != IGNORED).unsqueeze(-1)
         one_hot = torch.zeros_like(f).scatter_(-1, y.clamp_min(0).unsqueeze(-1), 1.0)
-        return torch.where(counted, f.softmax(-1) - one_hot, 0.0)
+        return (_softmax(f) - one_hot).mul_((y != IGNORED).unsqueeze(-1))
 
     def product(self, f: Tensor, u: Tensor) -> Tensor:
-        p = f.softmax(-1)
+        p = _softmax(f)
         pu = p * u
         return pu - p * pu.sum(-1, keepdim=True)
 
     def root(self, f: Tensor, u: Tensor) -> Tensor:
         # B = diag(√p) − p√pᵀ: its column y is √p_y (e_y − p), the score of class y weighted by √p_y.
-        p = f.softmax(-1)
+        p = _softmax(f)
         su = p.sqrt() * u
         return su - p * su.sum(-1, keepdim=True)
 
     def root_transposed(self, f: Tensor, u: Tensor) -> Tensor:
-        p = f.softmax(-1)
+        p = _softmax(f)
         return p.sqrt() * (u - (p * u).sum(-1, keepdim=True))
 
     def whitened(self, f: Tensor, y: Tensor) -> Tensor:
@@ -170,7 +171,7 @@ class Categorical(Likelihood):
         return torch.where(counted, z, 0.0)
 
     def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        p = f.detach().softmax(-1)
+        p = _softmax(f.detach())
         return torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).view(p.shape[:-1])
 
     def kl(self, f: Tensor, other: Tensor) -> Tensor:
@@ -294,6 +295,11 @@ def likelihood(name: str | Likelihood, sigma2: float | None = None) -> Likelihoo
     if name not in families:
         raise InputError(f"likelihood {name!r} is not one of {', '.join(NAMES)}")
     return families[name]()
+
+
+def _softmax(f: Tensor) -> Tensor:
+    """Softmax over the last axis. Few classes go by columns: the framework's loop over rows shorter than a vector register is scalar."""
+    return f.softmax(-1) if f.shape[-1] >= 16 else f.movedim(-1, 0).softmax(0).movedim(0, -1)
 
 
 def _what(f: Tensor) -> str:

@@ -64,6 +64,7 @@ class Predictor:
 
     ``parameters``: None for the model's present values, or a mapping name → tensor that overrides some of its parameters and
     buffers (recorded weights; no model is copied). Values are copied, so later training doesn't move the metric.
+    ``copied``: False leaves that out, for a predictor that is used up before anything else happens to the model.
     ``microbatch``: most examples processed at once (None: the whole batch). ``count`` is n, the number of counted predictions.
     """
 
@@ -76,11 +77,12 @@ class Predictor:
         parameters: Mapping[str, Tensor] | None = None,
         sigma2: float | None = None,
         microbatch: int | None = None,
+        copied: bool = True,
     ) -> None:
         self.model = model
         self.likelihood = named_likelihood(likelihood, sigma2)
         self.notes: list[str] = []
-        state, self._modules, self._tied = _state(model)
+        state, self.modules, self._tied = _state(model)
         trainable = {name: p for name, p in state.items() if p.requires_grad and isinstance(p, nn.Parameter)}
         if not trainable:
             raise InputError("the model has no trainable parameters (requires_grad is False everywhere)")
@@ -95,8 +97,8 @@ class Predictor:
         self.names = tuple(trainable)
         # The model's own parameters and their versions, while these are the values asked for.
         self._own = None if given else [(p, p._version) for p in trainable.values()]
-        self.values = [_copy(given.pop(name, p), p) for name, p in trainable.items()]
-        self._fixed = {name: _copy(value, state[name]) for name, value in given.items()}
+        self.values = [_value(given.pop(name, p), p, copied) for name, p in trainable.items()]
+        self._fixed = {name: _value(value, state[name], copied) for name, value in given.items()}
         self.device, self.dtype = self.values[0].device, self.values[0].dtype
 
         self.batch = map_batch(Batch.of(batch), lambda t: t.to(self.device))
@@ -104,7 +106,7 @@ class Predictor:
         if microbatch is not None and microbatch < 1:
             raise InputError(f"microbatch must be at least 1, got {microbatch}")
         self.microbatch = min(microbatch or self.examples, self.examples)
-        frozen = sorted({type(m).__name__ for m in self._modules if isinstance(m, _STOCHASTIC) and m.training})
+        frozen = sorted({type(m).__name__ for _, m in self.modules if isinstance(m, _STOCHASTIC) and m.training})
         if frozen:
             self.note(f"{', '.join(frozen)} evaluated in evaluation mode; the model's own mode is left as it was")
         self.vmappable = True  # until the model is found not to be
@@ -155,7 +157,8 @@ class Predictor:
                 f"the model's outputs have {f.shape[0]} rows for {min(self.microbatch, self.examples - start)} examples; "
                 "the first dimension of inputs and outputs must be the examples"
             )
-        if not all(map(math.isfinite, torch.stack(f.aminmax()).tolist())):  # NaN, too, is its own least and largest
+        # A finite sum has finite terms; one that isn't may have overflowed.
+        if not math.isfinite(float(f.sum())) and not bool(torch.isfinite(f).all()):
             raise InputError(self._blame(inputs))
         if start == 0 and self.likelihood.suspicious(f):
             self.note(
@@ -221,7 +224,7 @@ class Predictor:
     def evaluation(self, once: bool = False) -> Iterator[None]:
         """Every module in evaluation mode, attention by kernels that can be differentiated in every way, unless only ``once``
         and backwards is enough; the model's flags are restored on leaving."""
-        training = [m for m in self._modules if m.training]
+        training = [m for _, m in self.modules if m.training]
         fastpath = torch.backends.mha.get_fastpath_enabled()
         _set_training(training, False)
         torch.backends.mha.set_fastpath_enabled(False)
@@ -333,7 +336,7 @@ class Predictor:
 
             return hook
 
-        handles = [module.register_forward_hook(look(name)) for name, module in self.model.named_modules()]
+        handles = [module.register_forward_hook(look(name)) for name, module in self.modules]
         try:
             with torch.no_grad(), self.evaluation():
                 self.call(self.values, inputs)
@@ -387,14 +390,14 @@ def kl(
     return max(first.mean(divergences), 0.0)
 
 
-def _state(model: nn.Module) -> tuple[dict[str, Tensor], list[nn.Module], bool]:
+def _state(model: nn.Module) -> tuple[dict[str, Tensor], list[tuple[str, nn.Module]], bool]:
     """Parameters and buffers by name, each once; the modules; whether some tensors stand in several places. One walk."""
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
     modules = []
     tied = False
     for prefix, module in model.named_modules():
-        modules.append(module)
+        modules.append((prefix, module))
         for kept in (module._parameters, module._buffers):
             for name, t in kept.items():
                 if t is None:
@@ -416,8 +419,9 @@ def _set_training(modules: Sequence[nn.Module], mode: bool) -> None:
             module.training = mode
 
 
-def _copy(value: Tensor, like: Tensor) -> Tensor:
-    return value.detach().to(dtype=like.dtype, device=like.device, copy=True)
+def _value(value: Tensor, like: Tensor, copied: bool) -> Tensor:
+    same = value is like and not copied
+    return value.detach() if same else value.detach().to(dtype=like.dtype, device=like.device, copy=copied)
 
 
 def _logits(output: Any) -> Tensor:

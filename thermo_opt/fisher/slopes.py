@@ -1,7 +1,8 @@
-"""Activations whose slope is dear to compute, computed once: for a linearisation the slope φ'(x) is a constant.
+"""Operations whose derivative is dear to take twice, recorded as what it is at one point: a fixed linear map.
 
-Autograd evaluates φ' anew in every backward pass, which for the exact GELU costs several times its forward pass. Products with J and
-Jᵀ at one point need φ'(x) only as a fixed factor, and never φ''.
+Autograd evaluates the slope φ'(x) of an activation anew in every backward pass, which for the exact GELU costs several times its forward
+pass, and writes the second derivative of a layer normalisation as thirty operations. Products with J and Jᵀ at one point need φ'(x)
+and the normalisation's mean and deviation only as constants, and no second derivative.
 """
 
 from __future__ import annotations
@@ -28,8 +29,72 @@ class _Slope(torch.autograd.Function):
         return u * ctx.saved_tensors[0], None, None
 
 
+def normalised_tangent(x_dot: Tensor, x: Tensor, shape: Sequence[int], mean: Tensor, rstd: Tensor) -> Tensor:
+    """(ẋ − mean ẋ − x̂ mean(x̂ẋ))/σ, the derivative of x̂ = (x − mean)/σ: a symmetric map, so autograd's backward kernel computes it."""
+    return torch.ops.aten.native_layer_norm_backward(
+        x_dot.contiguous(), x, list(shape), mean, rstd, None, None, [True, False, False]
+    )[0]
+
+
+class _Norm(torch.autograd.Function):
+    """Layer normalisation whose derivative is the linear map `_Pull`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int], eps: float
+    ) -> Tensor:
+        x = x.contiguous()
+        y, mean, rstd = torch.native_layer_norm(x, list(shape), weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.shape = shape
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
+        constants = [None if t is None else t.detach() for t in ctx.saved_tensors]
+        return (*_Pull.apply(u, ctx.shape, *constants), None, None)
+
+
+class _Pull(torch.autograd.Function):
+    """u ↦ (Jᵀu) of a layer normalisation at a fixed point, and as its own derivative v ↦ J v."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        shape: Sequence[int],
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.shape = shape
+        ctx.set_materialize_grads(False)
+        wanted = [True, weight is not None, bias is not None]
+        found = torch.ops.aten.native_layer_norm_backward(
+            u.contiguous(), x, list(shape), mean, rstd, weight, bias, wanted
+        )
+        return tuple(t if asked else None for t, asked in zip(found, wanted, strict=True))
+
+    @staticmethod
+    def backward(
+        ctx: Any, x_dot: Tensor | None, weight_dot: Tensor | None, bias_dot: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        out = torch.zeros_like(x) if x_dot is None else normalised_tangent(x_dot, x, ctx.shape, mean, rstd)
+        if weight is not None:
+            out = out.mul_(weight)
+        if weight_dot is not None:
+            out = out.addcmul_((x - mean).mul_(rstd), weight_dot)
+        if bias_dot is not None:
+            out = out.add_(bias_dot)
+        return (out, *[None] * 7)
+
+
 class FixedSlopes(TorchFunctionMode):
-    """While active, GELU, SiLU and Mish record their slope instead of their input. Only first derivatives are right."""
+    """While active, GELU, SiLU, Mish and layer normalisation record fixed derivatives. Only first derivatives are right."""
 
     functions: frozenset[Callable[..., Any]] = frozenset({functional.gelu, functional.silu, functional.mish})
 
@@ -41,6 +106,8 @@ class FixedSlopes(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         options = dict(kwargs or {})
+        if func is functional.layer_norm:
+            return _layer_norm(*args, **options)
         in_place = options.get("inplace", False) or len(args) > 1
         if func not in self.functions or in_place or not args or not args[0].requires_grad:
             return func(*args, **options)
@@ -48,3 +115,13 @@ class FixedSlopes(TorchFunctionMode):
         y = func(x, **options)
         (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
         return _Slope.apply(args[0], y.detach(), slope)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    return _Norm.apply(input, weight, bias, normalized_shape, eps)

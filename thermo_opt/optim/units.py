@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from thermo_opt.fisher.kronecker import DenseBlock, ScaleRule
 from thermo_opt.fisher.kronecker.estimate import DENSE_SCALES
-from thermo_opt.fisher.kronecker.factors import working_dtype
+from thermo_opt.fisher.kronecker.factors import working
 from thermo_opt.fisher.kronecker.layers import Layer
 from thermo_opt.fisher.spectral import default_rtol
 from thermo_opt.optim.solvers import Damped, DenseInverse, DiagonalInverse, Solver, Spectral, invert
@@ -213,7 +213,7 @@ class DiagonalUnit(Unit):
 
     def see(self, gradient: Tensor) -> None:
         """Take the gradient of the step's mean loss."""
-        self._pending = gradient.to(working_dtype(gradient.dtype)).square()
+        self._pending = working(gradient).square()
 
     def observed(self, terms: float) -> list[Tensor] | None:
         pending, self._pending = self._pending, None
@@ -343,7 +343,7 @@ class ScaleUnit(LayerUnit):
         if self.dense:
             moments = second_moment(rows, scale)
         else:
-            channels = rows.to(working_dtype(rows.dtype)).unflatten(-1, (len(self.sizes), -1))
+            channels = working(rows).unflatten(-1, (len(self.sizes), -1))
             moments = torch.einsum("...npd,...nqd->...dpq", channels, channels).mul_(scale)
         for place, moment in zip(places, moments if len(uses) > 1 else [moments], strict=True):
             pending = self._pending[place]
@@ -387,7 +387,7 @@ def rtol_of(settings: Settings, values: Tensor) -> float:
 
 def second_moment(rows: Tensor, scale: float) -> Tensor:
     """``scale · rowsᵀ rows`` of rows (…, r, k), in one pass."""
-    rows = rows.to(working_dtype(rows.dtype))
+    rows = working(rows)
     out = rows.new_empty(*rows.shape[:-2], rows.shape[-1], rows.shape[-1])
     add = out.addmm_ if out.dim() == 2 else out.baddbmm_
     return add(rows.mT, rows, beta=0.0, alpha=scale)

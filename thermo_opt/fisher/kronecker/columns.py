@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from thermo_opt.errors import InputError
-from thermo_opt.fisher.kronecker.factors import working_dtype
+from thermo_opt.fisher.kronecker.factors import working
 from thermo_opt.fisher.predictor import Part, Predictor
 from thermo_opt.fisher.scores import Targets, check_targets, cotangents
 
@@ -50,8 +50,8 @@ class Columns:
         columns = cotangents(self.predictor, part, f.detach(), self.targets, self.samples, generator).movedim(-1, 0)
         if self.targets == "sampled":  # draws are independent and their scores have mean zero already
             return columns
-        signs = torch.randint(0, 2, f.shape[:-1], generator=generator, dtype=f.dtype, device=f.device).mul_(2).sub_(1)
-        return columns * signs.unsqueeze(-1)
+        bits = torch.randint(0, 2, f.shape[:-1], generator=generator, dtype=f.dtype, device=f.device)
+        return columns.mul_(torch.rsub(bits, 1, alpha=2).unsqueeze(-1))
 
 
 def pull_back(
@@ -62,7 +62,7 @@ def pull_back(
     No weight gradients are computed on the way: about half the cost of an ordinary backward pass a column.
     """
     chunk = max(1, min(len(columns), _BATCHED_ELEMENTS // max(sum(sizes), 1)))
-    pieces = columns.split(chunk)
+    pieces = columns.split(chunk) if len(columns) > chunk else (columns,)
     for number, piece in enumerate(pieces):
         keep = number < len(pieces) - 1
         if len(piece) > 1:
@@ -70,7 +70,7 @@ def pull_back(
         else:
             one = torch.autograd.grad(f, ends, piece[0], retain_graph=keep, allow_unused=True)
             grads = tuple(None if g is None else g.unsqueeze(0) for g in one)
-        yield [None if g is None else g.to(working_dtype(g.dtype)) for g in grads]
+        yield [None if g is None else working(g) for g in grads]
 
 
 def one_by_one(predictor: Predictor) -> Predictor:

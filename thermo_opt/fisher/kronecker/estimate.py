@@ -33,7 +33,7 @@ def estimate(
     predictor: Predictor, columns: Columns, setting: str, corrected: bool = False, max_side: int = 8192
 ) -> Estimate:
     """K-FAC's blocks on the predictor's batch; with ``corrected``, EKFAC's (a second pass)."""
-    plan = cover(predictor.model)
+    plan = cover(predictor.model, predictor.modules)
     sums = {layer: _sum_for(layer, setting, max_side) for layer in plan.layers}
     for layer, samples, gradients in _visits(predictor, columns, plan.layers):
         if gradients is None:

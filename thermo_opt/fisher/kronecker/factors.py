@@ -47,13 +47,21 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def working(t: Tensor) -> Tensor:
+    """The tensor in its factors' precision."""
+    dtype = working_dtype(t.dtype)
+    return (
+        t if t.dtype is dtype else t.to(dtype)
+    )  # the call costs as much as a small operation even where it has nothing to do
+
+
 def outer(rows: Tensor, ones: bool = False, dtype: torch.dtype | None = None, diagonal: bool = False) -> Tensor:
     """``Σ rows rowsᵀ``: (…, rows, k) → (…, k, k), or its diagonal (…, k); with ``ones``, a last column of ones joins
     in.
 
     The column costs a column sum rather than a copy of the rows. Half precision is accumulated in float32.
     """
-    rows = rows.to(dtype or working_dtype(rows.dtype))
+    rows = working(rows) if dtype is None else rows.to(dtype)
     count, k = rows.shape[-2:]
     if diagonal:
         total = rows.square().sum(-2)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from thermo_opt.errors import InputError
-from thermo_opt.fisher.kronecker.factors import working_dtype
+from thermo_opt.fisher.kronecker.factors import working
 from thermo_opt.fisher.kronecker.rules import Rule, ScaleRule, rule_for
 
 
@@ -40,9 +40,12 @@ class Cover:
     unruled: tuple[tuple[str, str], ...]
 
 
-def cover(model: nn.Module) -> Cover:
-    """Assign every trainable parameter of ``model`` to the layers whose rule covers it. No forward pass."""
-    owning = [(name, module) for name, module in model.named_modules() if module._parameters]
+def cover(model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = None) -> Cover:
+    """Assign every trainable parameter of ``model`` to the layers whose rule covers it. No forward pass.
+
+    ``modules``: the model's named modules, where they are known already.
+    """
+    owning = [(name, module) for name, module in modules or model.named_modules() if module._parameters]
     position: dict[int, int] = {}
     for _, module in owning:
         for p in module._parameters.values():
@@ -113,7 +116,7 @@ def _recorder(layer: Layer, uses: list[Use]) -> Any:
         if isinstance(layer.rule, ScaleRule):
             x = layer.rule.normalised(module, x)
         if x.is_floating_point():
-            x = x.to(working_dtype(x.dtype))
+            x = working(x)
         uses.append(Use(layer, x, get_gradient_edge(output), output.numel(), x._version))
 
     return hook

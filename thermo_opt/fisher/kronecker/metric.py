@@ -210,7 +210,7 @@ def kronecker_metric(
     """
     if setting not in SETTINGS:
         raise InputError(f"setting {setting!r} is not one of {', '.join(SETTINGS)}")
-    predictor = Predictor(model, batch, likelihood, **options)
+    predictor = Predictor(model, batch, likelihood, copied=False, **options)
     result = estimate(predictor, Columns(predictor, targets, samples, seed), setting, kind == "ekfac", max_side)
     metric = KroneckerMetric(kind, predictor.names, predictor.values, result.blocks, damping, rtol, atol)
     metric.notes = [*predictor.notes, *result.notes]
