@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from curvlinops import EFLinearOperator, GGNLinearOperator
 from torch import nn
 
@@ -366,6 +367,12 @@ def test_non_finite_activations_name_their_module():
         make("exact", clean, (torch.full((4, 3), math.nan), batch[1]))
 
 
+def test_large_finite_outputs_are_no_overflow():
+    model = nn.Linear(3, 2)
+    model.bias.data[:] = 3e38
+    assert make("exact", model, (torch.randn(4, 3), torch.zeros(4, dtype=torch.long))).predictor.count == 4
+
+
 def test_bad_arguments():
     model, x, y = CASES["mlp"]
     with pytest.raises(InputError, match="not one of exact"):
@@ -419,6 +426,56 @@ def test_linearised_products_with_slopes_computed_once(activation):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), activation, nn.Linear(5, 5), activation, nn.Linear(5, 3)).double()
     x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
+    F = dense_fisher(model, x, y)
+    metric = make("exact", model, (x, y))
+    for seed in range(5):
+        v = randn_like(metric, seed)
+        torch.testing.assert_close(flatten(metric.matvec(v)), F @ flatten(v))
+    assert metric._linear is not None
+
+
+@pytest.mark.parametrize("activation", [torch.tanh, nn.functional.gelu])
+def test_a_model_that_maps_itself_over_its_examples(activation):
+    """Inside the model's own vmap the rules for single operations step aside."""
+
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(4, 5), nn.LayerNorm(5)
+
+        def forward(self, x):
+            return torch.func.vmap(lambda row: activation(self.norm(self.linear(row))))(x)
+
+    torch.manual_seed(0)
+    model = Mapped().double()
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 5
+    F = dense_fisher(model, x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        metric = make("exact", model, (x, y))
+        for seed in range(4):
+            v = randn_like(metric, seed)
+            torch.testing.assert_close(flatten(metric.matvec(v)), F @ flatten(v))
+
+
+@pytest.mark.parametrize("activation", [torch.tanh, nn.functional.gelu])
+def test_checkpointed_layers_are_not_replaced(activation):
+    """Square shapes: a recomputed layer that saved other tensors than before would go unnoticed."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm, self.head = nn.Linear(5, 5), nn.LayerNorm(5), nn.Linear(5, 5)
+
+        def body(self, x):
+            return activation(self.norm(self.linear(x)))
+
+        def forward(self, x):
+            return self.head(torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False))
+
+    torch.manual_seed(0)
+    model = Checkpointed().double()
+    x, y = torch.randn(5, 5, dtype=torch.float64), torch.arange(5)
     F = dense_fisher(model, x, y)
     metric = make("exact", model, (x, y))
     for seed in range(5):

@@ -522,3 +522,16 @@ def test_bad_input_is_refused():
         make("kfac", model, batch, targets="sampled", samples=0)
     with pytest.raises(InputError, match="needs targets"):
         make("kfac", model, batch[0], targets="empirical")
+
+
+def test_training_on_and_overridden_weights_leave_the_metric_as_it_was():
+    model, shape = mlp()
+    x, y = data(shape)
+    given = {name: p.detach() + 1 for name, p in model.named_parameters()}
+    for options in ({}, {"parameters": given}):
+        metric = make("kfac", model, (x, y), targets="empirical", **options)
+        before = metric.dense().clone()
+        with torch.no_grad():
+            for p in [*model.parameters(), *given.values()]:
+                p.mul_(3)
+        torch.testing.assert_close(metric.dense(), before, rtol=0, atol=0)

@@ -108,3 +108,25 @@ def test_unknown_names_and_variances_are_refused():
         likelihood("softmax")
     with pytest.raises(InputError, match="sigma2"):
         likelihood("gaussian", 0.0)
+
+
+@pytest.mark.parametrize("shape", [(9, 2), (4, 15), (4, 16), (2, 3, 5), (2, 3, 40)])
+def test_probabilities_of_few_and_of_many_classes(shape):
+    family = likelihood("categorical")
+    f = 5 * torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = torch.arange(f[..., 0].numel()).view(shape[:-1]) % shape[-1]
+    y.flatten()[1] = -100
+    expected = f.softmax(-1) - torch.nn.functional.one_hot(y.clamp_min(0), shape[-1])
+    torch.testing.assert_close(family.residual(f, y), torch.where((y == -100).unsqueeze(-1), 0.0, expected))
+    p = f.softmax(-1)
+    torch.testing.assert_close(family.product(f, f), p * (f - (p * f).sum(-1, keepdim=True)))
+
+
+def test_class_targets_out_of_range_beside_ignored_ones():
+    family, f = likelihood("categorical"), torch.zeros(3, 2)
+    assert family.targets(f, torch.tensor([-100, 1, 0])).tolist() == [-100, 1, 0]
+    for bad in ([-100, 2, 0], [-101, 1, 0], [-100, -1, 0], [-100, -100, -100]):
+        with pytest.raises(InputError, match=r"class targets|ignored"):
+            family.targets(f, torch.tensor(bad))
+    with pytest.raises(InputError, match="ignored"):
+        family.targets(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))

@@ -10,6 +10,7 @@ import thermo_opt as to
 from tests.optim import optim_models as models
 from thermo_opt.optim import kronecker_curvature, kronecker_unit
 from thermo_opt.optim.solvers import Damped, KroneckerInverse, invert
+from thermo_opt.optim.units import Running
 
 
 class Alike(nn.Module):
@@ -136,6 +137,34 @@ def test_inverses_of_every_size_class(k: int) -> None:
     alone = Damped(matrix[:1], 0.1, None)
     invert([alone])
     assert torch.equal(alone.inverse[0], found.inverse[0])  # what a resumed run rebuilds by itself
+
+
+def test_an_inverse_does_not_depend_on_what_is_inverted_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    factors = [torch.randn(m, k, 2 * k) for m, k in ((3, 6), (2, 130), (1, 6), (4, 128), (2, 6))]
+    blocks = [x @ x.mT for x in factors]
+    found = []
+    for together in (1 << 20, 1):
+        monkeypatch.setattr("thermo_opt.optim.solvers.TOGETHER", together)
+        parts = [Damped(block, 0.1, None) for block in blocks]
+        invert(parts)
+        found.append([part.inverse for part in parts])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_young_averages_forget_their_first_observations() -> None:
+    average = Running()
+    for k in range(40):
+        average.add([torch.tensor([float(k == 0), float(k), 1.0])], decay=0.95)
+    first, mean, weight = average.value[0].tolist()
+    assert first < 1e-4  # a plain mean would keep 1/40 of it
+    assert mean == pytest.approx(39 * 4 / 5, abs=1.0)  # weights grow as the third power of the step
+    assert weight == pytest.approx(1.0)
+    long = Running()
+    for _ in range(1000):
+        long.add([torch.ones(1)], decay=0.95)
+    long.add([torch.zeros(1)], decay=0.95)
+    assert long.value[0].item() == pytest.approx(0.95)
 
 
 def test_equal_blocks_are_multiplied_as_one() -> None:

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from thermo_opt.fisher.slopes import normalised_tangent
+from thermo_opt.fisher.slopes import normalised_tangent, plain
 
 
 class FusedTangents(TorchFunctionMode):
@@ -66,6 +66,8 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
+    if not plain(input, weight, bias):
+        return functional.layer_norm(input, normalized_shape, weight, bias, eps)
     pairs = [(None, None) if t is None else forward_ad.unpack_dual(t) for t in (input, weight, bias)]
     (x, x_dot), (w, w_dot), (b, b_dot) = pairs
     assert x is not None

@@ -298,7 +298,8 @@ def likelihood(name: str | Likelihood, sigma2: float | None = None) -> Likelihoo
 
 
 def _softmax(f: Tensor) -> Tensor:
-    """Softmax over the last axis. Few classes go by columns: the framework's loop over rows shorter than a vector register is scalar."""
+    """Softmax over the last axis."""
+    # Few classes go column by column: the framework doesn't vectorise over rows shorter than a register.
     return f.softmax(-1) if f.shape[-1] >= 16 else f.movedim(-1, 0).softmax(0).movedim(0, -1)
 
 

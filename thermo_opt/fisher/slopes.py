@@ -94,7 +94,10 @@ class _Pull(torch.autograd.Function):
 
 
 class FixedSlopes(TorchFunctionMode):
-    """While active, GELU, SiLU, Mish and layer normalisation record fixed derivatives. Only first derivatives are right."""
+    """While active, GELU, SiLU, Mish and layer normalisation record fixed derivatives. Only first derivatives are right.
+
+    Checkpointed layers are left to the framework: they run anew outside of this mode and must save what they saved the first time.
+    """
 
     functions: frozenset[Callable[..., Any]] = frozenset({functional.gelu, functional.silu, functional.mish})
 
@@ -106,15 +109,26 @@ class FixedSlopes(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         options = dict(kwargs or {})
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return func(*args, **options)
         if func is functional.layer_norm:
             return _layer_norm(*args, **options)
         in_place = options.get("inplace", False) or len(args) > 1
-        if func not in self.functions or in_place or not args or not args[0].requires_grad:
+        if func not in self.functions or in_place or not args or not args[0].requires_grad or not plain(args[0]):
             return func(*args, **options)
         x = args[0].detach().requires_grad_()
         y = func(x, **options)
         (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
         return _Slope.apply(args[0], y.detach(), slope)
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether these rules cover tensors: all in one dtype, not half precision (whose statistics are kept in float32), and not inside
+    the model's own `vmap`."""
+    given = [t for t in tensors if t is not None]
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in given):
+        return False
+    return {t.dtype for t in given} in ({torch.float32}, {torch.float64})
 
 
 def _layer_norm(
@@ -124,4 +138,6 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
+    if not plain(input, weight, bias):
+        return functional.layer_norm(input, normalized_shape, weight, bias, eps)
     return _Norm.apply(input, weight, bias, normalized_shape, eps)

@@ -48,11 +48,9 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def working(t: Tensor) -> Tensor:
-    """The tensor in its factors' precision."""
+    """The tensor in the precision of its factors."""
     dtype = working_dtype(t.dtype)
-    return (
-        t if t.dtype is dtype else t.to(dtype)
-    )  # the call costs as much as a small operation even where it has nothing to do
+    return t if t.dtype is dtype else t.to(dtype)  # a call with nothing to do costs as much as a small operation
 
 
 def outer(rows: Tensor, ones: bool = False, dtype: torch.dtype | None = None, diagonal: bool = False) -> Tensor:
