@@ -36,9 +36,9 @@ BREACH = 3.0
 class Calibration:
     """The scale κ of the metric, when to measure, and when to distrust.
 
-    Measured at every step at first, then at intervals that grow with the step up to ``every`` (from step SELDOM·every on, slowly beyond),
-    and whenever Δ jumps. Before step ``warmup`` κ may rise fast. κ moves by a
-    share ``gain`` of what the measured ratio asks for, so that noise of one minibatch is averaged over a few measurements.
+    Measured at every step at first, then at intervals that grow with the step up to ``every`` (from step SELDOM·every on, slowly
+    beyond), and whenever Δ jumps. Before step ``warmup`` κ may rise fast. κ moves by a share ``gain`` of what the measured ratio asks
+    for, so that noise of one minibatch is averaged over a few measurements.
     """
 
     every: int = 10
