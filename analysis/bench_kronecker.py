@@ -19,7 +19,7 @@ from analysis.tasks import CharGPT, ConvNet
 from analysis.timing import interleaved, ratio, report
 from thermo_opt.fisher import make
 
-FAST = 200
+FAST = 40
 """Rounds for the perceptron, whose factors take two milliseconds."""
 
 FISHER_TYPES = {"exact": "type-2", "empirical": "empirical"}
