@@ -419,6 +419,13 @@ def test_flatten_and_unflatten_are_inverse():
     torch.testing.assert_close(unflatten(flatten(v), metric.shapes), v, rtol=0, atol=0)
 
 
+def assert_products(metric, F):
+    """Five products, the first two in forward mode and the others linearised."""
+    for seed in range(5):
+        v = randn_like(metric, seed)
+        torch.testing.assert_close(flatten(metric.matvec(v)), F @ flatten(v))
+
+
 @pytest.mark.parametrize(
     "activation", [nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU(), nn.SiLU(inplace=True), nn.Mish(), nn.ELU()]
 )
@@ -428,9 +435,7 @@ def test_linearised_products_with_slopes_computed_once(activation):
     x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
     F = dense_fisher(model, x, y)
     metric = make("exact", model, (x, y))
-    for seed in range(5):
-        v = randn_like(metric, seed)
-        torch.testing.assert_close(flatten(metric.matvec(v)), F @ flatten(v))
+    assert_products(metric, F)
     assert metric._linear is not None
 
 
@@ -453,9 +458,7 @@ def test_a_model_that_maps_itself_over_its_examples(activation):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         metric = make("exact", model, (x, y))
-        for seed in range(4):
-            v = randn_like(metric, seed)
-            torch.testing.assert_close(flatten(metric.matvec(v)), F @ flatten(v))
+        assert_products(metric, F)
 
 
 @pytest.mark.parametrize("activation", [torch.tanh, nn.functional.gelu])
@@ -478,7 +481,5 @@ def test_checkpointed_layers_are_not_replaced(activation):
     x, y = torch.randn(5, 5, dtype=torch.float64), torch.arange(5)
     F = dense_fisher(model, x, y)
     metric = make("exact", model, (x, y))
-    for seed in range(5):
-        v = randn_like(metric, seed)
-        torch.testing.assert_close(flatten(metric.matvec(v)), F @ flatten(v))
+    assert_products(metric, F)
     assert metric._linear is not None

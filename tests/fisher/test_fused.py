@@ -85,15 +85,17 @@ def test_a_model_with_frozen_layers():
     torch.testing.assert_close(tuple(ours), tuple(theirs))
 
 
+def layer_norm_arguments(shape):
+    """Input, whose memory isn't in order, scale and shift."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 4).double().mT.contiguous().mT
+    return [x, torch.randn(shape).double(), torch.randn(shape).double()]
+
+
 @pytest.mark.parametrize("moving", [{0}, {1}, {2}, {0, 1}, {1, 2}, {0, 1, 2}, set()])
 @pytest.mark.parametrize("shape", [(4,), (3, 4)])
 def test_layer_norm(moving, shape):
-    torch.manual_seed(0)
-    values = [
-        torch.randn(5, 3, 4).double().mT.contiguous().mT,
-        torch.randn(shape).double(),
-        torch.randn(shape).double(),
-    ]
+    values = layer_norm_arguments(shape)
     ours, theirs = tangents(lambda x, w, b: functional.layer_norm(x, shape, w, b, 1e-3), values, moving)
     torch.testing.assert_close(tuple(ours), tuple(theirs))
     if moving == {0}:
@@ -105,12 +107,7 @@ def test_layer_norm(moving, shape):
 @pytest.mark.parametrize("given", [0, 1, 2])
 def test_layer_norm_recorded_as_a_linear_map(shape, given):
     """Jᵀu and, as its transpose, J v, of inputs that don't lie in order."""
-    torch.manual_seed(0)
-    values = [
-        torch.randn(5, 3, 4).double().mT.contiguous().mT,
-        torch.randn(shape).double(),
-        torch.randn(shape).double(),
-    ]
+    values = layer_norm_arguments(shape)
     values = [v.requires_grad_() for v in values[: 1 + given]]
     u = torch.randn(5, 3, 4).double().requires_grad_()
     v = [torch.randn_like(t) for t in values]

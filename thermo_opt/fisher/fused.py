@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from thermo_opt.fisher.slopes import normalised_tangent, plain
+from thermo_opt.fisher.slopes import layer_norm_tangent, plain
 
 
 class FusedTangents(TorchFunctionMode):
@@ -75,15 +75,7 @@ def _layer_norm(
     out, mean, rstd = torch.native_layer_norm(x, list(normalized_shape), w, b, eps)
     if x_dot is None and w_dot is None and b_dot is None:
         return out
-    if x_dot is None:
-        tangent = torch.zeros_like(out)
-    else:
-        tangent = normalised_tangent(x_dot, x, normalized_shape, mean, rstd)
-        tangent = tangent if w is None else tangent.mul_(w)
-    if w_dot is not None:
-        tangent.addcmul_((x - mean).mul_(rstd), w_dot)
-    if b_dot is not None:
-        tangent.add_(b_dot)
+    tangent = layer_norm_tangent(x, normalized_shape, mean, rstd, w, x_dot, w_dot, b_dot)
     return forward_ad.make_dual(out, tangent)
 
 

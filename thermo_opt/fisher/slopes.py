@@ -29,11 +29,32 @@ class _Slope(torch.autograd.Function):
         return u * ctx.saved_tensors[0], None, None
 
 
-def normalised_tangent(x_dot: Tensor, x: Tensor, shape: Sequence[int], mean: Tensor, rstd: Tensor) -> Tensor:
-    """(ẋ − mean ẋ − x̂ mean(x̂ẋ))/σ, the derivative of x̂ = (x − mean)/σ: a symmetric map, so autograd's backward kernel computes it."""
-    return torch.ops.aten.native_layer_norm_backward(
-        x_dot.contiguous(), x, list(shape), mean, rstd, None, None, [True, False, False]
-    )[0]
+def layer_norm_tangent(
+    x: Tensor,
+    shape: Sequence[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    x_dot: Tensor | None,
+    weight_dot: Tensor | None,
+    bias_dot: Tensor | None,
+) -> Tensor:
+    """Tangent γ ∘ dx̂ + γ̇ ∘ x̂ + β̇ of a layer normalisation γ ∘ x̂ + β at x, with x̂ = (x − mean)/σ; a missing velocity is zero.
+
+    dx̂ = (ẋ − mean ẋ − x̂ mean(x̂ẋ))/σ is a symmetric map of ẋ, so autograd's backward kernel computes it.
+    """
+    if x_dot is None:
+        out = torch.zeros_like(x)
+    else:
+        wanted = [True, False, False]
+        out = torch.ops.aten.native_layer_norm_backward(
+            x_dot.contiguous(), x, list(shape), mean, rstd, None, None, wanted
+        )[0]
+        if weight is not None:
+            out.mul_(weight)
+    if weight_dot is not None:
+        out.addcmul_((x - mean).mul_(rstd), weight_dot)
+    return out if bias_dot is None else out.add_(bias_dot)
 
 
 class _Norm(torch.autograd.Function):
@@ -83,14 +104,8 @@ class _Pull(torch.autograd.Function):
         ctx: Any, x_dot: Tensor | None, weight_dot: Tensor | None, bias_dot: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
-        out = torch.zeros_like(x) if x_dot is None else normalised_tangent(x_dot, x, ctx.shape, mean, rstd)
-        if weight is not None:
-            out = out.mul_(weight)
-        if weight_dot is not None:
-            out = out.addcmul_((x - mean).mul_(rstd), weight_dot)
-        if bias_dot is not None:
-            out = out.add_(bias_dot)
-        return (out, *[None] * 7)
+        out = layer_norm_tangent(x, ctx.shape, mean, rstd, weight, x_dot, weight_dot, bias_dot)
+        return (out, *[None] * 6)
 
 
 class FixedSlopes(TorchFunctionMode):

@@ -29,9 +29,9 @@ def positive_inverse(matrix: Tensor, shift: Amount = 0.0) -> tuple[Tensor | None
     The ladder: the given precision; float64; float64 with jitter on the diagonal. ``(None, note)`` where all of it fails, for the
     caller to keep its last inverse. The note is empty when the plain solver succeeded.
     """
-    inverse = plain_inverses([matrix], [shift])
-    if inverse is not None:
-        return inverse[0], ""
+    inverses = plain_inverses([matrix], [shift])
+    if inverses is not None:
+        return inverses[0], ""
     if not all_finite(matrix):
         return None, "factor is not finite"
     precise = shifted(matrix.double(), shift)
@@ -44,8 +44,8 @@ def positive_inverse(matrix: Tensor, shift: Amount = 0.0) -> tuple[Tensor | None
     return None, "factor is not positive definite"
 
 
-def plain_inverses(matrices: Sequence[Tensor], shifts: Sequence[Amount]) -> Tensor | None:
-    """(M + cI)⁻¹ of matrices (k, k) or batches (m, k, k) of one side k, all in one batch (…, k, k), in the given precision.
+def plain_inverses(matrices: Sequence[Tensor], shifts: Sequence[Amount]) -> list[Tensor] | None:
+    """(M + cI)⁻¹ of matrices (k, k) or batches (m, k, k) of one side k, computed as one batch in the given precision.
 
     None where one of them is not positive definite (or not finite). An inverse doesn't depend, to the bit, on what it shares a batch with.
     """
@@ -59,18 +59,18 @@ def plain_inverses(matrices: Sequence[Tensor], shifts: Sequence[Amount]) -> Tens
         work[:, k, :k] = 0.0  # the upper triangle is not read
         diagonal[:, k] = 1.0
     for part, matrix, shift in zip(inner.split(counts), matrices, shifts, strict=True):
-        part.copy_(matrix)
-        on = part.diagonal(dim1=-2, dim2=-1)
-        on += shift[..., None] if isinstance(shift, Tensor) and shift.dim() else shift
+        _shift(part.copy_(matrix), shift)
     factor, info = torch.linalg.cholesky_ex(work)
     if bool(info.any()) or not all_finite(factor.diagonal(dim1=-2, dim2=-1)):
         return None
     if k <= SMALL or like.is_cuda:
         eye = torch.eye(side, dtype=like.dtype, device=like.device).expand_as(factor)
         root = torch.linalg.solve_triangular(factor, eye, upper=False)[:, :k, :k]
-        return root.mT @ root
-    # LAPACK's result is column-major: its transpose, which equals it, is laid out as the products want it.
-    return torch.cholesky_inverse(factor).mT[:, :k, :k]
+        whole = root.mT @ root
+    else:  # LAPACK's result is column-major: its transpose, which equals it, is laid out as the products want it.
+        whole = torch.cholesky_inverse(factor).mT[:, :k, :k]
+    parts = whole.split(counts)
+    return [part if matrix.dim() == 3 else part[0] for part, matrix in zip(parts, matrices, strict=True)]
 
 
 def all_finite(*tensors: Tensor) -> bool:
@@ -82,7 +82,10 @@ def shifted(matrix: Tensor, amount: Amount) -> Tensor:
     """M + cI, a diagonal (k,) staying one."""
     if matrix.dim() == 1:
         return matrix + amount
-    out = matrix.clone()
-    diagonal = out.diagonal(dim1=-2, dim2=-1)
-    diagonal += amount[..., None] if isinstance(amount, Tensor) and amount.dim() else amount
-    return out
+    return _shift(matrix.clone(), amount)
+
+
+def _shift(matrix: Tensor, amount: Amount) -> Tensor:
+    """Add cI in place."""
+    matrix.diagonal(dim1=-2, dim2=-1).add_(amount[..., None] if isinstance(amount, Tensor) and amount.dim() else amount)
+    return matrix

@@ -149,25 +149,14 @@ def invert(parts: Sequence[Damped]) -> None:
     for part in parts:
         alike.setdefault((part.block.shape[-1], part.block.dtype, part.block.device), []).append(part)
     for group in alike.values():
-        start = 0
-        while start < len(group):
-            end, numbers = start, 0
-            while end < len(group) and (end == start or numbers + group[end].block.numel() <= TOGETHER):
-                numbers += group[end].block.numel()
-                end += 1
-            _invert_alike(group[start:end])
-            start = end
-
-
-def _invert_alike(parts: Sequence[Damped]) -> None:
-    whole = plain_inverses([part.block for part in parts], [part.amount for part in parts])
-    if whole is None:  # one by one, so that only those that fail are affected
-        for part in parts:
-            part.fill(None)
-        return
-    sizes = [len(part.block) if part.block.dim() == 3 else 1 for part in parts]
-    for part, inverse in zip(parts, whole.split(sizes), strict=True):
-        part.fill(inverse.view_as(part.block) if part.block.dim() == 3 else inverse[0])
+        count = max(TOGETHER // max(part.block.numel() for part in group), 1)
+        for start in range(0, len(group), count):
+            batch = group[start : start + count]
+            inverses = plain_inverses([part.block for part in batch], [part.amount for part in batch])
+            for j, part in enumerate(
+                batch
+            ):  # where one fails, each for itself, so that only those that fail are affected
+                part.fill(None if inverses is None else inverses[j])
 
 
 class Side:
@@ -185,7 +174,8 @@ class Side:
             places = self.equal.unbind(-3)
         before = [None] * len(blocks) if last is None else last.parts
         self.parts: list[Damped] = [
-            Damped(*part) for part in zip(blocks, [amount] * len(blocks), before, places, strict=True)
+            Damped(block, amount, last_part, place)
+            for block, last_part, place in zip(blocks, before, places, strict=True)
         ]
         ends = list(itertools.accumulate(block.shape[-1] for block in blocks))
         self.ends = list(zip([0, *ends], ends, strict=False))
