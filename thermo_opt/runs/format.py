@@ -110,7 +110,7 @@ def read_steps(file: Path) -> pd.DataFrame:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(str(line, "utf-8"))  # told the encoding, it needn't guess it line by line
             step = row["step"]
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
@@ -213,13 +213,14 @@ def read_own(path: Path) -> Run:
     folder = path / SNAPSHOT_FOLDER
     found: list[tuple[int, Path, Any]] = []
     for file in visible(folder.iterdir()) if folder.is_dir() else ():
-        if file.suffix != ".safetensors":
+        stem, _, suffix = file.name.rpartition(".")
+        if suffix != "safetensors":
             continue
-        if not file.stem.isdecimal():
+        if not stem.isdecimal():
             raise InputError(
                 f"{file}: a snapshot's name must be its step number, like 00000010.safetensors; rename or remove it"
             )
-        found.append((int(file.stem), file, OwnSnapshot(file)))
+        found.append((int(stem), file, OwnSnapshot(file)))
     probe = path / PROBE_FILE
     return Run(
         name=_checked(content, "name", str, path / RUN_FILE) or path.resolve().name,

@@ -86,21 +86,25 @@ class Snapshot:
 
     def load(self, name: str) -> Tensor:
         """The tensor ``name``, on the CPU, in the dtype in which it was recorded."""
-        self._check_shape(name)
-        return self.contents.load(name)
+        try:
+            tensor = self.contents.load(name)
+        except (InputError, KeyError):
+            self._require(name)  # knows why a tensor is absent; asked first, it would double a small file's cost
+            raise
+        self._check_shape(name, tuple(tensor.shape))
+        return tensor
 
     def pieces(self, name: str, size: int) -> Iterator[Tensor]:
         """`load` for a tensor to be read once, in order: flat pieces of ``size`` (a multiple of 8192) elements.
 
         Damage is noticed when the last piece has been taken: exhaust it before trusting what was computed.
         """
-        self._check_shape(name)
+        self._check_shape(name, self.shape(name))
         if isinstance(self.contents, Streamed):
             return self.contents.pieces(name, size)
         return iter(self.contents.load(name).reshape(-1).split(size))
 
-    def _check_shape(self, name: str) -> None:
-        shape = self._require(name)[name]
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         reference = self.first.layout.get(name) if self.first else None
         if reference is not None and reference != shape:
             assert self.first is not None

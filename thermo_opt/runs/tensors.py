@@ -7,6 +7,7 @@ only).
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import warnings
 import zipfile
@@ -51,13 +52,14 @@ class Checksum:
     """
 
     def __init__(self, dtype: torch.dtype, shape: Sequence[int]) -> None:
-        self._crc = zlib.crc32(f"{dtype}{tuple(shape)}".encode())
+        self._crc = _layout_crc(dtype, tuple(shape))
         self._sums: np.ndarray | None = None
         self._rest = b""
 
     def add(self, piece: Tensor) -> None:
         """Count the next elements of the tensor; pieces but the last hold a multiple of 8192 bytes."""
-        data = piece.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+        flat = piece.reshape(-1) if piece.is_cpu else piece.cpu().reshape(-1)
+        data = (flat.detach() if flat.requires_grad else flat).view(torch.uint8).numpy()
         whole = data.nbytes // (8 * _ROW) * (8 * _ROW)
         if whole:
             sums = np.add.reduce(data[:whole].view(np.uint64).reshape(-1, _ROW), axis=0)
@@ -68,6 +70,11 @@ class Checksum:
         """The checksum of what was counted."""
         crc = self._crc if self._sums is None else zlib.crc32(self._sums.tobytes(), self._crc)
         return f"{zlib.crc32(self._rest, crc):08x}"
+
+
+@lru_cache(maxsize=64)
+def _layout_crc(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return zlib.crc32(f"{dtype}{shape}".encode())
 
 
 def checksum(tensor: Tensor) -> str:
@@ -94,10 +101,10 @@ class SafetensorsFile:
         self.path = path
         self._held: dict[str, Tensor] | None = None
         try:
-            if path.stat().st_size <= _SMALL:
-                data = path.read_bytes()
+            data = _start(path)
+            if len(data) <= _SMALL:
                 self._held = load_bytes(data)
-                header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+                header = json.loads(str(data[8 : 8 + int.from_bytes(data[:8], "little")], "utf-8"))
                 self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
                 self.shapes = {name: tuple(self._held[name].shape) for name in sorted(header)}
             else:
@@ -154,6 +161,12 @@ class SafetensorsFile:
         return InputError(f"{self.path} is damaged: {name!r} doesn't match its checksum; {_REMEDY}")
 
 
+def _start(path: Path) -> bytes:
+    """The first bytes of a file, one more than `_SMALL` if it has them: all of a small one in one opening."""
+    with open(path, "rb", buffering=0) as file:
+        return file.read(min(os.fstat(file.fileno()).st_size, _SMALL) + 1)
+
+
 class TorchFile:
     """One file written by `torch.save`, its nested dictionaries kept in ``content``; ``shapes`` and ``load`` see
     ``tensors(content)``.
@@ -204,7 +217,7 @@ def opened(path: Path, opener: Callable[[Path], Any]) -> Any:
     ``opener`` must be a module-level function or class. Memory stays flat however many files a run has.
     """
     try:
-        stat = path.stat()
+        stat = os.stat(path)
     except OSError as error:
         raise _unreadable(path, error) from None
     return _opened(path, opener, stat.st_mtime_ns, stat.st_size)
