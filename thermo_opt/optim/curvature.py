@@ -22,6 +22,9 @@ from thermo_opt.fisher.likelihoods import Likelihood
 from thermo_opt.fisher.metric import dot
 from thermo_opt.optim.observer import Forward
 
+BATCH_DAMPING = 1e-3
+"""λ of a metric of the step's own minibatch, where none is asked for."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -69,9 +72,16 @@ class Curvature(ABC):
 
     @abstractmethod
     def update(
-        self, step: int, gradients: Sequence[Tensor], forward: Forward | None, terms: float, damping: float
+        self,
+        step: int,
+        gradients: Sequence[Tensor],
+        forward: Forward | None,
+        terms: float,
+        scale: float,
+        damping: float | None,
     ) -> None:
-        """Bring the metric up to date with what this step's passes showed. ``terms``: see `Unit.observed`."""
+        """Bring the metric up to date with what this step's passes showed. ``terms``: that the loss averages over; ``scale``: by which a
+        GradScaler has multiplied it; ``damping``: λ, or None for the metric's own choice."""
 
     @abstractmethod
     def direction(self, gradients: Sequence[Tensor], recipe: Recipe) -> Lengths:
@@ -127,7 +137,13 @@ class BatchCurvature(Curvature):
         self._weights: list[float] = []
 
     def update(
-        self, step: int, gradients: Sequence[Tensor], forward: Forward | None, terms: float, damping: float
+        self,
+        step: int,
+        gradients: Sequence[Tensor],
+        forward: Forward | None,
+        terms: float,
+        scale: float,
+        damping: float | None,
     ) -> None:
         if forward is None:
             raise InputError(
@@ -139,7 +155,8 @@ class BatchCurvature(Curvature):
                 "ignore", UserWarning
             )  # evaluation mode for Dropout and BatchNorm: documented in NGDT
             batch = fisher.Batch(forward.inputs())
-            self.metric = fisher.make(self.kind, self.model, batch, self.likelihood, damping, **self.options)
+            used = BATCH_DAMPING if damping is None else damping
+            self.metric = fisher.make(self.kind, self.model, batch, self.likelihood, used, **self.options)
 
     def direction(self, gradients: Sequence[Tensor], recipe: Recipe) -> Lengths:
         metric = self.metric

@@ -27,6 +27,7 @@ from thermo_opt.fisher.kronecker.layers import Cover, Layer, cover
 from thermo_opt.fisher.likelihoods import Likelihood
 from thermo_opt.fisher.predictor import _logits as logits_of
 from thermo_opt.optim.curvature import Curvature, Lengths, Recipe
+from thermo_opt.optim.damping import LEAST, damping_of
 from thermo_opt.optim.distributed import Processes
 from thermo_opt.optim.inverse import all_finite
 from thermo_opt.optim.kronecker_unit import KroneckerUnit, TiedUnit
@@ -115,6 +116,7 @@ class KroneckerCurvature(Curvature):
         self._stacks: list[list[str]] = []
         self._report: dict[str, float | None] = {}
         self.failures = 0
+        self.damping = LEAST
 
     # ---- capture
 
@@ -164,10 +166,17 @@ class KroneckerCurvature(Curvature):
     # ---- update
 
     def update(
-        self, step: int, gradients: Sequence[Tensor], forward: Forward | None, terms: float, damping: float
+        self,
+        step: int,
+        gradients: Sequence[Tensor],
+        forward: Forward | None,
+        terms: float,
+        scale: float,
+        damping: float | None,
     ) -> None:
         start = time.perf_counter()
         self._detach()
+        predictions, terms = terms * self.processes.count, terms / scale**2
         if self.sampled and forward is not None:
             terms = self._sample(self._turn, forward)
         found: list[tuple[Unit, list[Tensor]]] = []
@@ -188,9 +197,13 @@ class KroneckerCurvature(Curvature):
             else:
                 unit.discard()
                 self.failures += 1
-        self._fall_back(gradients, terms, damping)
+        if damping is not None:
+            self.damping = damping
+        elif refreshed:
+            self.damping = self._own_damping(refreshed, predictions)
+        self._fall_back(gradients, terms)
         for job, unit in enumerate(refreshed):
-            unit.refresh(damping, compute=self.processes.mine(job))
+            unit.refresh(self.damping, compute=self.processes.mine(job))
         invert([part for job, unit in enumerate(refreshed) if self.processes.mine(job) for part in unit.damped])
         self.processes.hand_out([unit.shared() for unit in refreshed])
         for unit in refreshed:
@@ -202,7 +215,21 @@ class KroneckerCurvature(Curvature):
             "refreshed": float(sum(len(u.layers) if isinstance(u, LayerUnit) else 1 for u in refreshed)),
             "refresh_seconds": time.perf_counter() - start,
             "solver_failures": float(self.failures),
+            "damping": self.damping,
         }
+
+    def _own_damping(self, refreshed: Sequence[Unit], predictions: float) -> float:
+        """λ for the curvature there is now (`damping_of`)."""
+        found = {
+            unit: trace
+            for unit in self.units
+            if (unit.total is None or unit in refreshed) and (trace := unit.trace()) is not None
+        }
+        for unit, total in zip(found, _floats(list(found.values())), strict=True):
+            unit.total = total
+        known = [unit for unit in self.units if unit.total is not None]
+        size = sum(p.numel() for unit in known for p in unit.params)
+        return damping_of(sum(unit.total or 0.0 for unit in known), size, predictions)
 
     def _divide(self, found: list[tuple[Unit, list[Tensor]]]) -> list[tuple[Unit, list[Tensor]]]:
         """Choose, once, the largest side of a block such that solving stays within `Settings.overhead` of the passes' work."""
@@ -258,7 +285,7 @@ class KroneckerCurvature(Curvature):
         self._detach()
         return float(nll.numel())
 
-    def _fall_back(self, gradients: Sequence[Tensor], terms: float, damping: float) -> None:
+    def _fall_back(self, gradients: Sequence[Tensor], terms: float) -> None:
         """Give a layer whose parameters have gradients although the layer was never seen a diagonal metric."""
         lost = []
         for unit in self.units:
@@ -278,7 +305,7 @@ class KroneckerCurvature(Curvature):
                 observed = unit.observed(terms)
                 assert observed is not None
                 unit.fold(observed)
-                unit.refresh(damping)
+                unit.refresh(self.damping)
 
     def _replace(self, names: Sequence[str]) -> None:
         units: list[Unit] = []
@@ -431,6 +458,7 @@ class KroneckerCurvature(Curvature):
         return {
             "fallback": list(self._fallback),
             "failures": self.failures,
+            "damping": self.damping,
             "limit": self._limit,
             "stacks": list(self._stacks),
             "units": {unit.name: unit.state_dict() for unit in self.units},
@@ -454,7 +482,7 @@ class KroneckerCurvature(Curvature):
             )
         for unit in self.units:
             unit.load_state_dict(state["units"][unit.name])
-        self.failures = int(state["failures"])
+        self.failures, self.damping = int(state["failures"]), float(state["damping"])
 
 
 def _floats(numbers: Sequence[Tensor]) -> list[float]:

@@ -17,7 +17,7 @@ from thermo_opt.fisher.kronecker.layers import Layer
 from thermo_opt.fisher.kronecker.placement import place_tied
 from thermo_opt.fisher.kronecker.rules import ConvRule
 from thermo_opt.fisher.spectral import Spectrum, orthogonal_iteration
-from thermo_opt.optim.solvers import KroneckerInverse, Spectral
+from thermo_opt.optim.solvers import KroneckerInverse, Spectral, traces
 from thermo_opt.optim.units import (
     Average,
     LayerUnit,
@@ -237,6 +237,10 @@ class KroneckerUnit(LayerUnit):
         groups, out, _ = self.shape
         count = len(bounds(out, self.sides[0].limit)) if groups == 1 else 1
         return value[:-count], value[-count:]
+
+    def trace(self) -> Tensor | None:
+        pair = self.factors()
+        return None if pair is None else (traces(pair[0]) * traces(pair[1])).sum()
 
     def refresh(self, damping: float, compute: bool = True) -> None:
         pair = self.factors()

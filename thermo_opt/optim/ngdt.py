@@ -57,8 +57,8 @@ class NGDT(Optimizer):
         "diagonal" (Dropout and BatchNorm then in evaluation mode; ``metric_options`` go to `thermo_opt.fisher.make`).
     regulator: "dissipation" (default), "heat", "fixed" (η_T = eta_max), or an object with `Regulator`'s methods.
     null_space: "damped" (F_λ⁻¹ acts everywhere), "none" (pseudo-inverse, no motion in the null space), "hybrid" (adds −eta_null·P₀g).
-    damping: λ, absolute, for the Fisher of one prediction's log-likelihood; 1e-4 (1e-3 for metrics of a minibatch) with "damped", otherwise 0. K-FAC with "damped"
-        splits λ between the two factors (Martens & Grosse's π) and inverts them; every other combination uses eigenbases, where
+    damping: λ, absolute, for the Fisher of one prediction's log-likelihood, or a function of the step. Default with "damped": for K-FAC kinds
+        max(1e-4, 10·(tr F/d)/N) for d parameters and N predictions a step (`optim.damping` says why), for metrics of a minibatch 1e-3; otherwise 0. K-FAC with "damped" splits λ between the two factors (Martens & Grosse's π) and inverts them; every other combination uses eigenbases, where
         eigenvalues ≤ max(rtol·σ_max, atol) (K-FAC: of the products) count as zero.
     targets: "empirical" (the labels of the batch, no extra cost) or "sampled" (from the model: one more forward and backward pass on
         refresh steps). decay: memory of running factors. refresh_every: longest refresh interval; it grows to that from 1 over the
@@ -121,9 +121,7 @@ class NGDT(Optimizer):
         self.likelihood = named_likelihood(likelihood, sigma2)
         self.regulator = named(regulator, budget, eta_max)
         self.null_space, self.eta_null = null_space, eta_null
-        if damping is None:
-            damping = 0.0 if null_space != "damped" else 1e-4 if metric in KRONECKER else 1e-3
-        self.damping: Schedule = damping
+        self.damping: Schedule | None = 0.0 if damping is None and null_space != "damped" else damping
         self.metric = metric
         self.processes = Processes()
         self._pools, self._shares = checks.pools(self.param_groups)
@@ -193,8 +191,8 @@ class NGDT(Optimizer):
             checks.mean_loss(passes, scale)
         step = self.steps
         self._observer.disarm()  # the metric runs the model too
-        damping = at(self.damping, step, "damping", zero=True)
-        self.curvature.update(step, gradients, passes[-1] if passes else None, terms / scale**2, damping)
+        damping = None if self.damping is None else at(self.damping, step, "damping", zero=True)
+        self.curvature.update(step, gradients, passes[-1] if passes else None, terms, scale, damping)
         lengths = self.curvature.direction(gradients, self._recipe())
         if not lengths.finite:
             return self._skip(loss)

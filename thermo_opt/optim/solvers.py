@@ -46,6 +46,12 @@ class Solver(ABC):
         b.mul_(mu).add_(self.solve(v))
 
 
+def traces(blocks: Sequence[Tensor]) -> Tensor:
+    """Trace of a side of these diagonal blocks, each (k,), (k, k), or a batch (m, k, k): a scalar, or one a product of the batch."""
+    diagonals = [block if block.dim() == 1 else block.diagonal(dim1=-2, dim2=-1) for block in blocks]
+    return torch.stack([diagonal.sum(-1) for diagonal in diagonals]).sum(0)
+
+
 def _mean_of_blocks(blocks: Sequence[Tensor]) -> Tensor:
     """Mean of a side's diagonal: a scalar, or one a product of a batch."""
     diagonals = [block if block.dim() == 1 else block.diagonal(dim1=-2, dim2=-1) for block in blocks]

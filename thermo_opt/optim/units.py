@@ -21,7 +21,7 @@ from thermo_opt.fisher.kronecker.estimate import DENSE_SCALES
 from thermo_opt.fisher.kronecker.factors import working
 from thermo_opt.fisher.kronecker.layers import Layer
 from thermo_opt.fisher.spectral import default_rtol
-from thermo_opt.optim.solvers import Damped, DenseInverse, DiagonalInverse, Solver, Spectral, invert
+from thermo_opt.optim.solvers import Damped, DenseInverse, DiagonalInverse, Solver, Spectral, invert, traces
 
 Average = Callable[[Sequence[Tensor]], None]
 
@@ -111,7 +111,8 @@ class Unit(ABC):
     """Parameters that share one block, in the block's coordinates: `gather` and `scatter` go to and fro.
 
     ``squared``: bᵀF_λb of the momentum b; ``crossed``: bᵀF_λw and ``decayed``: wᵀF_λw with the weight-decay direction w. They
-    are carried from step to step by inner products alone, because F_λ(F_λ⁻¹g) = g, and recomputed after each refresh, when they are ``stale``. ``places``: where
+    are carried from step to step by inner products alone, because F_λ(F_λ⁻¹g) = g, and recomputed after each refresh, when they are ``stale``. ``total``: tr F of
+    the running curvature when last asked for. ``places``: where
     the parameters stand in the optimizer's list, None for one it was not given.
     """
 
@@ -119,6 +120,7 @@ class Unit(ABC):
         self.name, self.params, self.settings = name, params, settings
         self.places: list[int | None] = []
         self.solver: Solver | None = None
+        self.total: float | None = None
         self.damping = 0.0
         self.momentum: Tensor | None = None
         self.squared = self.crossed = self.decayed = 0.0
@@ -152,6 +154,11 @@ class Unit(ABC):
     @abstractmethod
     def fold(self, observed: Sequence[Tensor]) -> None:
         """Fold observations into the running curvature."""
+
+    def trace(self) -> Tensor | None:
+        """tr F of the running curvature, or None while there is none."""
+        values = [t for average in self.running() for t in average.value]
+        return torch.stack([traces([t]).sum() for t in values]).sum() if values else None
 
     @abstractmethod
     def refresh(self, damping: float, compute: bool = True) -> None:
@@ -221,6 +228,9 @@ class DiagonalUnit(Unit):
 
     def fold(self, observed: Sequence[Tensor]) -> None:
         self.average.add(observed, self.settings.decay)
+
+    def trace(self) -> Tensor | None:
+        return self.average.value[0].sum() if self.average.value else None
 
     def refresh(self, damping: float, compute: bool = True) -> None:
         if self.average.value:
