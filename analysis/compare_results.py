@@ -26,7 +26,7 @@ def differences(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
 
     Columns that the first table doesn't have yet are not compared.
     """
-    keys = [key for key in ("variant", "method") if key in before and key in after]
+    keys = [key for key in ("variant", "method", "choice") if key in before and key in after]
     first, second = before.set_index(keys), after.set_index(keys)
     rows: list[dict[str, Any]] = []
     for key in first.index:

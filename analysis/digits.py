@@ -9,8 +9,8 @@ VARIANTS = {"minibatch": {"batch_size": 128}, "full batch": {"batch_size": 0}}
 STUDY = Study(
     "digits",
     {
-        "small": Scale(VARIANTS, 200, every=2, aligned=100),
-        "full": Scale(VARIANTS, 400, every=2, aligned=100),
+        "small": Scale(VARIANTS, 200, every=2, aligned=100, tuned=3),
+        "full": Scale(VARIANTS, 400, every=2, aligned=100, tuned=3),
         "tiny": Scale(VARIANTS, 20, every=5, aligned=8),
     },
 )

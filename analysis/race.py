@@ -20,7 +20,7 @@ from analysis.study_table import RATIOS
 from analysis.timing import RESULTS
 
 STUDIES: dict[str, Study] = {module.STUDY.name: module.STUDY for module in (digits, cifar10, imagenet, transformer)}
-KEPT = ("method", "knob", "setting", "bracketed", "seeds", "final_loss", "final_loss_std", "accuracy")
+KEPT = ("method", "choice", "knob", "setting", "bracketed", "seeds", "final_loss", "final_loss_std", "accuracy")
 
 
 def race(names: list[str], scale: str, jobs: int = 1, results: Path | None = None, runs: Path | None = None) -> Path:

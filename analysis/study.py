@@ -1,7 +1,8 @@
 """The protocol that all studies share, and their command line.
 
-Every method gets the same number of tuning trials (5, `analysis.tuning`), of seed 0, chosen by the final loss on validation data that is
-neither trained on nor reported; then more seeds at its best, up to three in all. Same starts, data order and schedule for all methods, which
+Every method gets the same number of tuning trials (5, `analysis.tuning`), of seed 0 (digits, whose validation data are few and whose runs take a
+second: of all three seeds), chosen by the final loss on validation data that is neither trained on nor reported; then more seeds at its best, up to
+three in all. So does its thrifty setting, where that is another one: the smallest tried that ends no higher on the validation data than AdamW's best. Same starts, data order and schedule for all methods, which
 take turns. Every run is recorded on a fixed probe and audited through the outputs lens. Targets: the probe loss of AdamW's worst seed half-way
 through its best runs and at their end; steps and dissipation up to them from `to.pareto`; seconds are processor seconds of forward,
 backward and optimizer step alone (wall seconds on a GPU). Alignment: the parameter lens's certified bracket on each step's own minibatch, mean over
@@ -44,7 +45,7 @@ SEEDS = 3
 @dataclass(frozen=True)
 class Scale:
     """How large a study is: options of its task for each variant, steps, steps between recorded predictions, examples of a
-    minibatch for the parameter lens (0: no alignment), and whether the methods' weight decay is on.
+    minibatch for the parameter lens (0: no alignment), whether the methods' weight decay is on, and seeds of a tuning trial.
     """
 
     variants: Mapping[str, Mapping[str, Any]]
@@ -52,6 +53,7 @@ class Scale:
     every: int = STRIDE
     aligned: int = 0
     decay: bool = False
+    tuned: int = 1
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,11 @@ class Plan:
         whole = (self.methods, self.seeds, self.size.length) == (standard.methods, SEEDS, standard.size.length)
         return self.results or (RESULTS if whole and self.scale != "tiny" else self.folder)
 
+    @property
+    def reference(self) -> str:
+        """The method whose runs set the targets, and over whose values ratios are: AdamW, or the first where it isn't run."""
+        return study_table.REFERENCE if study_table.REFERENCE in self.methods else self.methods[0]
+
     def trial(self, variant: str, method: str, setting: float, seed: int) -> Trial:
         """One of its runs."""
         return Trial(
@@ -142,7 +149,8 @@ def run_study(plan: Plan) -> pd.DataFrame:
     names = [(variant, method) for variant in plan.size.variants for method in plan.methods]
     tried: dict[tuple[str, str], dict[float, float]] = {name: {} for name in names}
     trials: dict[str, list[Trial]] = {variant: [] for variant in plan.size.variants}
-    progress = _Progress(plan, len(names) * (plan.trials + plan.seeds - 1))
+    tuned = min(plan.size.tuned, plan.seeds)
+    progress = _Progress(plan, len(names) * (plan.trials * tuned + plan.seeds - tuned))
 
     def run(wanted: Sequence[tuple[str, str, float, int]]) -> None:
         batch = [plan.trial(*what) for what in wanted]
@@ -151,17 +159,21 @@ def run_study(plan: Plan) -> pd.DataFrame:
             trials[variant].append(trial)
 
     def score(wanted: Sequence[tuple[str, str, float]]) -> None:
-        run([(*what, 0) for what in wanted])
+        run([(*what, seed) for seed in range(tuned) for what in wanted])
         for variant, method, setting in wanted:
-            found = result(plan.path(plan.trial(variant, method, setting, 0)))
-            tried[variant, method][setting] = found["validation"]
+            found = [result(plan.path(plan.trial(variant, method, setting, seed))) for seed in range(tuned)]
+            tried[variant, method][setting] = sum(one["validation"] for one in found) / tuned
 
     central = min(plan.trials, len(METHODS[plan.methods[0]].grid))
     score([(*name, METHODS[name[1]].grid[place]) for place in range(central) for name in names])
     for _ in range(plan.trials - central):
         score([(*name, tuning.next_setting(METHODS[name[1]].grid, tried[name])) for name in names])
     best = {name: tuning.best(scores) for name, scores in tried.items()}
-    run([(*name, best[name], seed) for seed in range(1, plan.seeds) for name in names])
+    thrifty = {name: tuning.thrifty(tried[name], tried[name[0], plan.reference]) for name in names}
+    more = [(*name, setting) for name, setting in thrifty.items() if setting is not None]
+    progress.total += len(more) * (plan.seeds - tuned)
+    chosen = [(*name, best[name]) for name in names] + more
+    run([(*what, seed) for seed in range(tuned, plan.seeds) for what in chosen])
     final = [[plan.trial(*name, best[name], seed) for seed in range(plan.seeds)] for name in names]
     if plan.size.aligned:
         _each(align, [trial for own in final for trial in own], plan, None)
@@ -180,18 +192,17 @@ def _compare(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The runs' and the methods' rows of a variant, and its figures."""
     recorded = [study_table.read(trial, plan.path(trial)) for trial in trials]
-    best = {method: tuning.best(tried) for method, tried in scores.items()}
-    reference = study_table.REFERENCE if study_table.REFERENCE in best else plan.methods[0]
-    final = [run for run in recorded if run.trial.setting == best[run.trial.method]]
-    targets = study_table.targets_of([run for run in final if run.trial.method == reference])
+    choices = study_table.choices_of(scores, plan.reference)
+    final = [run for run in recorded if run.trial.setting == choices[run.trial.method]["best"]]
+    targets = study_table.targets_of([run for run in final if run.trial.method == plan.reference])
     name = "_".join(part for part in (plan.label, variant.replace(" ", "-")) if part)
     front = None
     try:
         front = study_table.front_of(recorded, targets)
     except to.InputError as error:
         print(f"{name}: nothing to compare ({error})", flush=True)
-    runs = study_table.rows_of_runs(recorded, best, front, targets)
-    methods = study_table.rows_of_methods(runs, scores).assign(
+    runs = study_table.rows_of_runs(recorded, choices, front, targets)
+    methods = study_table.rows_of_methods(runs, scores, plan.reference).assign(
         **{f"target_{label}": target for label, target in targets.items()}, length=plan.size.length
     )
     plan.output.mkdir(parents=True, exist_ok=True)
@@ -224,7 +235,7 @@ def _write(plan: Plan, tables: list[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.Da
 
 def summary(methods: pd.DataFrame) -> pd.DataFrame:
     """The columns of the methods' table that fit a terminal."""
-    wanted = ["variant", "method", "setting", "bracketed", "final_loss", "accuracy"]
+    wanted = ["variant", "method", "choice", "setting", "bracketed", "final_loss", "accuracy"]
     wanted += [f"{name}_ratio" for name in study_table.RATIOS]
     return methods[[name for name in wanted if name in methods]]
 

@@ -14,15 +14,17 @@ import pandas as pd
 import torch
 
 import thermo_opt as to
+from analysis import tuning
 from analysis.methods import METHODS
 from analysis.training import Trial, result
-from analysis.tuning import best as best_of
-from analysis.tuning import bracketed
 from thermo_opt.audit.front import ParetoFront
 from thermo_opt.audit.track import Track, read_track
 
 REFERENCE = "AdamW"
-"""Its runs set the targets, and ratios are over its values (the first method's where it isn't run)."""
+"""Its runs set the targets, and ratios are over its values."""
+CHOICES = ("best", "thrifty")
+"""Settings of a method that have a row of their own: the lowest validation loss, and the smallest setting that ends no higher than the
+reference's best, where that is another one."""
 TARGETS = ("half", "end")
 REACHED = tuple(f"{what}_{label}" for label in TARGETS for what in ("steps", "seconds", "dissipation"))
 MEASURES = (
@@ -97,10 +99,21 @@ def front_of(runs: Sequence[Recorded], targets: Mapping[str, float]) -> ParetoFr
     return to.pareto(tracks, target_loss=list(targets.values()), groups=groups)
 
 
+def choices_of(scores: Mapping[str, Mapping[float, float]], reference: str) -> dict[str, dict[str, float | None]]:
+    """The setting of each of `CHOICES`, by method, from its tuning trials' validation losses."""
+    return {
+        method: {"best": tuning.best(tried), "thrifty": tuning.thrifty(tried, scores[reference])}
+        for method, tried in scores.items()
+    }
+
+
 def rows_of_runs(
-    runs: Sequence[Recorded], best: Mapping[str, float], front: ParetoFront | None, targets: Mapping[str, float]
+    runs: Sequence[Recorded],
+    choices: Mapping[str, Mapping[str, float | None]],
+    front: ParetoFront | None,
+    targets: Mapping[str, float],
 ) -> pd.DataFrame:
-    """One row a run; ``final``: at its method's best setting. ``front``: None leaves what depends on targets unknown."""
+    """One row a run; ``best``, ``thrifty``: at that setting of its method. ``front``: None leaves what depends on targets unknown."""
     drawn = [run for run in runs if run.track is not None]
     crossings: dict[str, pd.DataFrame] = {}
     if front is not None:
@@ -113,8 +126,8 @@ def rows_of_runs(
             "knob": METHODS[trial.method].knob,
             "setting": trial.setting,
             "seed": trial.seed,
-            "final": trial.setting == best[trial.method],
         }
+        row |= {choice: trial.setting == choices[trial.method][choice] for choice in CHOICES}
         for label in targets:
             row |= dict.fromkeys((f"{what}_{label}" for what in ("steps", "seconds", "dissipation")), math.nan)
             if run.track is not None and label in crossings:
@@ -148,25 +161,28 @@ def _notes(found: Mapping[str, Any]) -> list[str]:
     return notes + [f"{what} unknown: {found[key]}" for what, key in reasons.items() if key in found]
 
 
-def rows_of_methods(rows: pd.DataFrame, scores: Mapping[str, Mapping[float, float]]) -> pd.DataFrame:
-    """One row a method, of its final runs: mean and standard deviation over seeds (a mean only where every seed has a value).
+def rows_of_methods(rows: pd.DataFrame, scores: Mapping[str, Mapping[float, float]], reference: str) -> pd.DataFrame:
+    """One row a method and choice, of its runs there: mean and standard deviation over seeds (a mean only where every seed has a value).
 
-    ``scores``: the validation losses of its tuning trials. ``reached_<target>``: how many of its seeds reach it. Ratios: of means,
-    their standard deviation that of the ratios seed by seed.
+    ``scores``: the validation losses of its tuning trials. ``reached_<target>``: how many of its seeds reach it. Ratios: of means, over the
+    best of ``reference``, their standard deviation that of the ratios seed by seed. Alignment and peak memory are of the best only.
     """
-    final = rows[rows["final"]]
-    reference = REFERENCE if REFERENCE in scores else next(iter(scores))
-    base = final[final["method"] == reference].set_index("seed")
+    base = rows[rows["best"] & (rows["method"] == reference)].set_index("seed")
+    choices = choices_of(scores, reference)
     table = []
-    for method, tried in scores.items():
-        own = final[final["method"] == method].set_index("seed")
+    for method, choice in ((method, choice) for choice in CHOICES for method in scores):
+        tried, setting = scores[method], choices[method][choice]
+        if setting is None:
+            continue
+        own = rows[rows[choice] & (rows["method"] == method)].set_index("seed")
         row: dict[str, Any] = {
             "method": method,
+            "choice": choice,
             "knob": METHODS[method].knob,
-            "setting": best_of(tried),
+            "setting": setting,
             "trials": len(tried),
-            "tried": " ".join(f"{setting:g}" for setting in sorted(tried)),
-            "bracketed": bracketed(tried),
+            "tried": " ".join(f"{tried_one:g}" for tried_one in sorted(tried)),
+            "bracketed": tuning.bracketed(tried),
             "seeds": len(own),
         }
         row |= {f"reached_{label}": int(own[f"steps_{label}"].notna().sum()) for label in TARGETS}

@@ -19,6 +19,13 @@ def best(scores: Mapping[float, float]) -> float:
     return min(sorted(scores), key=lambda setting: _comparable(scores[setting]))
 
 
+def thrifty(scores: Mapping[float, float], reference: Mapping[float, float]) -> float | None:
+    """The smallest setting that scores no worse than the best of ``reference``; None if that is the best one anyway, or no setting does."""
+    limit = _comparable(reference[best(reference)])
+    good = [setting for setting in sorted(scores) if _comparable(scores[setting]) <= limit < math.inf]
+    return good[0] if good and good[0] != best(scores) else None
+
+
 def bracketed(scores: Mapping[float, float]) -> bool:
     """Whether settings on both sides of the best were tried."""
     return min(scores) < best(scores) < max(scores)

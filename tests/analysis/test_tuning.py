@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from analysis.tuning import TRIALS, best, bracketed, next_setting
+from analysis.tuning import TRIALS, best, bracketed, next_setting, thrifty
 
 CENTRAL = (0.01, 0.03, 0.1)
 
@@ -61,3 +61,11 @@ def test_every_method_of_the_studies_starts_from_three_half_decades():
         assert len(method.grid) == 3
         steps = [math.log10(b / a) for a, b in zip(method.grid, method.grid[1:], strict=False)]
         assert steps == pytest.approx([0.5, 0.5], abs=0.03)
+
+
+def test_the_thrifty_setting_is_the_smallest_that_is_good_enough():
+    scores = {0.01: 1.2, 0.03: 0.9, 0.1: 0.8, 0.3: math.nan}
+    assert thrifty(scores, {1.0: 0.95, 3.0: 2.0}) == 0.03
+    assert thrifty(scores, {1.0: 0.8}) is None  # the best alone
+    assert thrifty(scores, {1.0: 0.7}) is None  # not even that
+    assert thrifty(scores, {1.0: math.nan}) is None
