@@ -229,6 +229,7 @@ def test_methods_without_the_reference_are_compared_with_the_first(tmp_path):
 def test_a_check_agrees_with_itself_and_names_what_differs(done, tmp_path, capsys):
     _, table = done
     assert len(differences(table, table)) == 0
+    table = table[table["choice"] == "best"].reset_index(drop=True)
     changed = table.copy()
     changed.loc[0, "setting"] *= 2
     changed.loc[1, "final_loss"] += 1
@@ -270,6 +271,7 @@ def test_each_command_runs(module, tmp_path, monkeypatch, capsys, request):
     table = pd.read_csv(tmp_path / "runs" / f"{name}_tiny" / f"{name}_tiny.csv")
     assert set(table["method"]) == {"AdamW", "NGD-T"}
     assert np.isfinite(table["final_loss"]).all()
+    table = table[table["choice"] == "best"]
     assert (table["alignment_lower"] <= table["alignment_upper"]).all()
     assert table["notes"].str.contains("batch normalisation frozen").all() == (module is imagenet)
     assert table["peak_memory"].isna().all()
@@ -346,9 +348,8 @@ def test_a_race_gathers_the_studies_tables(done, tmp_path):
     table.assign(variant="x").to_csv(tmp_path / "cifar10_small.csv", index=False)
     found = pd.read_csv(race(["digits", "cifar10"], "small", results=tmp_path))
     assert found["task"].tolist() == ["digits"] * len(table) + ["cifar10, x"] * len(table)
-    assert found["steps_end_ratio"][: len(table)].tolist() == pytest.approx(
-        table["steps_end_ratio"].tolist(), nan_ok=True
-    )
+    ratios = pytest.approx(table["steps_end_ratio"].tolist(), rel=1e-5, nan_ok=True)  # written with six digits
+    assert found["steps_end_ratio"][: len(table)].tolist() == ratios
 
 
 def test_results_are_strict_json(done):
