@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "budget 0.1": {"budget": 0.1},
     "damping 1e-2": {"damping": 1e-2},
     "damping 1e-3": {"damping": 1e-3},
+    "damping 1e-4": {"damping": 1e-4},
     "damping 1e-5": {"damping": 1e-5},
     "momentum 0.5": {"momentum": 0.5},
     "momentum 0.9": {"momentum": 0.9},

@@ -33,9 +33,10 @@ def test_it_is_never_below_the_least() -> None:
 
 
 @pytest.mark.parametrize(("given", "used"), [(0.3, 0.3), (lambda step: 0.2 + step, 0.2)])
-def test_what_is_asked_for_is_used(given, used) -> None:
+@pytest.mark.parametrize("metric", ["kfac", "exact"])
+def test_what_is_asked_for_is_used(metric, given, used) -> None:
     model = models.mlp()
-    optimizer = to.NGDT(model, damping=given)
+    optimizer = to.NGDT(model, metric=metric, damping=given)
     x, y = models.minibatch(models.digits(), 0, 32)
     models.loss(model(x), y).backward()
     optimizer.step()

@@ -131,6 +131,7 @@ class BatchCurvature(Curvature):
         self.kind, self.model, self.params = kind, model, params
         self.likelihood, self.options = likelihood, options
         self.metric: fisher.Metric | None = None
+        self.damping: float | None = None
         self._momentum: list[Tensor] | None = None
         self._direction: list[Tensor] = []
         self._null: list[Tensor] | None = None
@@ -155,8 +156,8 @@ class BatchCurvature(Curvature):
                 "ignore", UserWarning
             )  # evaluation mode for Dropout and BatchNorm: documented in NGDT
             batch = fisher.Batch(forward.inputs())
-            used = BATCH_DAMPING if damping is None else damping
-            self.metric = fisher.make(self.kind, self.model, batch, self.likelihood, used, **self.options)
+            self.damping = BATCH_DAMPING if damping is None else damping
+            self.metric = fisher.make(self.kind, self.model, batch, self.likelihood, self.damping, **self.options)
 
     def direction(self, gradients: Sequence[Tensor], recipe: Recipe) -> Lengths:
         metric = self.metric
@@ -192,7 +193,7 @@ class BatchCurvature(Curvature):
 
     def diagnostics(self) -> dict[str, float | None]:
         rank = None if self.metric is None or self.kind == "exact" else self.metric.diagnostics().get("rank")
-        return {"rank": rank}
+        return {"rank": rank, "damping": self.damping}
 
     def state_dict(self) -> dict[str, Any]:
         return {"momentum": self._momentum}

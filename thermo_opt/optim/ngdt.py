@@ -71,7 +71,7 @@ class NGDT(Optimizer):
 
     ``last_step`` holds plain numbers: ``budget, delta`` (Δ), ``eta`` (η_T), ``predicted`` and ``realised`` dissipation in nats (realised:
     None where not measured; of a shortened step, the measurement times ``shortened``²), ``shortened``, ``decrease`` (predicted),
-    ``alignment``, ``kappa``, ``skipped`` (steps so far) and the metric's own.
+    ``alignment``, ``kappa``, ``skipped`` (steps so far), ``damping`` and the metric's own.
 
     Under ``torch.distributed`` factors are averaged over processes and their inverses shared out; gradients are DistributedDataParallel's.
     Cost beside the backward pass, K-FAC: per layer O(out·in·(out+in)) a step and O(out³+in³) a refresh; memory: momentum (one copy of the
