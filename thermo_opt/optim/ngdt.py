@@ -58,8 +58,9 @@ class NGDT(Optimizer):
     regulator: "dissipation" (default), "heat", "fixed" (η_T = eta_max), or an object with `Regulator`'s methods.
     null_space: "damped" (F_λ⁻¹ acts everywhere), "none" (pseudo-inverse, no motion in the null space), "hybrid" (adds −eta_null·P₀g).
     damping: λ, absolute, for the Fisher of one prediction's log-likelihood, or a function of the step. Default with "damped": for K-FAC kinds
-        max(1e-4, 10·(tr F/d)/N) for d parameters and N predictions a step (`optim.damping` says why), for metrics of a minibatch 1e-3; otherwise 0. K-FAC with "damped" splits λ between the two factors (Martens & Grosse's π) and inverts them; every other combination uses eigenbases, where
-        eigenvalues ≤ max(rtol·σ_max, atol) (K-FAC: of the products) count as zero.
+        max(1e-4, 10·(tr F/d)/N) for d parameters and N predictions a step (`optim.damping` says why), for metrics of a minibatch 1e-3;
+        otherwise 0. K-FAC with "damped" splits λ between the two factors (Martens & Grosse's π) and inverts them; every other combination
+        uses eigenbases, where eigenvalues ≤ max(rtol·σ_max, atol) (K-FAC: of the products) count as zero.
     targets: "empirical" (the labels of the batch, no extra cost) or "sampled" (from the model: one more forward and backward pass on
         refresh steps). decay: memory of running factors. refresh_every: longest refresh interval; it grows to that from 1 over the
         first ``12·refresh_every`` steps, blocks in turn. rows: most rows a layer's factors read at one refresh (None: all).
