@@ -2,11 +2,12 @@
 
 Every method gets the same number of tuning trials (5, `analysis.tuning`), of seed 0 (digits, whose validation data are few and whose runs take a
 second: of all three seeds), chosen by the final loss on validation data that is neither trained on nor reported; then more seeds at its best, up to
-three in all. So does its thrifty setting, where that is another one: the smallest tried that ends no higher on the validation data than AdamW's best. Same starts, data order and schedule for all methods, which
-take turns. Every run is recorded on a fixed probe and audited through the outputs lens. Targets: the probe loss of AdamW's worst seed half-way
-through its best runs and at their end; steps and dissipation up to them from `to.pareto`; seconds are processor seconds of forward,
-backward and optimizer step alone (wall seconds on a GPU). Alignment: the parameter lens's certified bracket on each step's own minibatch, mean over
-four moments of a run (`analysis.study_alignment`). Peak memory: of training steps, in a process of its own (`analysis.study_memory`).
+three in all. So does its thrifty setting, where that is another one: the smallest tried that ends no higher on the validation data than AdamW's best.
+Same starts, data order and schedule for all methods, which take turns. Every run is recorded on a fixed probe and audited through the outputs lens.
+Targets: the probe loss of AdamW's worst seed half-way through its best runs and at their end; steps and dissipation up to them from `to.pareto`;
+seconds are processor seconds of forward, backward and optimizer step alone (wall seconds on a GPU). Alignment: the parameter lens's certified bracket
+on each step's own minibatch, mean over four moments of a run (`analysis.study_alignment`). Peak memory: of training steps, in a process of its own
+(`analysis.study_memory`).
 
 Writes <study>_<scale>.csv (a row a method: means and standard deviations over seeds), <study>_<scale>_runs.csv (a row a run) and figures into
 analysis/results/, recorded runs into analysis/runs/<study>_<scale>/. Finished runs are not repeated, so a killed study can be called again.

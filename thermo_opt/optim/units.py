@@ -111,9 +111,9 @@ class Unit(ABC):
     """Parameters that share one block, in the block's coordinates: `gather` and `scatter` go to and fro.
 
     ``squared``: bᵀF_λb of the momentum b; ``crossed``: bᵀF_λw and ``decayed``: wᵀF_λw with the weight-decay direction w. They
-    are carried from step to step by inner products alone, because F_λ(F_λ⁻¹g) = g, and recomputed after each refresh, when they are ``stale``. ``total``: tr F of
-    the running curvature when last asked for. ``places``: where
-    the parameters stand in the optimizer's list, None for one it was not given.
+    are carried from step to step by inner products alone, because F_λ(F_λ⁻¹g) = g, and recomputed after each refresh, when they are
+    ``stale``. ``total``: tr F of the running curvature when last asked for. ``places``: where the parameters stand in the optimizer's
+    list, None for one it was not given.
     """
 
     def __init__(self, name: str, params: list[nn.Parameter], settings: Settings) -> None:
