@@ -26,6 +26,8 @@ def differences(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
 
     Columns that the first table doesn't have yet are not compared.
     """
+    if "choice" in after and "choice" not in before:
+        after = after[after["choice"] == "best"]
     keys = [key for key in ("variant", "method", "choice") if key in before and key in after]
     first, second = before.set_index(keys), after.set_index(keys)
     rows: list[dict[str, Any]] = []

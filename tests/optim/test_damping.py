@@ -95,3 +95,43 @@ def test_traces_are_those_of_the_whole_matrices(metric: str) -> None:
     size = sum(p.numel() for p in model.parameters())
     assert optimizer.last_step["damping"] == pytest.approx(max(10 * total / size / 40, LEAST), rel=1e-5)
     assert len(curvature.units) == (6 if metric == "kfac" else 8)
+
+
+class Elsewhere(nn.Module):
+    """Uses its layers' weights without calling the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.layer.weight, self.layer.bias)
+
+
+@pytest.mark.filterwarnings("ignore:.*never seen")
+def test_it_follows_layers_that_fall_back_to_a_diagonal_from_the_first_step() -> None:
+    torch.manual_seed(0)
+    model = Elsewhere()
+    optimizer = to.NGDT(model, budget=1e-6)
+    used = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        torch.manual_seed(1)
+        models.loss(model(5 * torch.randn(40, 6)), torch.randint(4, (40,))).backward()
+        optimizer.step()
+        used.append(optimizer.last_step["damping"])
+    assert used[0] == pytest.approx(used[1], rel=0.05)
+    assert used[0] > LEAST
+
+
+def test_a_step_without_gradients_keeps_it() -> None:
+    model = models.mlp()
+    optimizer = to.NGDT(model)
+    x, y = models.minibatch(models.digits(), 0, 32)
+    used = []
+    for weight in (1.0, 0.0):
+        optimizer.zero_grad()
+        (weight * models.loss(model(x), y)).backward()
+        optimizer.step()
+        used.append(optimizer.last_step["damping"])
+    assert used[0] == used[1] > LEAST

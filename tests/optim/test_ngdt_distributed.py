@@ -1,7 +1,5 @@
 """Two gloo processes with half of the batch each do what one process does with all of it."""
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -13,16 +11,53 @@ from torch.nn.parallel import DistributedDataParallel
 import thermo_opt as to
 from tests.optim import optim_models as models
 from thermo_opt.optim import kronecker_unit
+from thermo_opt.optim.damping import LEAST
 
 STEPS = 12
 
 
-def run(rank: int, count: int, path: str, metric: str, port: int, settled: int) -> None:
+def join(rank: int, count: int, path: str) -> None:
+    """Meet the other processes at a file: a port found free may be taken by the time they do."""
+    dist.init_process_group("gloo", init_method=f"file://{path}/meeting", rank=rank, world_size=count)
+
+
+def leave() -> None:
+    """Part only once all have come this far: who is still talking aborts when the other is gone."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def uneven(rank: int, path: str, metric: str) -> None:
+    """One of two processes that see 16 and 5 examples a step."""
+    torch.set_num_threads(1)
+    join(rank, 2, path)
+    model = models.mlp().double()
+    called = DistributedDataParallel(model)
+    optimizer = to.NGDT(called, metric=metric, refresh_every=4)
+    for step in range(6):
+        x, y = models.minibatch(models.digits(), step, 21)
+        part = slice(0, 16) if rank == 0 else slice(16, 21)
+        optimizer.zero_grad()
+        models.loss(called(x[part].double()), y[part]).backward()
+        optimizer.step()
+    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    torch.save({"weights": flat, "damping": optimizer.last_step["damping"]}, f"{path}/{rank}.pt")
+    leave()
+
+
+@pytest.mark.parametrize("metric", ["kfac", "ekfac"])
+def test_processes_with_unequal_batches_stay_together(metric: str, tmp_path: Path) -> None:
+    mp.spawn(uneven, args=(str(tmp_path), metric), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["damping"] == second["damping"] > LEAST
+    torch.testing.assert_close(first["weights"], second["weights"], rtol=1e-9, atol=1e-10)
+
+
+def run(rank: int, count: int, path: str, metric: str, settled: int) -> None:
     torch.set_num_threads(1)
     kronecker_unit.SETTLED = settled
     if count > 1:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        dist.init_process_group("gloo", rank=rank, world_size=count)
+        join(rank, count, path)
     model = models.mlp().double()
     called = DistributedDataParallel(model) if count > 1 else model
     optimizer = to.NGDT(
@@ -38,18 +73,15 @@ def run(rank: int, count: int, path: str, metric: str, port: int, settled: int) 
     flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     torch.save({"weights": flat, "kappa": optimizer.last_step["kappa"]}, f"{path}/{count}-{rank}.pt")
     if count > 1:
-        dist.destroy_process_group()
+        leave()
 
 
 @pytest.mark.parametrize(("metric", "settled"), [("kfac", 30), ("ekfac", 30), ("ekfac", 2)])
 def test_two_processes_equal_one(metric: str, settled: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``settled``: from which observation on EKFAC's bases follow by warm starts."""
     monkeypatch.setattr(kronecker_unit, "SETTLED", settled)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    run(0, 1, str(tmp_path), metric, port, settled)
-    mp.spawn(run, args=(2, str(tmp_path), metric, port, settled), nprocs=2)
+    run(0, 1, str(tmp_path), metric, settled)
+    mp.spawn(run, args=(2, str(tmp_path), metric, settled), nprocs=2)
     one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     torch.testing.assert_close(first["weights"], second["weights"], rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(first["weights"], one["weights"], rtol=1e-5, atol=1e-5)

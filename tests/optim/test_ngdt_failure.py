@@ -12,6 +12,7 @@ from tests.optim import optim_models as models
 from thermo_opt.optim import kronecker_unit
 from thermo_opt.optim.inverse import positive_inverse
 from thermo_opt.optim.solvers import KroneckerInverse, invert
+from thermo_opt.optim.units import DiagonalUnit
 
 DATA = models.digits()
 
@@ -134,12 +135,13 @@ def test_state_of_another_optimizer_or_model() -> None:
 
 @pytest.mark.parametrize("metric", ["kfac", "ekfac", "exact", "diagonal"])
 @pytest.mark.parametrize("where", ["gradient", "loss"])
-def test_non_finite_steps_are_skipped_and_poison_nothing(metric: str, where: str) -> None:
+@pytest.mark.parametrize("before", [0, 3])
+def test_non_finite_steps_are_skipped_and_poison_nothing(metric: str, where: str, before: int) -> None:
     model = nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10))
     optimizer = to.NGDT(model, metric=metric)
-    for number in range(3):
+    for number in range(before):
         step(model, optimizer, number)
-    before = [p.detach().clone() for p in model.parameters()]
+    weights = [p.detach().clone() for p in model.parameters()]
     x, y = models.minibatch(DATA, 3, 32)
     optimizer.zero_grad()
     value = models.loss(model(x), y)
@@ -149,9 +151,11 @@ def test_non_finite_steps_are_skipped_and_poison_nothing(metric: str, where: str
     with pytest.warns(UserWarning, match="non-finite loss or gradient"):
         optimizer.step()
     assert optimizer.last_step["skipped"] == 1
-    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), weights, strict=True))
+    if metric in ("kfac", "ekfac"):
+        assert not any(isinstance(unit, DiagonalUnit) for unit in optimizer.curvature.units)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         for number in range(4, 12):
             step(model, optimizer, number)
     assert optimizer.last_step["skipped"] == 1

@@ -104,6 +104,12 @@ def test_checksum_sees_every_single_bit(size, dtype, where, bit):
         assert checksum(tensor) != before
 
 
+def test_checksums_are_of_what_a_tensor_holds_however_it_lies():
+    whole = torch.arange(20_000.0).view(100, 200)
+    for view in (whole[:, 1], whole[:, 1:2], whole.T, torch.ones(1).expand(9), whole[::2] > 5):
+        assert checksum(view) == checksum(view.clone(memory_format=torch.contiguous_format))
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [0, 5, 8192, 200_003])
 def test_a_tensor_in_pieces_is_the_tensor_and_its_damage_is_noticed(tmp_path, dtype, size):
@@ -319,3 +325,15 @@ def test_examples_clock_from_the_batch_size(copy):
     (copy / "run.json").write_text(json.dumps({**content, "batch_size": 32}))
     (copy / "steps.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     assert list(load_run(copy).clock_readings("examples", [0, 2])) == [0, 64]
+
+
+def test_other_files_beside_the_snapshots_are_left_alone(copy, recorded):
+    for name in ("safetensors", ".hidden.safetensors", "00000009.tmp"):
+        (copy / "snapshots" / name).write_text("nothing of ours")
+    assert all(same(a, b) for a, b in zip(everything(copy), everything(recorded), strict=True))
+
+
+def test_a_byte_order_mark_is_no_damage(copy):
+    steps = copy / "steps.jsonl"
+    steps.write_bytes(b"\xef\xbb\xbf" + steps.read_bytes())
+    assert load_run(copy).steps.index.tolist() == [1, 2, 3, 4]

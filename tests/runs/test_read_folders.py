@@ -212,3 +212,20 @@ def test_opening_a_run_reads_no_weights(tmp_path):
     assert len(run.snapshots) == 2001
     with pytest.raises(InputError, match=r"model-1500\.safetensors"):
         run.snapshots[1500].names()
+
+
+def test_a_tensor_of_another_group_is_not_a_weight_of_its_name(tmp_path):
+    train(tmp_path, lambda model, optimizer, step: torch.save({"model": model.state_dict()}, tmp_path / f"{step}.pt"))
+    snapshot = load_run(tmp_path).snapshots[1]
+    assert snapshot.load("params/a.weight").shape == (4, 4)
+    assert snapshot.load("buffers/norm.running_mean").shape == (4,)
+    for name in (
+        "grad/a.weight",
+        "probe/a.weight",
+        "buffers/a.weight",
+        "params/norm.running_mean",
+        "exp_avg/a.weight",
+        "a",
+    ):
+        with pytest.raises(InputError, match=f"has no {name}"):
+            snapshot.load(name)

@@ -80,7 +80,7 @@ class Curvature(ABC):
         scale: float,
         damping: float | None,
     ) -> None:
-        """Bring the metric up to date with what this step's passes showed. ``terms``: that the loss averages over; ``scale``: by which a
+        """Bring the metric up to date with what this step's passes showed. ``terms``: that the loss averages over, 0 if not counted; ``scale``: by which a
         GradScaler has multiplied it; ``damping``: λ, or None for the metric's own choice."""
 
     @abstractmethod

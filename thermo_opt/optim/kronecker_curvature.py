@@ -176,7 +176,7 @@ class KroneckerCurvature(Curvature):
     ) -> None:
         start = time.perf_counter()
         self._detach()
-        predictions, terms = terms * self.processes.count, terms / scale**2
+        counted, terms = terms, (terms or 1.0) / scale**2
         if self.sampled and forward is not None:
             terms = self._sample(self._turn, forward)
         found: list[tuple[Unit, list[Tensor]]] = []
@@ -197,11 +197,11 @@ class KroneckerCurvature(Curvature):
             else:
                 unit.discard()
                 self.failures += 1
+        refreshed += self._fall_back([unit for unit, _ in found], gradients, terms)
         if damping is not None:
             self.damping = damping
         elif refreshed:
-            self.damping = self._own_damping(refreshed, predictions)
-        self._fall_back(gradients, terms)
+            self._adapt_damping(refreshed, counted)
         for job, unit in enumerate(refreshed):
             unit.refresh(self.damping, compute=self.processes.mine(job))
         invert([part for job, unit in enumerate(refreshed) if self.processes.mine(job) for part in unit.damped])
@@ -218,8 +218,11 @@ class KroneckerCurvature(Curvature):
             "damping": self.damping,
         }
 
-    def _own_damping(self, refreshed: Sequence[Unit], predictions: float) -> float:
-        """λ for the curvature there is now (`damping_of`)."""
+    def _adapt_damping(self, refreshed: Sequence[Unit], terms: float) -> None:
+        """λ for the curvature there is now (`damping_of`), where the predictions of this process's passes, ``terms``, were counted."""
+        predictions = self.processes.mean(terms) * self.processes.count
+        if predictions == 0:
+            return
         found = {
             unit: trace
             for unit in self.units
@@ -229,7 +232,7 @@ class KroneckerCurvature(Curvature):
             unit.total = total
         known = [unit for unit in self.units if unit.total is not None]
         size = sum(p.numel() for unit in known for p in unit.params)
-        return damping_of(sum(unit.total or 0.0 for unit in known), size, predictions)
+        self.damping = damping_of(sum(unit.total or 0.0 for unit in known), size, predictions)
 
     def _divide(self, found: list[tuple[Unit, list[Tensor]]]) -> list[tuple[Unit, list[Tensor]]]:
         """Choose, once, the largest side of a block such that solving stays within `Settings.overhead` of the passes' work."""
@@ -285,13 +288,21 @@ class KroneckerCurvature(Curvature):
         self._detach()
         return float(nll.numel())
 
-    def _fall_back(self, gradients: Sequence[Tensor], terms: float) -> None:
-        """Give a layer whose parameters have gradients although the layer was never seen a diagonal metric."""
+    def _fall_back(self, seen: Sequence[Unit], gradients: Sequence[Tensor], terms: float) -> list[DiagonalUnit]:
+        """Give a layer whose parameters have gradients although the layer was never seen a diagonal metric; returns the new units."""
         lost = []
         for unit in self.units:
-            unseen = unit.solver is None and isinstance(unit, LayerUnit) and not any(r.count for r in unit.running())
-            if unseen and any(bool(gradients[j].any()) for j in unit.places if j is not None):
+            if (
+                unit.solver is not None
+                or not isinstance(unit, LayerUnit)
+                or unit in seen
+                or any(r.count for r in unit.running())
+            ):
+                continue
+            own = [gradients[j] for j in unit.places if j is not None]
+            if any(bool(g.any()) for g in own) and all_finite(*own):
                 lost.append(unit.name)
+        fresh: list[DiagonalUnit] = []
         if lost:
             warnings.warn(
                 f"{', '.join(lost)}: gradients arrive although the module's own forward was never seen (its weight is used elsewhere); "
@@ -299,13 +310,13 @@ class KroneckerCurvature(Curvature):
                 stacklevel=5,
             )
             self._replace(lost)
-            fresh = [u for u in self.units if isinstance(u, DiagonalUnit) and u.solver is None]
+            fresh = [u for u in self.units if isinstance(u, DiagonalUnit) and u.solver is None and u not in seen]
             for unit in fresh:
                 unit.see(gradients[self._place[id(unit.params[0])]])
                 observed = unit.observed(terms)
                 assert observed is not None
                 unit.fold(observed)
-                unit.refresh(self.damping)
+        return fresh
 
     def _replace(self, names: Sequence[str]) -> None:
         units: list[Unit] = []
@@ -352,9 +363,13 @@ class KroneckerCurvature(Curvature):
         work: list[tuple[Unit, Solver, Tensor, Tensor | None]] = []
         numbers: list[Tensor] = []  # of each unit: gᵀb (gᵀg where there is no momentum yet), gᵀw
         zero = torch.zeros((), device=self.params[0].device)
+        lengths = Lengths(*([0.0] * self._pool_count for _ in range(3)))
         for unit in self.units:
             solver = unit.solver
             if solver is None:
+                if not all_finite(*(gradients[i] for i in unit.places if i is not None)):
+                    lengths.delta[0] = math.nan
+                    return lengths
                 continue
             if unit.stale:
                 self._measure(unit)
@@ -376,7 +391,6 @@ class KroneckerCurvature(Curvature):
             decay = self._decay(unit)
             numbers.append(zero if decay is None else torch.dot(flat, decay.reshape(-1).to(flat.dtype)))
             work.append((unit, solver, V, null))
-        lengths = Lengths(*([0.0] * self._pool_count for _ in range(3)))
         before = _floats(numbers)
         if not all(map(math.isfinite, before)):  # then some gradient is not finite: momentum stays untouched
             lengths.delta[0] = math.nan

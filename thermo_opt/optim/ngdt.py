@@ -187,7 +187,7 @@ class NGDT(Optimizer):
         ):
             return self._skip(loss)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
-        terms = float(sum(seen.terms for seen in passes)) or 1.0
+        terms = float(sum(seen.terms for seen in passes))
         if isinstance(self.likelihood, Categorical):
             checks.mean_loss(passes, scale)
         step = self.steps

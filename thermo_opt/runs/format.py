@@ -110,7 +110,7 @@ def read_steps(file: Path) -> pd.DataFrame:
         if not line.strip():
             continue
         try:
-            row = json.loads(str(line, "utf-8"))  # told the encoding, it needn't guess it line by line
+            row = json.loads(line)
             step = row["step"]
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
@@ -213,8 +213,8 @@ def read_own(path: Path) -> Run:
     folder = path / SNAPSHOT_FOLDER
     found: list[tuple[int, Path, Any]] = []
     for file in visible(folder.iterdir()) if folder.is_dir() else ():
-        stem, _, suffix = file.name.rpartition(".")
-        if suffix != "safetensors":
+        stem, dot, suffix = file.name.rpartition(".")
+        if not dot or suffix != "safetensors":
             continue
         if not stem.isdecimal():
             raise InputError(

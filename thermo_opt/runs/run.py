@@ -34,7 +34,7 @@ class Contents(Protocol):
         """Shape of each tensor by name."""
 
     def load(self, name: str) -> Tensor:
-        """The tensor of this name."""
+        """The tensor of this name; InputError or KeyError when it isn't one of `shapes`."""
 
     def moments_meta(self) -> dict[str, Any] | None:
         """``{"step": int, "betas": (b1, b2)}`` of Adam's moments, or None."""

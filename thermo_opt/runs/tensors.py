@@ -58,7 +58,7 @@ class Checksum:
 
     def add(self, piece: Tensor) -> None:
         """Count the next elements of the tensor; pieces but the last hold a multiple of 8192 bytes."""
-        flat = piece.reshape(-1) if piece.is_cpu else piece.cpu().reshape(-1)
+        flat = (piece if piece.is_cpu else piece.cpu()).contiguous().reshape(-1)
         data = (flat.detach() if flat.requires_grad else flat).view(torch.uint8).numpy()
         whole = data.nbytes // (8 * _ROW) * (8 * _ROW)
         if whole:

@@ -100,7 +100,9 @@ class Checkpoint(ABC):
         return shapes
 
     def load(self, name: str) -> Tensor:
-        """The tensor of this name."""
+        """The tensor of this name; KeyError when it isn't one of `shapes`."""
+        if name not in self.shapes:
+            raise KeyError(name)
         group, own = name.split("/", 1)
         if group not in _MOMENTS:
             return self.weight(own).detach()
