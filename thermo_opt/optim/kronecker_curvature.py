@@ -496,7 +496,7 @@ class KroneckerCurvature(Curvature):
             )
         for unit in self.units:
             unit.load_state_dict(state["units"][unit.name])
-        self.failures, self.damping = int(state["failures"]), float(state["damping"])
+        self.failures, self.damping = int(state["failures"]), float(state.get("damping", LEAST))
 
 
 def _floats(numbers: Sequence[Tensor]) -> list[float]:
