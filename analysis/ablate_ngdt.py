@@ -16,8 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-import thermo_opt as to
-from analysis.methods import Method
+from analysis.methods import ngdt
 from analysis.race import STUDIES
 from analysis.tasks import TASKS
 from analysis.timing import report
@@ -65,10 +64,7 @@ def main() -> None:
     runs: dict[str, list[pd.DataFrame]] = {}
     for seed in range(options.seeds):
         for name in names:
-            method = Method(
-                lambda model, budget, extra=VARIANTS[name]: to.NGDT(model, **{"budget": budget, **extra}), "budget", ()
-            )
-            runs.setdefault(name, []).append(curve(task, method, 0.03, seed, steps))
+            runs.setdefault(name, []).append(curve(task, ngdt(**VARIANTS[name]), 0.03, seed, steps))
             print(f"{name}: {runs[name][-1]['loss'].iloc[-1]:.4f}", flush=True)
     place = 2 * steps // 3 // STRIDE
     target = max(float(run["loss"].iloc[: place + 1].min()) for run in runs["default"])

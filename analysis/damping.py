@@ -6,12 +6,12 @@ Writes damping.csv.
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 import torch
 
-import thermo_opt as to
-from analysis.methods import METHODS, Method
+from analysis.methods import METHODS, Method, ngdt
 from analysis.tasks import TASKS
 from analysis.timing import report
 from analysis.training import curve
@@ -32,12 +32,10 @@ def main() -> None:
         task = TASKS["digits"](None, batch_size=size)
 
         def final(method: Method, setting: float, task: Any = task, length: int = length) -> float:
-            return sum(float(curve(task, method, setting, seed, length)["loss"].iloc[-1]) for seed in SEEDS) / len(
-                SEEDS
-            )
+            return fmean(float(curve(task, method, setting, seed, length)["loss"].iloc[-1]) for seed in SEEDS)
 
         for damping in DAMPINGS:
-            method = Method(lambda model, budget, own=damping: to.NGDT(model, budget=budget, damping=own), "budget", ())
+            method = ngdt(damping=damping)
             row: dict[str, Any] = {"batch": size, "steps": length, "method": f"NGD-T, damping {damping or 'default'}"}
             rows.append(row | {f"setting {k}": final(method, budget) for k, budget in enumerate(BUDGETS, start=1)})
         row = {"batch": size, "steps": length, "method": "AdamW"}

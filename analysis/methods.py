@@ -62,13 +62,18 @@ def _muon(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _ngdt(metric: str) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
-    return lambda model, budget: to.NGDT(model, budget=budget, metric=metric)
+def ngdt(grid: tuple[float, ...] = (), weight_decay: float = 0.0, **options: Any) -> Method:
+    """NGD-T with these options, swept by its budget where they don't set one."""
+
+    def make(model: nn.Module, budget: float) -> torch.optim.Optimizer:
+        return to.NGDT(model, **{"budget": budget, **options})
+
+    return Method(make, "budget", grid, weight_decay)
 
 
 METHODS = {
-    "NGD-T": Method(_ngdt("kfac"), "budget", (0.01, 0.03, 0.1), 5e-4),
-    "NGD-T EKFAC": Method(_ngdt("ekfac"), "budget", (0.01, 0.03, 0.1), 5e-4),
+    "NGD-T": ngdt((0.01, 0.03, 0.1), 5e-4),
+    "NGD-T EKFAC": ngdt((0.01, 0.03, 0.1), 5e-4, metric="ekfac"),
     "AdamW": Method(_adamw, "lr", (3e-3, 1e-2, 3e-2), 0.05),
     "SGD": Method(_sgd, "lr", (0.1, 0.3, 1.0), 5e-4),
     "SOAP": Method(_soap, "lr", (3e-3, 1e-2, 3e-2), 0.05),

@@ -169,13 +169,13 @@ def run_study(plan: Plan) -> pd.DataFrame:
     score([(*name, METHODS[name[1]].grid[place]) for place in range(central) for name in names])
     for _ in range(plan.trials - central):
         score([(*name, tuning.next_setting(METHODS[name[1]].grid, tried[name])) for name in names])
-    best = {name: tuning.best(scores) for name, scores in tried.items()}
-    thrifty = {name: tuning.thrifty(tried[name], tried[name[0], plan.reference]) for name in names}
-    more = [(*name, setting) for name, setting in thrifty.items() if setting is not None]
-    progress.total += len(more) * (plan.seeds - tuned)
-    chosen = [(*name, best[name]) for name in names] + more
-    run([(*what, seed) for seed in range(tuned, plan.seeds) for what in chosen])
-    final = [[plan.trial(*name, best[name], seed) for seed in range(plan.seeds)] for name in names]
+    scores = {variant: {m: tried[variant, m] for m in plan.methods} for variant in plan.size.variants}
+    choices = {variant: study_table.choices_of(own, plan.reference) for variant, own in scores.items()}
+    chosen = [(v, m, choices[v][m][choice]) for choice in study_table.CHOICES for v, m in names]
+    wanted = [(v, m, setting) for v, m, setting in chosen if setting is not None]
+    progress.total += (len(wanted) - len(names)) * (plan.seeds - tuned)
+    run([(*what, seed) for seed in range(tuned, plan.seeds) for what in wanted])
+    final = [[plan.trial(*what, seed) for seed in range(plan.seeds)] for what in wanted[: len(names)]]
     if plan.size.aligned:
         _each(align, [trial for own in final for trial in own], plan, None)
     if plan.memory:
@@ -183,17 +183,19 @@ def run_study(plan: Plan) -> pd.DataFrame:
         Parallel(n_jobs=plan.jobs)(work)
     tables = []
     for variant in plan.size.variants:
-        scores = {method: tried[variant, method] for method in plan.methods}
-        tables.append(_compare(plan, variant, trials[variant], scores))
+        tables.append(_compare(plan, variant, trials[variant], scores[variant], choices[variant]))
     return _write(plan, tables)
 
 
 def _compare(
-    plan: Plan, variant: str, trials: list[Trial], scores: dict[str, dict[float, float]]
+    plan: Plan,
+    variant: str,
+    trials: list[Trial],
+    scores: dict[str, dict[float, float]],
+    choices: study_table.Choices,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The runs' and the methods' rows of a variant, and its figures."""
     recorded = [study_table.read(trial, plan.path(trial)) for trial in trials]
-    choices = study_table.choices_of(scores, plan.reference)
     final = [run for run in recorded if run.trial.setting == choices[run.trial.method]["best"]]
     targets = study_table.targets_of([run for run in final if run.trial.method == plan.reference])
     name = "_".join(part for part in (plan.label, variant.replace(" ", "-")) if part)
@@ -203,7 +205,7 @@ def _compare(
     except to.InputError as error:
         print(f"{name}: nothing to compare ({error})", flush=True)
     runs = study_table.rows_of_runs(recorded, choices, front, targets)
-    methods = study_table.rows_of_methods(runs, scores, plan.reference).assign(
+    methods = study_table.rows_of_methods(runs, scores, choices, plan.reference).assign(
         **{f"target_{label}": target for label, target in targets.items()}, length=plan.size.length
     )
     plan.output.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,8 @@ REFERENCE = "AdamW"
 CHOICES = ("best", "thrifty")
 """Settings of a method that have a row of their own: the lowest validation loss, and the smallest setting that ends no higher than the
 reference's best, where that is another one."""
+Choices = Mapping[str, Mapping[str, float | None]]
+"""By method, the setting of each of `CHOICES`."""
 TARGETS = ("half", "end")
 REACHED = tuple(f"{what}_{label}" for label in TARGETS for what in ("steps", "seconds", "dissipation"))
 MEASURES = (
@@ -99,7 +101,7 @@ def front_of(runs: Sequence[Recorded], targets: Mapping[str, float]) -> ParetoFr
     return to.pareto(tracks, target_loss=list(targets.values()), groups=groups)
 
 
-def choices_of(scores: Mapping[str, Mapping[float, float]], reference: str) -> dict[str, dict[str, float | None]]:
+def choices_of(scores: Mapping[str, Mapping[float, float]], reference: str) -> Choices:
     """The setting of each of `CHOICES`, by method, from its tuning trials' validation losses."""
     return {
         method: {"best": tuning.best(tried), "thrifty": tuning.thrifty(tried, scores[reference])}
@@ -109,7 +111,7 @@ def choices_of(scores: Mapping[str, Mapping[float, float]], reference: str) -> d
 
 def rows_of_runs(
     runs: Sequence[Recorded],
-    choices: Mapping[str, Mapping[str, float | None]],
+    choices: Choices,
     front: ParetoFront | None,
     targets: Mapping[str, float],
 ) -> pd.DataFrame:
@@ -161,14 +163,15 @@ def _notes(found: Mapping[str, Any]) -> list[str]:
     return notes + [f"{what} unknown: {found[key]}" for what, key in reasons.items() if key in found]
 
 
-def rows_of_methods(rows: pd.DataFrame, scores: Mapping[str, Mapping[float, float]], reference: str) -> pd.DataFrame:
+def rows_of_methods(
+    rows: pd.DataFrame, scores: Mapping[str, Mapping[float, float]], choices: Choices, reference: str
+) -> pd.DataFrame:
     """One row a method and choice, of its runs there: mean and standard deviation over seeds (a mean only where every seed has a value).
 
     ``scores``: the validation losses of its tuning trials. ``reached_<target>``: how many of its seeds reach it. Ratios: of means, over the
     best of ``reference``, their standard deviation that of the ratios seed by seed. Alignment and peak memory are of the best only.
     """
     base = rows[rows["best"] & (rows["method"] == reference)].set_index("seed")
-    choices = choices_of(scores, reference)
     table = []
     for method, choice in ((method, choice) for choice in CHOICES for method in scores):
         tried, setting = scores[method], choices[method][choice]
@@ -181,7 +184,7 @@ def rows_of_methods(rows: pd.DataFrame, scores: Mapping[str, Mapping[float, floa
             "knob": METHODS[method].knob,
             "setting": setting,
             "trials": len(tried),
-            "tried": " ".join(f"{tried_one:g}" for tried_one in sorted(tried)),
+            "tried": " ".join(f"{value:g}" for value in sorted(tried)),
             "bracketed": tuning.bracketed(tried),
             "seeds": len(own),
         }

@@ -27,6 +27,16 @@ BATCH_DAMPING = 1e-3
 
 
 @dataclass(frozen=True)
+class Passes:
+    """A step's forward passes: the last of them, the loss terms that all together average over (0 if they weren't counted), and the scale
+    by which a GradScaler has multiplied the loss."""
+
+    last: Forward | None
+    terms: float
+    scale: float
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How one step's update is put together.
 
@@ -71,17 +81,8 @@ class Curvature(ABC):
         return
 
     @abstractmethod
-    def update(
-        self,
-        step: int,
-        gradients: Sequence[Tensor],
-        forward: Forward | None,
-        terms: float,
-        scale: float,
-        damping: float | None,
-    ) -> None:
-        """Bring the metric up to date with what this step's passes showed. ``terms``: that the loss averages over, 0 if not counted; ``scale``: by which a
-        GradScaler has multiplied it; ``damping``: λ, or None for the metric's own choice."""
+    def update(self, gradients: Sequence[Tensor], passes: Passes, damping: float | None) -> None:
+        """Bring the metric up to date with what this step's passes showed. ``damping``: λ, or None for the metric's own choice."""
 
     @abstractmethod
     def direction(self, gradients: Sequence[Tensor], recipe: Recipe) -> Lengths:
@@ -137,16 +138,8 @@ class BatchCurvature(Curvature):
         self._null: list[Tensor] | None = None
         self._weights: list[float] = []
 
-    def update(
-        self,
-        step: int,
-        gradients: Sequence[Tensor],
-        forward: Forward | None,
-        terms: float,
-        scale: float,
-        damping: float | None,
-    ) -> None:
-        if forward is None:
+    def update(self, gradients: Sequence[Tensor], passes: Passes, damping: float | None) -> None:
+        if passes.last is None:
             raise InputError(
                 f"metric={self.kind!r} needs the model's inputs, but no forward pass of the model itself was seen since the last "
                 "step; call the model that was given to NGDT (not a part of it)"
@@ -155,7 +148,7 @@ class BatchCurvature(Curvature):
             warnings.simplefilter(
                 "ignore", UserWarning
             )  # evaluation mode for Dropout and BatchNorm: documented in NGDT
-            batch = fisher.Batch(forward.inputs())
+            batch = fisher.Batch(passes.last.inputs())
             self.damping = BATCH_DAMPING if damping is None else damping
             self.metric = fisher.make(self.kind, self.model, batch, self.likelihood, self.damping, **self.options)
 

@@ -26,7 +26,7 @@ from thermo_opt.fisher.kronecker import KroneckerRule, ScaleRule
 from thermo_opt.fisher.kronecker.layers import Cover, Layer, cover
 from thermo_opt.fisher.likelihoods import Likelihood
 from thermo_opt.fisher.predictor import _logits as logits_of
-from thermo_opt.optim.curvature import Curvature, Lengths, Recipe
+from thermo_opt.optim.curvature import Curvature, Lengths, Passes, Recipe
 from thermo_opt.optim.damping import LEAST, damping_of
 from thermo_opt.optim.distributed import Processes
 from thermo_opt.optim.inverse import all_finite
@@ -165,20 +165,12 @@ class KroneckerCurvature(Curvature):
 
     # ---- update
 
-    def update(
-        self,
-        step: int,
-        gradients: Sequence[Tensor],
-        forward: Forward | None,
-        terms: float,
-        scale: float,
-        damping: float | None,
-    ) -> None:
+    def update(self, gradients: Sequence[Tensor], passes: Passes, damping: float | None) -> None:
         start = time.perf_counter()
         self._detach()
-        counted, terms = terms, (terms or 1.0) / scale**2
-        if self.sampled and forward is not None:
-            terms = self._sample(self._turn, forward)
+        terms = (passes.terms or 1.0) / passes.scale**2
+        if self.sampled and passes.last is not None:
+            terms = self._sample(self._turn, passes.last)
         found: list[tuple[Unit, list[Tensor]]] = []
         for unit in [self.units[i] for i in self._turn]:
             if isinstance(unit, DiagonalUnit):
@@ -201,7 +193,7 @@ class KroneckerCurvature(Curvature):
         if damping is not None:
             self.damping = damping
         elif refreshed:
-            self._adapt_damping(refreshed, counted)
+            self._adapt_damping(refreshed, passes.terms)
         for job, unit in enumerate(refreshed):
             unit.refresh(self.damping, compute=self.processes.mine(job))
         invert([part for job, unit in enumerate(refreshed) if self.processes.mine(job) for part in unit.damped])
@@ -309,8 +301,7 @@ class KroneckerCurvature(Curvature):
                 "a diagonal metric is used for it",
                 stacklevel=5,
             )
-            self._replace(lost)
-            fresh = [u for u in self.units if isinstance(u, DiagonalUnit) and u.solver is None and u not in seen]
+            fresh = self._replace(lost)
             for unit in fresh:
                 unit.see(gradients[self._place[id(unit.params[0])]])
                 observed = unit.observed(terms)
@@ -318,15 +309,20 @@ class KroneckerCurvature(Curvature):
                 unit.fold(observed)
         return fresh
 
-    def _replace(self, names: Sequence[str]) -> None:
+    def _replace(self, names: Sequence[str]) -> list[DiagonalUnit]:
+        """Give the units of these names a diagonal metric; returns the new units."""
         units: list[Unit] = []
+        fresh: list[DiagonalUnit] = []
         for unit in self.units:
             if unit.name in names and not isinstance(unit, DiagonalUnit):
-                units += [DiagonalUnit(f"{unit.name}[{j}]", [p], self.settings) for j, p in enumerate(unit.params)]
+                own = [DiagonalUnit(f"{unit.name}[{j}]", [p], self.settings) for j, p in enumerate(unit.params)]
+                units += own
+                fresh += own
                 self._fallback.append(unit.name)
             else:
                 units.append(unit)
         self.units = self._placed(units)
+        return [unit for unit in fresh if unit in self.units]
 
     def _placed(self, units: Sequence[Unit]) -> list[Unit]:
         """The units that hold parameters of the optimizer, told where in `params` those stand."""

@@ -18,7 +18,7 @@ from thermo_opt.fisher.likelihoods import likelihood as named_likelihood
 from thermo_opt.optim import checks
 from thermo_opt.optim.calibration import EXCESS, Calibration
 from thermo_opt.optim.compiled import Compiled
-from thermo_opt.optim.curvature import BatchCurvature, Curvature, Lengths, Recipe
+from thermo_opt.optim.curvature import BatchCurvature, Curvature, Lengths, Passes, Recipe
 from thermo_opt.optim.distributed import Processes
 from thermo_opt.optim.kronecker_curvature import KroneckerCurvature
 from thermo_opt.optim.observer import Forward, ModelObserver
@@ -193,7 +193,7 @@ class NGDT(Optimizer):
         step = self.steps
         self._observer.disarm()  # the metric runs the model too
         damping = None if self.damping is None else at(self.damping, step, "damping", zero=True)
-        self.curvature.update(step, gradients, passes[-1] if passes else None, terms, scale, damping)
+        self.curvature.update(gradients, Passes(passes[-1] if passes else None, terms, scale), damping)
         lengths = self.curvature.direction(gradients, self._recipe())
         if not lengths.finite:
             return self._skip(loss)

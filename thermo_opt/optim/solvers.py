@@ -46,15 +46,18 @@ class Solver(ABC):
         b.mul_(mu).add_(self.solve(v))
 
 
+def _diagonals(blocks: Sequence[Tensor]) -> list[Tensor]:
+    return [block if block.dim() == 1 else block.diagonal(dim1=-2, dim2=-1) for block in blocks]
+
+
 def traces(blocks: Sequence[Tensor]) -> Tensor:
     """Trace of a side of these diagonal blocks, each (k,), (k, k), or a batch (m, k, k): a scalar, or one a product of the batch."""
-    diagonals = [block if block.dim() == 1 else block.diagonal(dim1=-2, dim2=-1) for block in blocks]
-    return torch.stack([diagonal.sum(-1) for diagonal in diagonals]).sum(0)
+    return torch.stack([diagonal.sum(-1) for diagonal in _diagonals(blocks)]).sum(0)
 
 
 def _mean_of_blocks(blocks: Sequence[Tensor]) -> Tensor:
     """Mean of a side's diagonal: a scalar, or one a product of a batch."""
-    diagonals = [block if block.dim() == 1 else block.diagonal(dim1=-2, dim2=-1) for block in blocks]
+    diagonals = _diagonals(blocks)
     return (diagonals[0] if len(diagonals) == 1 else torch.cat(diagonals, dim=-1)).mean(-1)
 
 

@@ -155,10 +155,9 @@ class Unit(ABC):
     def fold(self, observed: Sequence[Tensor]) -> None:
         """Fold observations into the running curvature."""
 
+    @abstractmethod
     def trace(self) -> Tensor | None:
         """tr F of the running curvature, or None while there is none."""
-        values = [t for average in self.running() for t in average.value]
-        return torch.stack([traces([t]).sum() for t in values]).sum() if values else None
 
     @abstractmethod
     def refresh(self, damping: float, compute: bool = True) -> None:
@@ -374,6 +373,10 @@ class ScaleUnit(LayerUnit):
     def fold(self, observed: Sequence[Tensor]) -> None:
         for j, moment in zip(self._seen, observed, strict=True):
             self.averages[j].add([moment], self.settings.decay)
+
+    def trace(self) -> Tensor | None:
+        moments = [t for average in self.averages for t in average.value]
+        return torch.stack([traces([moment]).sum() for moment in moments]).sum() if moments else None
 
     def refresh(self, damping: float, compute: bool = True) -> None:
         if not all(average.value for average in self.averages):
