@@ -47,7 +47,8 @@ def positive_inverse(matrix: Tensor, shift: Amount = 0.0) -> tuple[Tensor | None
 def plain_inverses(matrices: Sequence[Tensor], shifts: Sequence[Amount]) -> list[Tensor] | None:
     """(M + cI)⁻¹ of matrices (k, k) or batches (m, k, k) of one side k, computed as one batch in the given precision.
 
-    None where one of them is not positive definite (or not finite). An inverse doesn't depend, to the bit, on what it shares a batch with.
+    None where one of them is not positive definite (or not finite). The same batch gives the same bits; what an inverse shares its batch with
+    may change its last digits, because a library's kernels depend on where in memory a matrix starts and on how many there are.
     """
     k, like = matrices[0].shape[-1], matrices[0]
     # A border diag(M, 1): rows a power of two long fall on the same cache lines, which makes LAPACK's Cholesky up to four times slower.

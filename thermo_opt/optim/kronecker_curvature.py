@@ -196,7 +196,9 @@ class KroneckerCurvature(Curvature):
             self._adapt_damping(refreshed, passes.terms)
         for job, unit in enumerate(refreshed):
             unit.refresh(self.damping, compute=self.processes.mine(job))
-        invert([part for job, unit in enumerate(refreshed) if self.processes.mine(job) for part in unit.damped])
+        for job, unit in enumerate(refreshed):
+            if self.processes.mine(job):
+                invert(unit.damped)
         self.processes.hand_out([unit.shared() for unit in refreshed])
         for unit in refreshed:
             unit.finish(self.processes.average)

@@ -153,7 +153,10 @@ class Damped:
 
 
 def invert(parts: Sequence[Damped]) -> None:
-    """Invert damped blocks, those of one size in one batch."""
+    """Invert damped blocks, those of one size in one batch.
+
+    Give it all blocks of one unit and nothing else: a resumed run rebuilds each unit by itself, and the same batch gives the same bits.
+    """
     alike: dict[tuple[object, ...], list[Damped]] = {}
     for part in parts:
         alike.setdefault((part.block.shape[-1], part.block.dtype, part.block.device), []).append(part)

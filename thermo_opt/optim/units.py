@@ -185,7 +185,7 @@ class Unit(ABC):
         return
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs; solvers are rebuilt from the factors, which gives the same bits."""
+        """Everything a resumed run needs; the solver is rebuilt from the factors by the call that made it, which gives the same bits."""
         return {
             "running": [r.state_dict() for r in self.running()],
             "ready": self.solver is not None,
