@@ -1,9 +1,11 @@
 """What NGD-T's result hinges on: one choice changed at a time, everything else at its default.
 
-    python -m analysis.ablate_ngdt [--task digits|cifar10|imagenet|transformer] [--data PATH] [--steps N] [--seeds 1] [--variants A,B]
+    python -m analysis.ablate_ngdt [--task digits|cifar10|imagenet|transformer] [--data PATH]
+    [--steps N] [--seeds 1] [--variants A,B]
 
-Tasks (a study's first variant at small scale), data order and schedule of `analysis.study`, fixed budget. Columns: steps, processor seconds and nats to the target (the
-default's own probe loss two thirds into its run), final probe loss. Writes ablate_ngdt_<task>.csv.
+Tasks (a study's first variant at small scale), data order and schedule of `analysis.study`, fixed
+budget. Columns: steps, processor seconds and nats to the target (the default's own probe loss two
+thirds into its run), final probe loss. Writes ablate_ngdt_<task>.csv.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Parse and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--task", default="transformer", choices=list(STUDIES))
     parser.add_argument("--data", type=Path)
     parser.add_argument("--steps", type=int)
@@ -76,9 +80,17 @@ def main() -> None:
             "final_loss": sum(float(f["loss"].iloc[-1]) for f in frames) / len(frames),
         }
         row |= {f"{c}_to_target": float(reached[c].mean(skipna=False)) for c in reached}
-        row["ms_a_step"] = 1e3 * sum(float(f["seconds"].iloc[-1] / f["step"].iloc[-1]) for f in frames) / len(frames)
+        row["ms_a_step"] = (
+            1e3
+            * sum(float(f["seconds"].iloc[-1] / f["step"].iloc[-1]) for f in frames)
+            / len(frames)
+        )
         rows.append(row | {"target": target, "steps": steps, "seeds": options.seeds})
-    report(f"NGD-T on {options.task}, one choice changed at a time", rows, f"ablate_ngdt_{options.task}")
+    report(
+        f"NGD-T on {options.task}, one choice changed at a time",
+        rows,
+        f"ablate_ngdt_{options.task}",
+    )
 
 
 if __name__ == "__main__":

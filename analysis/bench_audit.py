@@ -1,13 +1,17 @@
-"""Benchmarks of recording and auditing: ``python -m analysis.bench_audit``. Every figure is a ratio taken in one run.
+"""Benchmarks of recording and auditing: ``python -m analysis.bench_audit``. Every figure is a ratio
+taken in one run.
 
-(a) Recorder overhead on a small CNN, every=10, over the bare loop plus the probe's own forward passes: target ≤ 1.05;
-(b) optimizer-state lens against just reading the same safetensors into memory with ``load_file``: target ≥ 0.5 of the bytes per second; beside
-    it, without a target, against reading into memory that was used before, which no fresh process has;
-(c) outputs lens against the bare ``sqrt → multiply → sum → arccos`` NumPy pass over the same arrays: target ≥ 0.5;
-(d) peak memory of an audit of 2,000 snapshots over one of 50: target within 10 %.
+(a) Recorder overhead on a small CNN, every=10, over the bare loop plus the probe's own forward
+passes: target ≤ 1.05; (b) optimizer-state lens against just reading the same safetensors into
+    memory with ``load_file``: target ≥ 0.5 of the bytes per second; beside it, without a target,
+    against reading into memory that was used before, which no fresh process has;
+(c) outputs lens against the bare ``sqrt → multiply → sum → arccos`` NumPy pass over the same
+arrays: target ≥ 0.5; (d) peak memory of an audit of 2,000 snapshots over one of 50: target within
+10 %.
 
-(a), (b) and (c) run in fresh processes, their sides taking turns. In those of (a) and (c) the C library keeps freed memory: else whether
-large buffers, the training's own among them, come from fresh pages is a lottery, many times the difference sought.
+(a), (b) and (c) run in fresh processes, their sides taking turns. In those of (a) and (c) the C
+library keeps freed memory: else whether large buffers, the training's own among them, come from
+fresh pages is a lottery, many times the difference sought.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from torch import nn
 
 import thermo_opt as to
 from analysis.timing import interleaved, report
-from thermo_opt.audit.walk import walk
+from thermo_opt.lenses.path import walk
 from thermo_opt.manifold import embed
 
 DATA = Path(__file__).parent.parent / "data"
@@ -40,13 +44,15 @@ KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 
 def recorder_overhead(scratch: Path) -> dict[str, Any]:
-    """(a): recorded time over unrecorded time with the same probe passes, as `_overhead` measures it."""
+    """(a): recorded time over unrecorded time with the same probe passes, as `_overhead` measures
+    it."""
     ratios = [float(text) for text in _fresh("--overhead", scratch, env=KEEP)]
     return _row("(a) Recorder, every=10: time / (bare + probe passes)", ratios, "≤ 1.05")
 
 
 def _overhead(scratch: Path, rounds: int = 12) -> list[float]:
-    """Ratio of each round: both loops once, in turn the one and the other first, each recording into a new folder."""
+    """Ratio of each round: both loops once, in turn the one and the other first, each recording
+    into a new folder."""
     steps, every = 120, 10
     torch.manual_seed(0)
     x, y = torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))
@@ -70,7 +76,9 @@ def _overhead(scratch: Path, rounds: int = 12) -> list[float]:
         gc.collect()
         start = time.perf_counter()
         if path is not None:
-            with to.Recorder(path, model=model, optimizer=optimizer, probe=probe, every=every) as recorder:
+            with to.Recorder(
+                path, model=model, optimizer=optimizer, probe=probe, every=every
+            ) as recorder:
                 for _ in range(steps):
                     recorder.step(loss=step())
         else:
@@ -81,25 +89,40 @@ def _overhead(scratch: Path, rounds: int = 12) -> list[float]:
                         model(probe[0])
                     model.train()
                 if k < steps:
-                    float(step().detach())  # the loss is read each step, as any training loop that logs does
+                    float(
+                        step().detach()
+                    )  # the loss is read each step, as any training loop that logs does
         return time.perf_counter() - start
 
     ratios = []
     for k in range(-1, rounds):  # the first warms up
-        pair = {side: training(scratch / f"overhead{k}" if side else None) for side in (k % 2 == 0, k % 2 == 1)}
+        pair = {
+            side: training(scratch / f"overhead{k}" if side else None)
+            for side in (k % 2 == 0, k % 2 == 1)
+        }
         ratios.append(pair[True] / pair[False])
     return ratios[1:]
 
 
 def optimizer_state_speed(scratch: Path, rounds: int = 7) -> list[dict[str, Any]]:
-    """(b): bytes per second of the lens over those of reading the same files, the page cache warm: `_once` of each."""
+    """(b): bytes per second of the lens over those of reading the same files, the page cache warm:
+    `_once` of each."""
     path = scratch / "state"
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(1024, 4096), nn.GELU(), nn.Linear(4096, 2048), nn.GELU(), nn.Linear(2048, 1024))
+    model = nn.Sequential(
+        nn.Linear(1024, 4096), nn.GELU(), nn.Linear(4096, 2048), nn.GELU(), nn.Linear(2048, 1024)
+    )
     optimizer = torch.optim.Adam(model.parameters(), 1e-4)
     x = torch.randn(16, 1024)
     with to.Recorder(
-        path, model=model, optimizer=optimizer, probe=None, every=1, params=True, moments=True, batch_size=16
+        path,
+        model=model,
+        optimizer=optimizer,
+        probe=None,
+        every=1,
+        params=True,
+        moments=True,
+        batch_size=16,
     ) as recorder:
         for _ in range(10):
             loss = model(x).square().mean()
@@ -126,10 +149,15 @@ def optimizer_state_speed(scratch: Path, rounds: int = 7) -> list[dict[str, Any]
 
 
 def _once(side: str, path: Path) -> float:
-    """Seconds of one pass over a run's snapshots, everything imported and no snapshot read before in this process."""
+    """Seconds of one pass over a run's snapshots, everything imported and no snapshot read before
+    in this process."""
     to.audit(DATA / "digits-adam", lens="outputs")  # imports what an audit needs
     files = sorted((path / "snapshots").glob("*.safetensors"))
-    memory = bytearray(b"\1") * max(file.stat().st_size for file in files) if side == "reuse" else bytearray()
+    memory = (
+        bytearray(b"\1") * max(file.stat().st_size for file in files)
+        if side == "reuse"
+        else bytearray()
+    )
     start = time.perf_counter()
     if side == "lens":
         to.audit(path, lens="optimizer-state")
@@ -145,13 +173,20 @@ def _once(side: str, path: Path) -> float:
 def _fresh(*arguments: object, env: Mapping[str, str] | None = None) -> list[str]:
     """What this benchmark prints in a process of its own, word by word."""
     command = [sys.executable, "-m", "analysis.bench_audit", *map(str, arguments)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **(env or {})})
+    told = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, **(env or {})}
+    )
     return told.stdout.split()
 
 
 def _row(benchmark: str, ratios: Sequence[float], target: str) -> dict[str, Any]:
     low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
-    return {"benchmark": benchmark, "ratio": middle, "target": target, "quartiles": f"{low:.3f} to {high:.3f}"}
+    return {
+        "benchmark": benchmark,
+        "ratio": middle,
+        "target": target,
+        "quartiles": f"{low:.3f} to {high:.3f}",
+    }
 
 
 class _Arrays:
@@ -169,11 +204,14 @@ class _Arrays:
 def outputs_speed(classes: int, examples: int) -> dict[str, Any]:
     """(c): bare pass's time over the lens's, as `_outputs` measures it."""
     ratios = [float(text) for text in _fresh("--outputs", classes, examples, env=KEEP)]
-    return _row(f"(c) outputs lens, {examples} x {classes}: speed over the bare NumPy pass", ratios, "≥ 0.5")
+    return _row(
+        f"(c) outputs lens, {examples} x {classes}: speed over the bare NumPy pass", ratios, "≥ 0.5"
+    )
 
 
 def _outputs(classes: int, examples: int) -> list[float]:
-    """Ratio of each round; the lens's side includes losses, gradients and coarse-graining curves."""
+    """Ratio of each round; the lens's side includes losses, gradients and coarse-graining
+    curves."""
     rng = np.random.default_rng(0)
     logits = np.cumsum(rng.normal(size=(40, examples, classes)) * 0.1, axis=0)
     targets = rng.integers(0, classes, size=examples)
@@ -185,7 +223,9 @@ def _outputs(classes: int, examples: int) -> list[float]:
             np.arccos(np.minimum((np.sqrt(p) * np.sqrt(q)).sum(axis=-1), 1.0))
 
     source = _Arrays(logits, targets)
-    seconds = interleaved({"bare": bare, "lens": lambda: walk(source, range(len(logits)))}, repeats=9)
+    seconds = interleaved(
+        {"bare": bare, "lens": lambda: walk(source, range(len(logits)))}, repeats=9
+    )
     return [a / b for a, b in zip(seconds["bare"], seconds["lens"], strict=True)]
 
 
@@ -201,7 +241,11 @@ def memory(scratch: Path) -> dict[str, Any]:
             z += 0.01 * rng.normal(size=z.shape).astype(np.float32)
             save_file({"probe/logits": z}, path / f"{k:08d}.safetensors")
         peaks.append(float(_fresh("--peak", path)[0]))
-    return {"benchmark": "(d) peak memory, 2,000 over 50 snapshots", "ratio": peaks[1] / peaks[0], "target": "≤ 1.10"}
+    return {
+        "benchmark": "(d) peak memory, 2,000 over 50 snapshots",
+        "ratio": peaks[1] / peaks[0],
+        "target": "≤ 1.10",
+    }
 
 
 def main() -> None:

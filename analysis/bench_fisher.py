@@ -1,10 +1,13 @@
-"""The exact Fisher beside curvlinops and beside a forward pass: `python -m analysis.bench_fisher [--quick]`.
+"""The exact Fisher beside curvlinops and beside a forward pass: `python -m analysis.bench_fisher
+[--quick]`.
 
-Four questions, one small function each: what a product with F costs over curvlinops' on the same model and batch; what a quadratic
-form costs over a forward pass; whether memory grows with the batch at a fixed microbatch; how many products the certified bracket of
-Δ_λ takes to 10 % width at λ = 10⁻³ · tr F / P, before and during training. Then the Kronecker factors (`analysis.bench_kronecker`).
-Random data and seed 0 for the timings; scikit-learn's digits and CIFAR-10 for the brackets, seed 0. Two threads, medians of
-interleaved rounds. ``--quick``: fewer rounds, no CIFAR-10, no Kronecker factors.
+Four questions, one small function each: what a product with F costs over curvlinops' on the same
+model and batch; what a quadratic form costs over a forward pass; whether memory grows with the
+batch at a fixed microbatch; how many products the certified bracket of Δ_λ takes to 10 % width at λ
+= 10⁻³ · tr F / P, before and during training. Then the Kronecker factors
+(`analysis.bench_kronecker`). Random data and seed 0 for the timings; scikit-learn's digits and
+CIFAR-10 for the brackets, seed 0. Two threads, medians of interleaved rounds. ``--quick``: fewer
+rounds, no CIFAR-10, no Kronecker factors.
 """
 
 from __future__ import annotations
@@ -38,7 +41,9 @@ WIDTH = 0.1
 def cases() -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
     """Model, inputs, targets."""
     torch.manual_seed(0)
-    mlp = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 10))
+    mlp = nn.Sequential(
+        nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 10)
+    )
     tokens = torch.randint(0, 65, (32, 64))
     return {
         "MLP": (mlp, torch.randn(256, 64), torch.randint(0, 10, (256,))),
@@ -59,7 +64,8 @@ class Flat(nn.Module):
 
 
 def products(repeats: int) -> list[dict[str, Any]]:
-    """F v over curvlinops' GGN (equal to F here): kept linearisation, and nothing kept from product to product."""
+    """F v over curvlinops' GGN (equal to F here): kept linearisation, and nothing kept from product
+    to product."""
     found = []
     for name, (model, x, y) in cases().items():
         flat = Flat(model)
@@ -90,12 +96,19 @@ def products(repeats: int) -> list[dict[str, Any]]:
         )
         for way in ("kept", "fresh"):
             value = ratio(seconds, way, "curvlinops")
-            found.append({"benchmark": f"matvec over curvlinops' GGN, {name}, {way}", "value": value, "target": "≤ 1"})
+            found.append(
+                {
+                    "benchmark": f"matvec over curvlinops' GGN, {name}, {way}",
+                    "value": value,
+                    "target": "≤ 1",
+                }
+            )
     return found
 
 
 def quadratics(repeats: int) -> list[dict[str, Any]]:
-    """vᵀFv over a forward pass without gradients: the first (forward mode) and the later ones (linearised)."""
+    """vᵀFv over a forward pass without gradients: the first (forward mode) and the later ones
+    (linearised)."""
     found = []
     for name, (model, x, y) in cases().items():
         kept, fresh = make("exact", model, (x, y)), make("exact", model, (x, y), cache=False)
@@ -119,19 +132,27 @@ def quadratics(repeats: int) -> list[dict[str, Any]]:
         for way in ("repeated", "single"):
             value = ratio(seconds, way, "forward")
             found.append(
-                {"benchmark": f"quadratic over a forward pass, {name}, {way}", "value": value, "target": target}
+                {
+                    "benchmark": f"quadratic over a forward pass, {name}, {way}",
+                    "value": value,
+                    "target": target,
+                }
             )
     return found
 
 
 def _high_water() -> float:
-    """This process's largest resident size so far, MiB (Linux; getrusage's figure would include the parent's)."""
-    line = next(t for t in Path("/proc/self/status").read_text().splitlines() if t.startswith("VmHWM"))
+    """This process's largest resident size so far, MiB (Linux; getrusage's figure would include the
+    parent's)."""
+    line = next(
+        t for t in Path("/proc/self/status").read_text().splitlines() if t.startswith("VmHWM")
+    )
     return int(line.split()[1]) / 1024
 
 
 def _peak(n: int) -> float:
-    """MiB that matvecs on n images add to a new process's peak, at 64 images a microbatch, beyond the images themselves."""
+    """MiB that matvecs on n images add to a new process's peak, at 64 images a microbatch, beyond
+    the images themselves."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, x, y = ConvNet(), torch.randn(n, 3, 32, 32), torch.randint(0, 10, (n,))
@@ -146,8 +167,9 @@ def _peak(n: int) -> float:
 def memory() -> list[dict[str, Any]]:
     """Peak memory of the exact matvec on 1024 images over that on 128, 64 a microbatch.
 
-    The C library keeps freed blocks below a threshold that it raises as it goes, so that the peak would grow with the number of
-    allocations; here blocks of a megabyte go back to the system at once and the peak is what is in use.
+    The C library keeps freed blocks below a threshold that it raises as it goes, so that the peak
+    would grow with the number of allocations; here blocks of a megabyte go back to the system at
+    once and the peak is what is in use.
     """
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # read by the new processes when they start
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
@@ -175,11 +197,13 @@ def trained(task: Task, steps: int) -> nn.Module:
 
 
 def certificates(quick: bool) -> list[dict[str, Any]]:
-    """Products until the bracket of Δ_λ is within 10 %: `gradient_norm` with no rows known or a quarter of them, and `dual_norm`.
+    """Products until the bracket of Δ_λ is within 10 %: `gradient_norm` with no rows known or a
+    quarter of them, and `dual_norm`.
 
-    `gradient_norm` by default takes the quarter for the convolutions and none for the perceptron, whose products are too cheap
-    to be worth saving. Forming the rows of m of n examples with c outputs counts as the m·c/2n products whose backward
-    passes it is; their Gram matrix and its use are not counted.
+    `gradient_norm` by default takes the quarter for the convolutions and none for the perceptron,
+    whose products are too cheap to be worth saving. Forming the rows of m of n examples with c
+    outputs counts as the m·c/2n products whose backward passes it is; their Gram matrix and its use
+    are not counted.
     """
     found = []
     plans = [(digits(), (0, 20, 100, 500))]
@@ -190,8 +214,13 @@ def certificates(quick: bool) -> list[dict[str, Any]]:
             model = trained(task, steps)
             batch = next(task.batches(1))
             predictor = Predictor(model, batch)
-            trace = sum(float(b.double().square().sum()) for b in score_rows(predictor)) / predictor.count
-            metric = JacobianMetric(predictor.double(), damping=1e-3 * trace / sum(p.numel() for p in predictor.values))
+            trace = (
+                sum(float(b.double().square().sum()) for b in score_rows(predictor))
+                / predictor.count
+            )
+            metric = JacobianMetric(
+                predictor.double(), damping=1e-3 * trace / sum(p.numel() for p in predictor.values)
+            )
             loss, g = metric.predictor.loss_and_gradient()
             plain = brackets(metric._flat_product, flatten(g), metric.damping, max_iterations=60)
             quarter = predictor.examples // 4
@@ -205,7 +234,10 @@ def certificates(quick: bool) -> list[dict[str, Any]]:
                 count = next((k for k, b in enumerate(sequence) if b.relative_width <= WIDTH), None)
                 found.append(
                     {
-                        "benchmark": f"products to a 10 % bracket, {task.name}, step {steps} (loss {loss:.2f}), {way}",
+                        "benchmark": (
+                            f"products to a 10 % bracket, {task.name}, step {steps} "
+                            f"(loss {loss:.2f}), {way}"
+                        ),
                         "value": float("inf") if count is None else count + before,
                         "target": "≤ 30" if way == "a quarter's rows" else "",
                     }
@@ -215,15 +247,20 @@ def certificates(quick: bool) -> list[dict[str, Any]]:
 
 def main() -> Path:
     """Print the table and write the CSV."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds; no CIFAR-10, no Kronecker factors")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rounds; no CIFAR-10, no Kronecker factors"
+    )
     quick = parser.parse_args().quick
     torch.set_num_threads(2)
     repeats = 5 if quick else 15
     rows = products(repeats) + quadratics(repeats) + memory() + certificates(quick)
     if not quick:
         rows += [
-            {"benchmark": r["benchmark"], "value": r["ratio"], "target": r["target"]} for r in bench_kronecker.rows()
+            {"benchmark": r["benchmark"], "value": r["ratio"], "target": r["target"]}
+            for r in bench_kronecker.rows()
         ]
     return report("Exact Fisher", rows, "bench_fisher_quick" if quick else "bench_fisher")
 

@@ -1,8 +1,10 @@
-"""K-FAC factors beside curvlinops' on the same models and batches: `python -m analysis.bench_kronecker`.
+"""K-FAC factors beside curvlinops' on the same models and batches: `python -m
+analysis.bench_kronecker`.
 
-Both start from a model and a batch and end with every layer's A and G: a new operator each time. The CNN and the MLP have only
-layers that both packages know; of the GPT both take the linear layers, the only ones that curvlinops knows, and another row has ours on all. Seed 0, random data (factors
-cost the same whatever the data), two threads, medians of interleaved rounds.
+Both start from a model and a batch and end with every layer's A and G: a new operator each time.
+The CNN and the MLP have only layers that both packages know; of the GPT both take the linear
+layers, the only ones that curvlinops knows, and another row has ours on all. Seed 0, random data
+(factors cost the same whatever the data), two threads, medians of interleaved rounds.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class ClassesFirst(nn.Module):
 def cases() -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
     """Model, inputs, targets."""
     torch.manual_seed(0)
-    mlp = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+    mlp = nn.Sequential(
+        nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)
+    )
     gpt, linear = CharGPT(65, layers=2), CharGPT(65, layers=2)
     for module in linear.modules():
         for p in module.parameters(recurse=False):
@@ -57,7 +61,9 @@ def contenders(
     kind: str, model: nn.Module, x: Tensor, y: Tensor, targets: str, setting: str
 ) -> dict[str, Callable[[], object]]:
     """One call each that computes the factors from scratch."""
-    linear = [p for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d) for p in m.parameters()]
+    linear = [
+        p for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d) for p in m.parameters()
+    ]
     theirs = ClassesFirst(model) if y.dim() > 1 else model
     operator: Any = KFACLinearOperator if kind == "kfac" else EKFACLinearOperator
 
@@ -78,7 +84,10 @@ def contenders(
         if kind == "ekfac":
             built.compute_eigenvalue_correction()
 
-    return {"ours": lambda: make(kind, model, (x, y), targets=targets, setting=setting), "curvlinops": judge}
+    return {
+        "ours": lambda: make(kind, model, (x, y), targets=targets, setting=setting),
+        "curvlinops": judge,
+    }
 
 
 def rows(repeats: int = 3) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
-"""`thermo-opt pareto` on 200 recorded runs of 500 snapshots (50 x 10 predictions): seconds from the shell's point of view.
+"""`thermo-opt pareto` on 200 recorded runs of 500 snapshots (50 x 10 predictions): seconds from the
+shell's point of view.
 
-`python -m analysis.bench_pareto`: two minutes, of which all but seconds go into writing 100,000 small files. Runs one and two
-processes in turn, three times; seeds fixed.
+`python -m analysis.bench_pareto`: two minutes, of which all but seconds go into writing 100,000
+small files. Runs one and two processes in turn, three times; seeds fixed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ RUNS, SNAPSHOTS, EXAMPLES, CLASSES = 200, 500, 50, 10
 
 
 def write_runs(folder: Path) -> list[str]:
-    """Runs that drift towards their targets at their own speed and noise, laid out as the Recorder does."""
+    """Runs that drift towards their targets at their own speed and noise, laid out as the Recorder
+    does."""
     rng = np.random.default_rng(0)
     inputs, targets = torch.zeros(EXAMPLES, 1), torch.tensor(rng.integers(0, CLASSES, EXAMPLES))
     probe = probe_tensors(inputs, targets)
@@ -43,7 +45,10 @@ def write_runs(folder: Path) -> list[str]:
         header |= {"likelihood": "categorical", "probe_fingerprint": fingerprint}
         (path / "run.json").write_text(json.dumps(header))
         (path / "probe.safetensors").write_bytes(save(probe))
-        rows = [json.dumps({"step": k, "loss": 1 / k, "lr": 0.1, "wall": 0.01 * k}) for k in range(1, SNAPSHOTS)]
+        rows = [
+            json.dumps({"step": k, "loss": 1 / k, "lr": 0.1, "wall": 0.01 * k})
+            for k in range(1, SNAPSHOTS)
+        ]
         (path / "steps.jsonl").write_text("\n".join(rows) + "\n")
         speed, noise = np.exp(0.7 * rng.normal(size=2)) * (1.0, 0.03)
         z = 0.1 * rng.normal(size=(EXAMPLES, CLASSES))
@@ -59,7 +64,16 @@ def write_runs(folder: Path) -> list[str]:
 
 def seconds(paths: list[str], jobs: int) -> tuple[float, float]:
     """Wall and processor seconds of the command, Python's start included."""
-    command = [sys.executable, "-m", "thermo_opt.cli", "pareto", *paths, "--target-loss", "0.5", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "thermo_opt.cli",
+        "pareto",
+        *paths,
+        "--target-loss",
+        "0.5",
+        "--json",
+    ]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run([*command, "--jobs", str(jobs)], check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,13 +1,16 @@
 """What a full training step costs with each optimizer, over torch's AdamW in the same run.
 
-    python -m analysis.bench_step [--task cifar10|transformer|resnet18|all] [--steps 1000] [--others 40] [--threads 2] [--methods SOAP,Shampoo,Muon]
+    python -m analysis.bench_step [--task cifar10|transformer|resnet18|all] [--steps 1000] [--others
+    40] [--threads 2] [--methods SOAP,Shampoo,Muon]
 
-CIFAR-10 CNN (152 k parameters, batch 128) and character GPT (4 layers, width 128, context 64, batch 32); `--task resnet18` on CUDA: ResNet-18,
-bf16 autocast, batch 512, random images. A step is forward, zero_grad, backward, optimizer step, refreshes included, default settings. All methods
+CIFAR-10 CNN (152 k parameters, batch 128) and character GPT (4 layers, width 128, context 64, batch
+32); `--task resnet18` on CUDA: ResNet-18, bf16 autocast, batch 512, random images. A step is
+forward, zero_grad, backward, optimizer step, refreshes included, default settings. All methods
 train their own copy on the same batches and take turns at every step. Ratios are of mean step
-times, which count each refresh: over ``all`` steps after three to warm up, over the ``first`` 300 of them (NGD-T refreshes and measures most at the
-start), and over the ``late`` half. Each is given in wall seconds and in processor seconds (the latter don't count other work on the machine). The other methods run
-``--others`` steps only, compared with AdamW's on the same steps.
+times, which count each refresh: over ``all`` steps after three to warm up, over the ``first`` 300
+of them (NGD-T refreshes and measures most at the start), and over the ``late`` half. Each is given
+in wall seconds and in processor seconds (the latter don't count other work on the machine). The
+other methods run ``--others`` steps only, compared with AdamW's on the same steps.
 Memory: optimizer state in multiples of the parameters. Writes bench_step.csv and a figure.
 """
 
@@ -34,7 +37,9 @@ FIRST = 300
 KNOBS = {"NGD-T": 0.03, "AdamW": 1e-3, "SGD": 0.1, "SOAP": 3e-3, "Muon": 1e-2, "Shampoo": 1e-3}
 
 
-def bench(name: str, task: Task | None, methods: list[str], steps: int, others: int) -> list[dict[str, Any]]:
+def bench(
+    name: str, task: Task | None, methods: list[str], steps: int, others: int
+) -> list[dict[str, Any]]:
     """One row a method: step-time ratios over AdamW, and memory."""
     device = torch.device("cuda" if task is None else "cpu")
 
@@ -72,14 +77,21 @@ def bench(name: str, task: Task | None, methods: list[str], steps: int, others: 
     rows = []
     for m in names:
         count = len(wall[m])
-        row: dict[str, Any] = {"task": name, "method": m, "steps": count, "parameters": parameters // 4}
+        row: dict[str, Any] = {
+            "task": name,
+            "method": m,
+            "steps": count,
+            "parameters": parameters // 4,
+        }
         for kind, times in (("wall", wall), ("processor", busy)):
             for label, part in (
                 ("all", slice(0, count)),
                 ("first", slice(0, FIRST)),
                 ("late", slice(count // 2, count)),
             ):
-                row[f"{kind}_{label}"] = statistics.mean(times[m][part]) / statistics.mean(times["AdamW"][part])
+                row[f"{kind}_{label}"] = statistics.mean(times[m][part]) / statistics.mean(
+                    times["AdamW"][part]
+                )
             row[f"{kind}_ms"] = 1e3 * statistics.median(times[m])
         row["memory_over_parameters"] = state_size(optimizers[m]) / parameters
         rows.append(row)
@@ -93,7 +105,9 @@ def draw(rows: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     import pandas as pd
 
-    frame = pd.DataFrame(rows).pivot_table(index="task", columns="method", values="processor_all", sort=False)
+    frame = pd.DataFrame(rows).pivot_table(
+        index="task", columns="method", values="processor_all", sort=False
+    )
     axis = frame.plot.bar(figsize=(7, 3.6), rot=0, width=0.8)
     axis.axhline(1.1, color="0.3", lw=0.8, ls="--")
     axis.set_ylabel("mean step time over AdamW")
@@ -105,8 +119,12 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Parse and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="all", choices=["cifar10", "transformer", "resnet18", "all"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--task", default="all", choices=["cifar10", "transformer", "resnet18", "all"]
+    )
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--others", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
@@ -122,7 +140,11 @@ def main() -> None:
     if options.task == "resnet18" or (options.task == "all" and torch.cuda.is_available()):
         tasks["resnet18"] = None
     methods = [m for m in options.methods.split(",") if m]
-    rows = [row for name, task in tasks.items() for row in bench(name, task, methods, options.steps, options.others)]
+    rows = [
+        row
+        for name, task in tasks.items()
+        for row in bench(name, task, methods, options.steps, options.others)
+    ]
     report("step time over AdamW", rows, "bench_step")
     draw(rows)
 

@@ -1,7 +1,8 @@
-"""NGD-T's default damping against fixed ones where a minibatch is small, on digits: ``python -m analysis.damping`` (two minutes).
+"""NGD-T's default damping against fixed ones where a minibatch is small, on digits: ``python -m
+analysis.damping`` (two minutes).
 
-Data order and schedule of `analysis.study`; two seeds a setting, probe loss at the end. None of these batch sizes was used in choosing the default.
-Writes damping.csv.
+Data order and schedule of `analysis.study`; two seeds a setting, probe loss at the end. None of
+these batch sizes was used in choosing the default. Writes damping.csv.
 """
 
 from __future__ import annotations
@@ -32,15 +33,36 @@ def main() -> None:
         task = TASKS["digits"](None, batch_size=size)
 
         def final(method: Method, setting: float, task: Any = task, length: int = length) -> float:
-            return fmean(float(curve(task, method, setting, seed, length)["loss"].iloc[-1]) for seed in SEEDS)
+            return fmean(
+                float(curve(task, method, setting, seed, length)["loss"].iloc[-1]) for seed in SEEDS
+            )
 
         for damping in DAMPINGS:
             method = ngdt(damping=damping)
-            row: dict[str, Any] = {"batch": size, "steps": length, "method": f"NGD-T, damping {damping or 'default'}"}
-            rows.append(row | {f"setting {k}": final(method, budget) for k, budget in enumerate(BUDGETS, start=1)})
+            row: dict[str, Any] = {
+                "batch": size,
+                "steps": length,
+                "method": f"NGD-T, damping {damping or 'default'}",
+            }
+            rows.append(
+                row
+                | {
+                    f"setting {k}": final(method, budget)
+                    for k, budget in enumerate(BUDGETS, start=1)
+                }
+            )
         row = {"batch": size, "steps": length, "method": "AdamW"}
-        rows.append(row | {f"setting {k}": final(METHODS["AdamW"], rate) for k, rate in enumerate(RATES, start=1)})
-    settings = f"budgets {', '.join(map(str, BUDGETS))}; AdamW's learning rates {', '.join(map(str, RATES))}"
+        rows.append(
+            row
+            | {
+                f"setting {k}": final(METHODS["AdamW"], rate)
+                for k, rate in enumerate(RATES, start=1)
+            }
+        )
+    settings = (
+        f"budgets {', '.join(map(str, BUDGETS))}; AdamW's learning rates "
+        f"{', '.join(map(str, RATES))}"
+    )
     print(report(f"Final probe loss on digits ({settings})", rows, "damping"))
 
 

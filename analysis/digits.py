@@ -1,4 +1,5 @@
-"""Digits: a 64-64-32-10 tanh network on scikit-learn's 8×8 digits, in minibatches of 128 and on the full batch.
+"""Digits: a 64-64-32-10 tanh network on scikit-learn's 8×8 digits, in minibatches of 128 and on the
+full batch.
 
 python -m analysis.digits [--scale small|full] [--jobs 2] [--check] …
 """

@@ -9,9 +9,14 @@ from torch import Tensor, nn
 
 
 def state_size(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of every distinct tensor reachable from the optimizer's own state, parameters and gradients excluded."""
+    """Bytes of every distinct tensor reachable from the optimizer's own state, parameters and
+    gradients excluded."""
     skip = {
-        t.data_ptr() for group in optimizer.param_groups for p in group["params"] for t in (p, p.grad) if t is not None
+        t.data_ptr()
+        for group in optimizer.param_groups
+        for p in group["params"]
+        for t in (p, p.grad)
+        if t is not None
     }
     seen: dict[int, Any] = {}  # keeps what was visited alive, so that no id is used twice
     found: dict[int, int] = {}

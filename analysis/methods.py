@@ -1,4 +1,5 @@
-"""The optimizers that studies and benchmarks compare, each with one knob and the settings where its tuning starts."""
+"""The optimizers that studies and benchmarks compare, each with one knob and the settings where its
+tuning starts."""
 
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ import thermo_opt as to
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer family: ``make(model, setting)``, its knob's name and the settings where tuning starts (`analysis.tuning`).
+    """An optimizer family: ``make(model, setting)``, its knob's name and the settings where tuning
+    starts (`analysis.tuning`).
 
-    ``weight_decay``: used at full scale only, where regularisation decides the final accuracy; in each family's own unit, not tuned.
+    ``weight_decay``: used at full scale only, where regularisation decides the final accuracy; in
+    each family's own unit, not tuned.
     """
 
     make: Callable[[nn.Module, float], torch.optim.Optimizer]
@@ -37,19 +40,24 @@ def _sgd(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 def _soap(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     from pytorch_optimizer import SOAP
 
-    optimizer: torch.optim.Optimizer = SOAP(model.parameters(), lr=lr, weight_decay=0.0, precondition_frequency=10)
+    optimizer: torch.optim.Optimizer = SOAP(
+        model.parameters(), lr=lr, weight_decay=0.0, precondition_frequency=10
+    )
     return optimizer
 
 
 def _shampoo(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     from pytorch_optimizer import Shampoo
 
-    optimizer: torch.optim.Optimizer = Shampoo(model.parameters(), lr=lr, preconditioning_compute_steps=10)
+    optimizer: torch.optim.Optimizer = Shampoo(
+        model.parameters(), lr=lr, preconditioning_compute_steps=10
+    )
     return optimizer
 
 
 def _muon(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Muon on hidden weight matrices; its AdamW (0.15 of the rate) on embeddings, the read-out and vectors, as its authors advise."""
+    """Muon on hidden weight matrices; its AdamW (0.15 of the rate) on embeddings, the read-out and
+    vectors, as its authors advise."""
     from pytorch_optimizer import Muon
 
     matrices = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -83,10 +91,13 @@ METHODS = {
 
 
 def cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule all methods share: linear warm-up (20 steps; a fiftieth of long runs), then a cosine to 5 % of the full rate."""
+    """The schedule all methods share: linear warm-up (20 steps; a fiftieth of long runs), then a
+    cosine to 5 % of the full rate."""
     warmup = max(min(20, steps // 5), steps // 50, 1)
 
     def factor(step: int) -> float:
-        return min(1.0, (step + 1) / warmup) * (0.05 + 0.475 * (1 + math.cos(math.pi * min(step / steps, 1.0))))
+        return min(1.0, (step + 1) / warmup) * (
+            0.05 + 0.475 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
+        )
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

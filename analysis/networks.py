@@ -10,7 +10,8 @@ from torch.nn import functional
 
 
 class ConvNet(nn.Sequential):
-    """Three 3×3 convolutions with pooling and a linear read-out for 32×32 images: 151,290 parameters at full width."""
+    """Three 3×3 convolutions with pooling and a linear read-out for 32×32 images: 151,290
+    parameters at full width."""
 
     def __init__(self, classes: int = 10, width: int = 32) -> None:
         super().__init__(
@@ -22,7 +23,8 @@ class ConvNet(nn.Sequential):
 
 
 class Residual(nn.Module):
-    """A basic residual block: two 3×3 convolutions with batch normalisation, and a projection where the shape changes."""
+    """A basic residual block: two 3×3 convolutions with batch normalisation, and a projection where
+    the shape changes."""
 
     def __init__(self, inside: int, out: int, stride: int) -> None:
         super().__init__()
@@ -32,7 +34,9 @@ class Residual(nn.Module):
         )
         same = stride == 1 and inside == out
         self.skip = (
-            nn.Identity() if same else nn.Sequential(nn.Conv2d(inside, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            nn.Identity()
+            if same
+            else nn.Sequential(nn.Conv2d(inside, out, 1, stride, bias=False), nn.BatchNorm2d(out))
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,8 +46,9 @@ class Residual(nn.Module):
 def resnet18(classes: int = 10, width: int = 64, stem: str = "small") -> nn.Module:
     """ResNet-18 (He et al. 2016), written out: torchvision is not needed.
 
-    ``width``: channels of the first of its four stages. ``stem``: "small", one 3×3 convolution at full resolution, as is usual for
-    32×32 images; "imagenet", a 7×7 convolution of stride 2 and a pooling of stride 2.
+    ``width``: channels of the first of its four stages. ``stem``: "small", one 3×3 convolution at
+    full resolution, as is usual for 32×32 images; "imagenet", a 7×7 convolution of stride 2 and a
+    pooling of stride 2.
     """
     first: list[nn.Module]
     if stem == "small":
@@ -54,9 +59,13 @@ def resnet18(classes: int = 10, width: int = 64, stem: str = "small") -> nn.Modu
             nn.MaxPool2d(3, 2, 1),
         ]
     layers = first
-    for i, (inside, out) in enumerate(itertools.pairwise((width, width, 2 * width, 4 * width, 8 * width))):
+    for i, (inside, out) in enumerate(
+        itertools.pairwise((width, width, 2 * width, 4 * width, 8 * width))
+    ):
         layers += [Residual(inside, out, 1 if i == 0 else 2), Residual(out, out, 1)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, classes))
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, classes)
+    )
 
 
 class Block(nn.Module):
@@ -72,7 +81,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(self.norm1(x))
+            .view(n, t, 3, self.heads, width // self.heads)
+            .permute(2, 0, 3, 1, 4)
+        )
         y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.drop(self.out(y.transpose(1, 2).reshape(n, t, width)))
         return x + self.drop(self.down(functional.gelu(self.up(self.norm2(x)))))
@@ -98,7 +111,10 @@ class CharGPT(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(
-                    p, std=0.02 / (2 * layers) ** 0.5 if name.endswith(("out.weight", "down.weight")) else 0.02
+                    p,
+                    std=0.02 / (2 * layers) ** 0.5
+                    if name.endswith(("out.weight", "down.weight"))
+                    else 0.02,
                 )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,10 +5,13 @@ from torch import Tensor, nn
 
 
 def circles(seed: int) -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Inside or outside a circle: 600 noisy points in the plane, 200 of them the probe; 2-24-1 tanh network, one logit."""
+    """Inside or outside a circle: 600 noisy points in the plane, 200 of them the probe; 2-24-1 tanh
+    network, one logit."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(600, 2, generator=generator)
-    y = ((x + 0.2 * torch.randn(600, 2, generator=generator)).norm(dim=1, keepdim=True) > 1.2).float()
+    y = (
+        (x + 0.2 * torch.randn(600, 2, generator=generator)).norm(dim=1, keepdim=True) > 1.2
+    ).float()
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(2, 24), nn.Tanh(), nn.Linear(24, 1))
     return model, (x[200:], y[200:]), (x[:200], y[:200])
@@ -18,4 +21,6 @@ def rmsprop(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Opt
     """RMSprop that decays matrices, not biases."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    return torch.optim.RMSprop([{"params": matrices, "weight_decay": weight_decay}, {"params": vectors}], lr=lr)
+    return torch.optim.RMSprop(
+        [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors}], lr=lr
+    )

@@ -1,8 +1,11 @@
-"""The short comparison: steps, seconds and nats to AdamW's losses, over AdamW's, from the studies' tables.
+"""The short comparison: steps, seconds and nats to AdamW's losses, over AdamW's, from the studies'
+tables.
 
-    python -m analysis.race [--studies digits,cifar10,transformer] [--scale small|full] [--jobs 2] [--results FOLDER] [--runs FOLDER]
+    python -m analysis.race [--studies digits,cifar10,transformer] [--scale small|full] [--jobs 2]
+    [--results FOLDER] [--runs FOLDER]
 
-Reads <study>_<scale>.csv where a study has left it, and otherwise runs that study (`analysis.study`). Writes race_<scale>.csv.
+Reads <study>_<scale>.csv where a study has left it, and otherwise runs that study
+(`analysis.study`). Writes race_<scale>.csv.
 """
 
 from __future__ import annotations
@@ -19,11 +22,29 @@ from analysis.study import Plan, Study, run_study
 from analysis.study_table import RATIOS
 from analysis.timing import RESULTS
 
-STUDIES: dict[str, Study] = {module.STUDY.name: module.STUDY for module in (digits, cifar10, imagenet, transformer)}
-KEPT = ("method", "choice", "knob", "setting", "bracketed", "seeds", "final_loss", "final_loss_std", "accuracy")
+STUDIES: dict[str, Study] = {
+    module.STUDY.name: module.STUDY for module in (digits, cifar10, imagenet, transformer)
+}
+KEPT = (
+    "method",
+    "choice",
+    "knob",
+    "setting",
+    "bracketed",
+    "seeds",
+    "final_loss",
+    "final_loss_std",
+    "accuracy",
+)
 
 
-def race(names: list[str], scale: str, jobs: int = 1, results: Path | None = None, runs: Path | None = None) -> Path:
+def race(
+    names: list[str],
+    scale: str,
+    jobs: int = 1,
+    results: Path | None = None,
+    runs: Path | None = None,
+) -> Path:
     """Gather the studies' rows, running what isn't there; returns the path of the table."""
     folder = results or RESULTS
     tables = []
@@ -46,8 +67,12 @@ def race(names: list[str], scale: str, jobs: int = 1, results: Path | None = Non
 
 def main() -> None:
     """Parse and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--studies", default="digits,cifar10,transformer", help=f"of {', '.join(STUDIES)}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--studies", default="digits,cifar10,transformer", help=f"of {', '.join(STUDIES)}"
+    )
     parser.add_argument("--scale", default="small", choices=["small", "full", "tiny"])
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--results", type=Path)

@@ -1,8 +1,9 @@
 """The README's figures: ``python -m analysis.readme_figure [--jobs 2]``.
 
-readme.png: where four recorded digits runs' dissipation went. readme_front.png: NGD-T swept by its budget and Adam by its learning rate on digits,
-two seeds a setting, with the frontier that no run can cross; its runs are recorded under
-analysis/runs/readme and not repeated: remove that folder after a change of either optimizer.
+readme.png: where four recorded digits runs' dissipation went. readme_front.png: NGD-T swept by its
+budget and Adam by its learning rate on digits, two seeds a setting, with the frontier that no run
+can cross; its runs are recorded under analysis/runs/readme and not repeated: remove that folder
+after a change of either optimizer.
 """
 
 from __future__ import annotations
@@ -33,8 +34,16 @@ SWEEP = Sweep(
     training=Training(steps=300, batch_size=128, every=1, schedule="cosine"),
     seeds=(0, 1),
     methods=(
-        Method("NGD-T, swept by its budget", "NGDT", grid={"budget": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]}),
-        Method("Adam, swept by its learning rate", "Adam", grid={"lr": [1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1]}),
+        Method(
+            "NGD-T, swept by its budget",
+            "NGDT",
+            grid={"budget": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]},
+        ),
+        Method(
+            "Adam, swept by its learning rate",
+            "Adam",
+            grid={"lr": [1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1]},
+        ),
     ),
     target_loss=(0.5, 0.2),
 )
@@ -43,7 +52,9 @@ SWEEP = Sweep(
 def paths() -> Path:
     """Audit the four digits runs through the outputs lens and draw their map and decompositions."""
     audits = [to.audit(path, lens="outputs") for path in sorted(DATA.glob("digits-*"))]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), width_ratios=[1, 1.2], layout="constrained")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10.5, 4.2), width_ratios=[1, 1.2], layout="constrained"
+    )
     plots.trajectory_map(audits, left)
     plots.decomposition_bars(audits, right)
     figure.savefig(RESULTS / "readme.png", dpi=130)
@@ -51,7 +62,8 @@ def paths() -> Path:
 
 
 def fronts(jobs: int) -> Path:
-    """Sweep both optimizers, and draw each setting's runs in the speed-cost plane, neighbouring settings joined."""
+    """Sweep both optimizers, and draw each setting's runs in the speed-cost plane, neighbouring
+    settings joined."""
     front = run_sweep(SWEEP, jobs=jobs).front
     settings = {trial.name: next(iter(trial.settings.values())) for trial in SWEEP.trials()}
     figure, axes = plt.subplots(1, len(front.targets), figsize=(11.5, 4.6), layout="constrained")
@@ -69,7 +81,9 @@ def fronts(jobs: int) -> Path:
 
 def main() -> None:
     """Draw both."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)

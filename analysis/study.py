@@ -1,17 +1,22 @@
 """The protocol that all studies share, and their command line.
 
-Every method gets the same number of tuning trials (5, `analysis.tuning`), of seed 0 (digits, whose validation data are few and whose runs take a
-second: of all three seeds), chosen by the final loss on validation data that is neither trained on nor reported; then more seeds at its best, up to
-three in all. So does its thrifty setting, where that is another one: the smallest tried that ends no higher on the validation data than AdamW's best.
-Same starts, data order and schedule for all methods, which take turns. Every run is recorded on a fixed probe and audited through the outputs lens.
-Targets: the probe loss of AdamW's worst seed half-way through its best runs and at their end; steps and dissipation up to them from `to.pareto`;
-seconds are processor seconds of forward, backward and optimizer step alone (wall seconds on a GPU). Alignment: the parameter lens's certified bracket
-on each step's own minibatch, mean over four moments of a run (`analysis.study_alignment`). Peak memory: of training steps, in a process of its own
-(`analysis.study_memory`).
+Every method gets the same number of tuning trials (5, `analysis.tuning`), of seed 0 (digits, whose
+validation data are few and whose runs take a second: of all three seeds), chosen by the final loss
+on validation data that is neither trained on nor reported; then more seeds at its best, up to three
+in all. So does its thrifty setting, where that is another one: the smallest tried that ends no
+higher on the validation data than AdamW's best. Same starts, data order and schedule for all
+methods, which take turns. Every run is recorded on a fixed probe and audited through the outputs
+lens. Targets: the probe loss of AdamW's worst seed half-way through its best runs and at their end;
+steps and dissipation up to them from `to.pareto`; seconds are processor seconds of forward,
+backward and optimizer step alone (wall seconds on a GPU). Alignment: the parameter lens's certified
+bracket on each step's own minibatch, mean over four moments of a run (`analysis.study_alignment`).
+Peak memory: of training steps, in a process of its own (`analysis.study_memory`).
 
-Writes <study>_<scale>.csv (a row a method: means and standard deviations over seeds), <study>_<scale>_runs.csv (a row a run) and figures into
-analysis/results/, recorded runs into analysis/runs/<study>_<scale>/. Finished runs are not repeated, so a killed study can be called again.
-With fewer methods, seeds or steps than the scale's, or --tiny, tables and figures go beside the runs instead.
+Writes <study>_<scale>.csv (a row a method: means and standard deviations over seeds),
+<study>_<scale>_runs.csv (a row a run) and figures into analysis/results/, recorded runs into
+analysis/runs/<study>_<scale>/. Finished runs are not repeated, so a killed study can be called
+again. With fewer methods, seeds or steps than the scale's, or --tiny, tables and figures go beside
+the runs instead.
 """
 
 from __future__ import annotations
@@ -45,8 +50,9 @@ SEEDS = 3
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a study is: options of its task for each variant, steps, steps between recorded predictions, examples of a
-    minibatch for the parameter lens (0: no alignment), whether the methods' weight decay is on, and seeds of a tuning trial.
+    """How large a study is: options of its task for each variant, steps, steps between recorded
+    predictions, examples of a minibatch for the parameter lens (0: no alignment), whether the
+    methods' weight decay is on, and seeds of a tuning trial.
     """
 
     variants: Mapping[str, Mapping[str, Any]]
@@ -59,7 +65,8 @@ class Scale:
 
 @dataclass(frozen=True)
 class Study:
-    """A study: a task of `analysis.tasks.TASKS` at its scales: "small" (minutes on two cores), "full" (one GPU), "tiny" (seconds, for tests)."""
+    """A study: a task of `analysis.tasks.TASKS` at its scales: "small" (minutes on two cores),
+    "full" (one GPU), "tiny" (seconds, for tests)."""
 
     name: str
     scales: Mapping[str, Scale]
@@ -94,12 +101,15 @@ class Plan:
         object.__setattr__(self, "size", size)
         for method in self.methods:
             if method not in METHODS:
-                raise to.InputError(f"method {method!r} is unknown: use some of {', '.join(METHODS)}")
+                raise to.InputError(
+                    f"method {method!r} is unknown: use some of {', '.join(METHODS)}"
+                )
         if len(set(self.methods)) < len(self.methods):
             raise to.InputError(f"methods {', '.join(self.methods)}: give each once")
         if self.seeds < 1 or size.length < 2 or self.jobs == 0 or size.aligned < 0:
             raise to.InputError(
-                "give at least one seed and two steps, jobs other than 0, and no negative number to align"
+                "give at least one seed and two steps, jobs other than 0, and no negative number "
+                "to align"
             )
 
     @property
@@ -116,12 +126,17 @@ class Plan:
     def output(self) -> Path:
         """Of its tables and figures: the project's results only for the study as it is defined."""
         standard = Plan(self.study, self.scale)
-        whole = (self.methods, self.seeds, self.size.length) == (standard.methods, SEEDS, standard.size.length)
+        whole = (self.methods, self.seeds, self.size.length) == (
+            standard.methods,
+            SEEDS,
+            standard.size.length,
+        )
         return self.results or (RESULTS if whole and self.scale != "tiny" else self.folder)
 
     @property
     def reference(self) -> str:
-        """The method whose runs set the targets, and over whose values ratios are: AdamW, or the first where it isn't run."""
+        """The method whose runs set the targets, and over whose values ratios are: AdamW, or the
+        first where it isn't run."""
         return study_table.REFERENCE if study_table.REFERENCE in self.methods else self.methods[0]
 
     def trial(self, variant: str, method: str, setting: float, seed: int) -> Trial:
@@ -141,12 +156,14 @@ class Plan:
         )
 
     def path(self, trial: Trial) -> Path:
-        """Where one of its runs is recorded: named here once, so that an edit of the code meanwhile doesn't part it from its processes."""
+        """Where one of its runs is recorded: named here once, so that an edit of the code meanwhile
+        doesn't part it from its processes."""
         return self.folder / trial.name
 
 
 def run_study(plan: Plan) -> pd.DataFrame:
-    """Tune, run, audit and compare; returns the methods' table, which it also writes with the runs' and the figures."""
+    """Tune, run, audit and compare; returns the methods' table, which it also writes with the runs'
+    and the figures."""
     names = [(variant, method) for variant in plan.size.variants for method in plan.methods]
     tried: dict[tuple[str, str], dict[float, float]] = {name: {} for name in names}
     trials: dict[str, list[Trial]] = {variant: [] for variant in plan.size.variants}
@@ -162,20 +179,29 @@ def run_study(plan: Plan) -> pd.DataFrame:
     def score(wanted: Sequence[tuple[str, str, float]]) -> None:
         run([(*what, seed) for seed in range(tuned) for what in wanted])
         for variant, method, setting in wanted:
-            found = [result(plan.path(plan.trial(variant, method, setting, seed))) for seed in range(tuned)]
+            found = [
+                result(plan.path(plan.trial(variant, method, setting, seed)))
+                for seed in range(tuned)
+            ]
             tried[variant, method][setting] = sum(one["validation"] for one in found) / tuned
 
     central = min(plan.trials, len(METHODS[plan.methods[0]].grid))
     score([(*name, METHODS[name[1]].grid[place]) for place in range(central) for name in names])
     for _ in range(plan.trials - central):
         score([(*name, tuning.next_setting(METHODS[name[1]].grid, tried[name])) for name in names])
-    scores = {variant: {m: tried[variant, m] for m in plan.methods} for variant in plan.size.variants}
-    choices = {variant: study_table.choices_of(own, plan.reference) for variant, own in scores.items()}
+    scores = {
+        variant: {m: tried[variant, m] for m in plan.methods} for variant in plan.size.variants
+    }
+    choices = {
+        variant: study_table.choices_of(own, plan.reference) for variant, own in scores.items()
+    }
     chosen = [(v, m, choices[v][m][choice]) for choice in study_table.CHOICES for v, m in names]
     wanted = [(v, m, setting) for v, m, setting in chosen if setting is not None]
     progress.total += (len(wanted) - len(names)) * (plan.seeds - tuned)
     run([(*what, seed) for seed in range(tuned, plan.seeds) for what in wanted])
-    final = [[plan.trial(*what, seed) for seed in range(plan.seeds)] for what in wanted[: len(names)]]
+    final = [
+        [plan.trial(*what, seed) for seed in range(plan.seeds)] for what in wanted[: len(names)]
+    ]
     if plan.size.aligned:
         _each(align, [trial for own in final for trial in own], plan, None)
     if plan.memory:
@@ -257,16 +283,26 @@ class _Progress:
             outcome = f"diverged after {found['steps_done']} steps"
         else:
             outcome = (
-                f"loss {found['final_loss']:.4f}, accuracy {found['accuracy']:.4f}, {found['dissipation']:.3f} nats, "
+                f"loss {found['final_loss']:.4f}, accuracy {found['accuracy']:.4f}, "
+                f"{found['dissipation']:.3f} nats, "
                 f"{found['seconds']:.1f} s"
             )
-        variant = next((f" {v}" for v, o in self.plan.size.variants.items() if v and dict(o) == trial.options), "")
+        variant = next(
+            (f" {v}" for v, o in self.plan.size.variants.items() if v and dict(o) == trial.options),
+            "",
+        )
         again = " (recorded before)" if kept else ""
-        print(f"[{self.done}/{self.total}] {trial.task}{variant}, {what}: {outcome}{again}", flush=True)
+        print(
+            f"[{self.done}/{self.total}] {trial.task}{variant}, {what}: {outcome}{again}",
+            flush=True,
+        )
 
 
-def _each(function: Callable[..., Trial], trials: Sequence[Trial], plan: Plan, progress: _Progress | None) -> None:
-    """Apply to each trial, ``plan.jobs`` at a time in processes of one thread each, and report what is done."""
+def _each(
+    function: Callable[..., Trial], trials: Sequence[Trial], plan: Plan, progress: _Progress | None
+) -> None:
+    """Apply to each trial, ``plan.jobs`` at a time in processes of one thread each, and report what
+    is done."""
     kept = {trial.name for trial in trials if is_finished(plan.path(trial))}
     work = (delayed(function)(trial, plan.path(trial)) for trial in trials)
     for trial in Parallel(n_jobs=plan.jobs, return_as="generator_unordered")(work):
@@ -275,37 +311,54 @@ def _each(function: Callable[..., Trial], trials: Sequence[Trial], plan: Plan, p
 
 
 def check(plan: Plan) -> int:
-    """Run the study anew and compare it with the results it left before; how many values differ by more than their spread."""
+    """Run the study anew and compare it with the results it left before; how many values differ by
+    more than their spread."""
     committed = plan.output / f"{plan.label}.csv"
     if not committed.is_file():
         raise to.InputError(f"{committed} does not exist: run the study without --check first")
     with tempfile.TemporaryDirectory() as scratch:
         anew = run_study(replace(plan, runs=Path(scratch), results=Path(scratch)))
     found = differences(pd.read_csv(committed), anew)
-    print(found.to_string(index=False) if len(found) else "every value lies within its stated spread", flush=True)
+    print(
+        found.to_string(index=False) if len(found) else "every value lies within its stated spread",
+        flush=True,
+    )
     return len(found)
 
 
 def main(study: Study, description: str | None, data_flags: Sequence[str] = ("--data",)) -> None:
     """A study's command."""
     parser = argparse.ArgumentParser(
-        description=f"{description}\n{__doc__}", formatter_class=argparse.RawDescriptionHelpFormatter
+        description=f"{description}\n{__doc__}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--scale", default="small", choices=["small", "full"])
-    parser.add_argument("--tiny", action="store_true", help="seconds: only to see that everything runs")
+    parser.add_argument(
+        "--tiny", action="store_true", help="seconds: only to see that everything runs"
+    )
     parser.add_argument(*data_flags, type=Path, dest="data", help="folder or file of the data")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--methods", default=",".join(COMPARED), help=f"of {', '.join(METHODS)}")
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--jobs", type=int, default=1, help="runs trained at a time, in processes of one thread")
     parser.add_argument(
-        "--align", type=int, dest="aligned", metavar="N", help="examples of a minibatch for the parameter lens; 0: none"
+        "--jobs", type=int, default=1, help="runs trained at a time, in processes of one thread"
     )
-    parser.add_argument("--no-memory", action="store_false", dest="memory", help="leave peak memory unmeasured")
+    parser.add_argument(
+        "--align",
+        type=int,
+        dest="aligned",
+        metavar="N",
+        help="examples of a minibatch for the parameter lens; 0: none",
+    )
+    parser.add_argument(
+        "--no-memory", action="store_false", dest="memory", help="leave peak memory unmeasured"
+    )
     parser.add_argument("--runs", type=Path, help="folder of recorded runs; default: analysis/runs")
     parser.add_argument("--results", type=Path, help="folder of tables and figures")
     parser.add_argument("--device", help="default: cpu; at full scale a GPU where there is one")
-    parser.add_argument("--check", action="store_true", help="run anew and compare with the results there are")
+    parser.add_argument(
+        "--check", action="store_true", help="run anew and compare with the results there are"
+    )
     options = vars(parser.parse_args())
     checked, tiny = options.pop("check"), options.pop("tiny")
     options["scale"] = "tiny" if tiny else options["scale"]

@@ -1,8 +1,11 @@
-"""Alignment of a run's steps with the natural gradient: the parameter lens's certified bracket at a few moments.
+"""Alignment of a run's steps with the natural gradient: the parameter lens's certified bracket at a
+few moments.
 
-The lens looks at each step on examples of the minibatch that the step was taken on, with one λ for all methods, so that values compare. Held-out
-examples won't do: far fewer than parameters, they have a natural gradient of their own, to which any step is nearly orthogonal. Batch normalisation
-is frozen at that minibatch's statistics, those of the function whose gradient the step followed: running averages lag behind it.
+The lens looks at each step on examples of the minibatch that the step was taken on, with one λ for
+all methods, so that values compare. Held-out examples won't do: far fewer than parameters, they
+have a natural gradient of their own, to which any step is nearly orthogonal. Batch normalisation is
+frozen at that minibatch's statistics, those of the function whose gradient the step followed:
+running averages lag behind it.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ DAMPING = 1e-3
 
 
 class Frozen(nn.Module):
-    """A batch normalisation at fixed mean and variance, whatever its running averages; its parameters' and buffers' names are kept."""
+    """A batch normalisation at fixed mean and variance, whatever its running averages; its
+    parameters' and buffers' names are kept."""
 
     def __init__(self, layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
         super().__init__()
@@ -38,12 +42,19 @@ class Frozen(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise, scale and shift."""
         return functional.batch_norm(
-            x, self.mean.to(x), self.variance.to(x), self.weight, self.bias, training=False, eps=self.eps
+            x,
+            self.mean.to(x),
+            self.variance.to(x),
+            self.weight,
+            self.bias,
+            training=False,
+            eps=self.eps,
         )
 
 
 def freeze(model: nn.Module, x: Tensor) -> nn.Module:
-    """The model with each batch normalisation frozen at the statistics that it has on these inputs in training; changes the model."""
+    """The model with each batch normalisation frozen at the statistics that it has on these inputs
+    in training; changes the model."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
     statistics: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -68,25 +79,37 @@ def freeze(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 def align(trial: Trial, folder: Path) -> Trial:
-    """Add to a finished run's result the bracket at each of `MOMENTS` and its mean ends, unless they are there; returns the trial.
+    """Add to a finished run's result the bracket at each of `MOMENTS` and its mean ends, unless
+    they are there; returns the trial.
 
-    ``alignment``: λ, examples, layers frozen, steps, lower and upper ends. ``alignment_lower``, ``alignment_upper``: null, with ``alignment_reason``,
-    where there is no such step, because the run diverged.
+    ``alignment``: λ, examples, layers frozen, steps, lower and upper ends. ``alignment_lower``,
+    ``alignment_upper``: null, with ``alignment_reason``, where there is no such step, because the
+    run diverged.
     """
     if not trial.aligned or result(folder).get("alignment", {}).get("damping") == DAMPING:
         return trial
     torch.set_num_threads(1)
     run, task = to.load_run(folder / WEIGHTS), load_task(trial)
     recorded = [snapshot.step for snapshot in run.snapshots]
-    wanted = {first for first, after in (around(m, trial.length) for m in MOMENTS) if after in recorded}
-    what: dict[str, Any] = {"damping": DAMPING, "examples": min(trial.aligned, task.batch_size), "frozen": 0}
+    wanted = {
+        first for first, after in (around(m, trial.length) for m in MOMENTS) if after in recorded
+    }
+    what: dict[str, Any] = {
+        "damping": DAMPING,
+        "examples": min(trial.aligned, task.batch_size),
+        "frozen": 0,
+    }
     what |= {"steps": [], "lower": [], "upper": []}
     reason = None if wanted else "the run diverged before the first aligned step"
-    for step, (x, y) in enumerate(itertools.islice(task.batches(trial.seed), max(wanted, default=-1) + 1)):
+    for step, (x, y) in enumerate(
+        itertools.islice(task.batches(trial.seed), max(wanted, default=-1) + 1)
+    ):
         if step not in wanted or reason:
             continue
         model = task.build(trial.seed)
-        model.load_state_dict(run.snapshots[recorded.index(step)].load_group("params"), strict=False)
+        model.load_state_dict(
+            run.snapshots[recorded.index(step)].load_group("params"), strict=False
+        )
         model = freeze(model, x)
         try:
             lens = to.audit(
@@ -104,6 +127,11 @@ def align(trial: Trial, folder: Path) -> Trial:
         what["steps"].append(step)
         for edge in ("lower", "upper"):
             what[edge].append(float(lens.steps[f"alignment_{edge}"].iloc[0]))
-    means = {f"alignment_{edge}": None if reason else float(np.mean(what[edge])) for edge in ("lower", "upper")}
-    add_to_result(folder, {"alignment": what, **means, **({"alignment_reason": reason} if reason else {})})
+    means = {
+        f"alignment_{edge}": None if reason else float(np.mean(what[edge]))
+        for edge in ("lower", "upper")
+    }
+    add_to_result(
+        folder, {"alignment": what, **means, **({"alignment_reason": reason} if reason else {})}
+    )
     return trial

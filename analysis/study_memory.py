@@ -1,8 +1,10 @@
 """Peak memory of a method's training steps, measured in a process of its own.
 
-On a CPU, on Linux: the peak resident memory of a few steps above what the process held just before the model was built, so weights, gradients,
-activations, optimizer state and what a refresh of it needs, but neither libraries nor data. A throw-away model of the same trial comes first, so that the
-libraries' own pages are in; the allocator hands freed blocks straight back (`ALLOCATOR`). On a GPU: `torch.cuda.max_memory_allocated` likewise.
+On a CPU, on Linux: the peak resident memory of a few steps above what the process held just before
+the model was built, so weights, gradients, activations, optimizer state and what a refresh of it
+needs, but neither libraries nor data. A throw-away model of the same trial comes first, so that the
+libraries' own pages are in; the allocator hands freed blocks straight back (`ALLOCATOR`). On a GPU:
+`torch.cuda.max_memory_allocated` likewise.
 """
 
 from __future__ import annotations
@@ -40,9 +42,12 @@ _MIB = 2**20
 
 
 def add_peak_memory(trials: Sequence[Trial], folders: Sequence[Path]) -> None:
-    """Add ``peak_memory`` (MiB) to the results of a method's finished runs, or null and ``peak_memory_reason``, unless it is there."""
+    """Add ``peak_memory`` (MiB) to the results of a method's finished runs, or null and
+    ``peak_memory_reason``, unless it is there."""
     wanted = [
-        (trial, folder) for trial, folder in zip(trials, folders, strict=True) if "peak_memory" not in result(folder)
+        (trial, folder)
+        for trial, folder in zip(trials, folders, strict=True)
+        if "peak_memory" not in result(folder)
     ]
     if not wanted:
         return
@@ -80,7 +85,9 @@ def measure(trials: Sequence[Trial]) -> list[dict[str, Any]]:
         try:
             _reset_peak()
         except OSError as error:
-            reason = f"this system doesn't reset a process's peak resident memory ({error.strerror})"
+            reason = (
+                f"this system doesn't reset a process's peak resident memory ({error.strerror})"
+            )
             return [_unknown(reason)] * len(trials)
     task = load_task(trials[0])
     _train(trials[0], task, WARM_UP)
@@ -104,7 +111,9 @@ def _peak(trial: Trial, task: Task) -> float:
 
 def _train(trial: Trial, task: Task, steps: int) -> None:
     method = METHODS[trial.method]
-    training = Training(task, method, trial.setting, trial.seed, trial.length, trial.device, trial.decay)
+    training = Training(
+        task, method, trial.setting, trial.seed, trial.length, trial.device, trial.decay
+    )
     for _ in itertools.islice(training, steps):
         pass
 

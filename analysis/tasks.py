@@ -1,7 +1,9 @@
-"""Training tasks that the studies and benchmarks share: digits MLP, CIFAR-10, ImageNet-style images, character transformer.
+"""Training tasks that the studies and benchmarks share: digits MLP, CIFAR-10, ImageNet-style
+images, character transformer.
 
-A task gives a model, an endless stream of minibatches that depends only on the seed (every method sees the same data in the same order),
-and fixed held-out data. Losses are mean negative log-likelihoods in nats (a token for the transformer).
+A task gives a model, an endless stream of minibatches that depends only on the seed (every method
+sees the same data in the same order), and fixed held-out data. Losses are mean negative
+log-likelihoods in nats (a token for the transformer).
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """One training problem. ``stream(generator)`` gives minibatches of the training data without end.
+    """One training problem. ``stream(generator)`` gives minibatches of the training data without
+    end.
 
-    ``probe`` is what runs are recorded and results reported on, ``validation`` what settings are chosen on; neither is trained on, and
-    they are disjoint. ``test``: parts of a larger set for the final loss and accuracy; None: the probe serves.
+    ``probe`` is what runs are recorded and results reported on, ``validation`` what settings are
+    chosen on; neither is trained on, and they are disjoint. ``test``: parts of a larger set for the
+    final loss and accuracy; None: the probe serves.
     """
 
     name: str
@@ -60,7 +64,8 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _passes(rows: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Minibatches of these rows, reshuffled at each pass; the last ones of a pass that don't fill a minibatch are left out."""
+    """Minibatches of these rows, reshuffled at each pass; the last ones of a pass that don't fill a
+    minibatch are left out."""
     size = min(batch_size, len(rows))
     while True:
         order = rows[torch.randperm(len(rows), generator=generator)]
@@ -70,26 +75,40 @@ def _passes(rows: Tensor, batch_size: int, generator: torch.Generator) -> Iterat
 def digits(data: Path | None = None, batch_size: int = 128) -> Task:
     """scikit-learn's 8×8 digits (1,797 images) and a 64-64-32-10 tanh MLP.
 
-    360 images are the probe and 180 validation, drawn at random within each class: the file's last images come from other
-    writers than its first. ``batch_size`` 0: all training data at every step. ``data`` is not used.
+    360 images are the probe and 180 validation, drawn at random within each class: the file's last
+    images come from other writers than its first. ``batch_size`` 0: all training data at every
+    step. ``data`` is not used.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     pixels, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(pixels / 16.0, dtype=torch.float32), torch.tensor(labels)
-    train, held = train_test_split(range(len(y)), test_size=540, stratify=labels, random_state=SPLIT_SEED)
-    probe, validation = train_test_split(held, test_size=180, stratify=labels[held], random_state=SPLIT_SEED)
+    train, held = train_test_split(
+        range(len(y)), test_size=540, stratify=labels, random_state=SPLIT_SEED
+    )
+    probe, validation = train_test_split(
+        held, test_size=180, stratify=labels[held], random_state=SPLIT_SEED
+    )
 
     def model() -> nn.Module:
-        return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+        return nn.Sequential(
+            nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)
+        )
 
     def stream(generator: torch.Generator) -> Iterator[Pair]:
         rows = torch.tensor(train)
         for batch in _passes(rows, batch_size or len(rows), generator):
             yield x[batch], y[batch]
 
-    return Task("digits", model, stream, (x[probe], y[probe]), (x[validation], y[validation]), batch_size or len(train))
+    return Task(
+        "digits",
+        model,
+        stream,
+        (x[probe], y[probe]),
+        (x[validation], y[validation]),
+        batch_size or len(train),
+    )
 
 
 def _image_task(
@@ -105,12 +124,16 @@ def _image_task(
     whole_test: bool,
     moments: tuple[tuple[float, ...], tuple[float, ...]],
 ) -> Task:
-    """A task on images: validation and training rows drawn from the training split, the probe from the held-out one."""
+    """A task on images: validation and training rows drawn from the training split, the probe from
+    the held-out one."""
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     order = torch.randperm(len(train), generator=generator)
     drawn = torch.randperm(len(held), generator=generator)[:probe]
     if len(order) <= validation:
-        raise InputError(f"{name}: {len(order)} training images can't spare {validation} for validation: give more")
+        raise InputError(
+            f"{name}: {len(order)} training images can't spare {validation} for validation: give "
+            "more"
+        )
     rows = order[validation:][:limit]
     mean, deviation = (torch.tensor(m)[:, None, None] for m in moments)
 
@@ -149,9 +172,13 @@ def cifar10(
     augment: bool = False,
     whole_test: bool = False,
 ) -> Task:
-    """CIFAR-10 and a three-convolution network of 151 k parameters ("cnn") or ResNet-18 ("resnet18"); ``limit``: images trained on."""
+    """CIFAR-10 and a three-convolution network of 151 k parameters ("cnn") or ResNet-18
+    ("resnet18"); ``limit``: images trained on."""
     folder = data or DATASETS / "cifar10"
-    source = "https://www.cs.toronto.edu/~kriz/cifar.html, as Parquet uoft-cs/cifar10 on the Hugging Face hub"
+    source = (
+        "https://www.cs.toronto.edu/~kriz/cifar.html, as Parquet uoft-cs/cifar10 on "
+        "the Hugging Face hub"
+    )
     train = open_images(folder, ("train",), 32, source)
     held = open_images(folder, ("test",), 32, source, train.classes)
 
@@ -160,7 +187,17 @@ def cifar10(
 
     moments = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
     return _image_task(
-        "cifar10", train, held, model, batch_size, augment, limit, probe, validation, whole_test, moments
+        "cifar10",
+        train,
+        held,
+        model,
+        batch_size,
+        augment,
+        limit,
+        probe,
+        validation,
+        whole_test,
+        moments,
     )
 
 
@@ -176,14 +213,18 @@ def imagenet(
     classes: int | None = None,
     augment: bool = True,
 ) -> Task:
-    """ImageNet-style images at ``size`` × ``size`` pixels and ResNet-18; ``classes``: only the first so many. By default Tiny-ImageNet's 50."""
+    """ImageNet-style images at ``size`` × ``size`` pixels and ResNet-18; ``classes``: only the
+    first so many. By default Tiny-ImageNet's 50."""
     folder = data or DATASETS / "tiny-imagenet-50"
     source = "Tiny-ImageNet: http://cs231n.stanford.edu/tiny-imagenet-200.zip; ImageNet: https://image-net.org"
     train = open_images(folder, ("train",), size, source)
     held = open_images(folder, ("val", "valid", "test"), size, source, train.classes)
     known = 1 + int(train.labels.max())
     if int(held.labels.max()) >= known:
-        raise InputError(f"{folder}: the held-out images have classes that the training images lack: give all of them")
+        raise InputError(
+            f"{folder}: the held-out images have classes that the training images lack: give all "
+            "of them"
+        )
     count = min(classes or known, known)
     if count < known:
         train, held = (_first_classes(images, count) for images in (train, held))
@@ -211,18 +252,23 @@ def _first_classes(images: Images, count: int) -> Images:
 
 
 def _read_text(data: Path | None) -> str:
-    """The text at `data` (or its input.txt), or a megabyte of the standard library's own source, which is always at hand."""
+    """The text at `data` (or its input.txt), or a megabyte of the standard library's own source,
+    which is always at hand."""
     if data is not None:
         path = data / "input.txt" if data.is_dir() else data
         if not path.is_file():
             raise InputError(
                 f"{path} does not exist: pass a text file (tiny Shakespeare's input.txt, "
-                "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt, or any other)."
+                "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+                "input.txt, "
+                "or any other)."
             )
         try:
             return path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise InputError(f"{path} is no text in UTF-8: convert it, or give another file") from None
+            raise InputError(
+                f"{path} is no text in UTF-8: convert it, or give another file"
+            ) from None
     folder = Path(sysconfig.get_paths()["stdlib"])
     keep = set(string.printable)
     text = ""
@@ -244,7 +290,8 @@ def characters(
     probe: int = 128,
     text: str = "stdlib",
 ) -> Task:
-    """A character transformer on `data` (a text file or its folder), on the standard library's source ("stdlib") or on tiny Shakespeare.
+    """A character transformer on `data` (a text file or its folder), on the standard library's
+    source ("stdlib") or on tiny Shakespeare.
 
     The last tenth of the text is held out: probe and validation are windows of it, in turns.
     """
@@ -256,7 +303,10 @@ def characters(
     ids = torch.tensor([index[c] for c in content])
     train, held_out = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
     if len(held_out) < 2 * (context + 1):
-        raise InputError(f"a text of {len(ids)} characters is too short for a context of {context}: give a longer one")
+        raise InputError(
+            f"a text of {len(ids)} characters is too short for a context of {context}: give a "
+            "longer one"
+        )
     window = torch.arange(context + 1)
 
     def stream(generator: torch.Generator) -> Iterator[Pair]:

@@ -1,4 +1,5 @@
-"""What every benchmark here shares: interleaved timing, ratios by medians, a stated machine, a table and a CSV."""
+"""What every benchmark here shares: interleaved timing, ratios by medians, a stated machine, a
+table and a CSV."""
 
 from __future__ import annotations
 
@@ -19,8 +20,11 @@ from rich.table import Table
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int = 7) -> dict[str, list[float]]:
-    """Seconds of each call, the functions taking turns so that a drifting machine hits all alike; one warm-up each."""
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], repeats: int = 7
+) -> dict[str, list[float]]:
+    """Seconds of each call, the functions taking turns so that a drifting machine hits all alike;
+    one warm-up each."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
@@ -48,7 +52,8 @@ def machine() -> str:
 
 
 def report(title: str, rows: Sequence[Mapping[str, Any]], name: str) -> Path:
-    """Print the rows as a table and write them to ``analysis/results/<name>.csv`` with the machine; returns the path."""
+    """Print the rows as a table and write them to ``analysis/results/<name>.csv`` with the machine;
+    returns the path."""
     frame = pd.DataFrame(rows)
     table = Table(title=f"{title}\n{machine()}")
     for column in frame.columns:

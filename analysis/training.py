@@ -1,4 +1,5 @@
-"""Training a task with a method: the loop that every study shares, watched (`curve`) or recorded (`record`)."""
+"""Training a task with a method: the loop that every study shares, watched (`curve`) or recorded
+(`record`)."""
 
 from __future__ import annotations
 
@@ -42,8 +43,9 @@ UNFINISHED = ".unfinished"
 class Training:
     """A task, its model at the start and a method's optimizer; iterating takes the steps.
 
-    Each gives the minibatch's loss before it (nats) and the seconds that forward, backward and optimizer step took: processor seconds of
-    this thread on a CPU (of all its threads if torch uses several), wall seconds on a GPU. Ends early when a loss isn't finite.
+    Each gives the minibatch's loss before it (nats) and the seconds that forward, backward and
+    optimizer step took: processor seconds of this thread on a CPU (of all its threads if torch uses
+    several), wall seconds on a GPU. Ends early when a loss isn't finite.
     """
 
     def __init__(
@@ -109,8 +111,9 @@ class Training:
 
 
 def curve(task: Task, method: Method, setting: float, seed: int, length: int) -> pd.DataFrame:
-    """One unrecorded run: a row every `STRIDE` steps with step, seconds, dissipation so far (outputs lens), probe loss and mean training
-    loss since the last row; ``attrs["validation"]``: final loss on the validation data.
+    """One unrecorded run: a row every `STRIDE` steps with step, seconds, dissipation so far
+    (outputs lens), probe loss and mean training loss since the last row; ``attrs["validation"]``:
+    final loss on the validation data.
     """
     training = Training(task, method, setting, seed, length)
     x, y = task.probe
@@ -151,7 +154,8 @@ def curve(task: Task, method: Method, setting: float, seed: int, length: int) ->
 
 
 def first_reach(run: pd.DataFrame, target: float) -> dict[str, float]:
-    """Step, seconds and dissipation at which a `curve` first reaches the target (linear between rows); NaN when it never does."""
+    """Step, seconds and dissipation at which a `curve` first reaches the target (linear between
+    rows); NaN when it never does."""
     below = np.flatnonzero(run["loss"].to_numpy() <= target)
     if not len(below) or below[0] == 0:
         return dict.fromkeys(("steps", "seconds", "dissipation"), math.nan)
@@ -160,7 +164,11 @@ def first_reach(run: pd.DataFrame, target: float) -> dict[str, float]:
     t = (left["loss"] - target) / (left["loss"] - right["loss"])
     return {
         name: float(left[column] + t * (right[column] - left[column]))
-        for name, column in (("steps", "step"), ("seconds", "seconds"), ("dissipation", "dissipation"))
+        for name, column in (
+            ("steps", "step"),
+            ("seconds", "seconds"),
+            ("dissipation", "dissipation"),
+        )
     }
 
 
@@ -168,8 +176,8 @@ def first_reach(run: pd.DataFrame, target: float) -> dict[str, float]:
 class Trial:
     """One run of a study: everything its result depends on, in plain values.
 
-    ``every``: steps between recorded predictions. ``aligned``: examples of a minibatch that the parameter lens will read (0: no weights are kept).
-    ``decay``: with the methods' weight decay.
+    ``every``: steps between recorded predictions. ``aligned``: examples of a minibatch that the
+    parameter lens will read (0: no weights are kept). ``decay``: with the methods' weight decay.
     """
 
     task: str
@@ -186,8 +194,11 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """The run's folder: what it is in words, and a fingerprint of all it depends on, the code that trains it included."""
-        facts = json.dumps({**asdict(self), "code": _code(self.method.startswith("NGD-T"))}, sort_keys=True)
+        """The run's folder: what it is in words, and a fingerprint of all it depends on, the code
+        that trains it included."""
+        facts = json.dumps(
+            {**asdict(self), "code": _code(self.method.startswith("NGD-T"))}, sort_keys=True
+        )
         digest = hashlib.sha256(facts.encode()).hexdigest()[:10]
         label = f"{self.method}-{METHODS[self.method].knob}={self.setting:g}-seed={self.seed}"
         return f"{label}-{digest}".replace(" ", "_")
@@ -195,12 +206,15 @@ class Trial:
 
 @functools.cache
 def _code(ngdt: bool) -> str:
-    """Fingerprint of the modules that determine a run, comments and layout aside; NGD-T's own count only for its runs."""
+    """Fingerprint of the modules that determine a run, comments and layout aside; NGD-T's own count
+    only for its runs."""
     here = Path(__file__).parent
     files = [here / f"{name}.py" for name in ("images", "methods", "networks", "tasks")]
     if ngdt:
         package = Path(to.__file__).parent
-        files += sorted([*(package / "optim").glob("*.py"), *(package / "fisher" / "kronecker").glob("*.py")])
+        files += sorted(
+            [*(package / "optim").glob("*.py"), *(package / "fisher" / "kronecker").glob("*.py")]
+        )
         files += [package / "fisher" / "spectral.py", package / "fisher" / "likelihoods.py"]
     parts = [ast.dump(ast.parse(file.read_text(encoding="utf-8"))) for file in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -222,9 +236,11 @@ def is_finished(folder: Path) -> bool:
 
 
 def record(trial: Trial, folder: Path) -> Trial:
-    """Train and record a trial into a folder (named by `Trial.name`), unless that is done; returns the trial.
+    """Train and record a trial into a folder (named by `Trial.name`), unless that is done; returns
+    the trial.
 
-    Written under `UNFINISHED` beside it and renamed when whole: a killed study leaves no half a run where a run should be.
+    Written under `UNFINISHED` beside it and renamed when whole: a killed study leaves no half a run
+    where a run should be.
     """
     if is_finished(folder):
         return trial
@@ -234,14 +250,23 @@ def record(trial: Trial, folder: Path) -> Trial:
     (folder.parent / UNFINISHED).mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="run.", dir=folder.parent / UNFINISHED))
     run = scratch / "run"
-    training = Training(task, METHODS[trial.method], trial.setting, trial.seed, trial.length, trial.device, trial.decay)
+    training = Training(
+        task,
+        METHODS[trial.method],
+        trial.setting,
+        trial.seed,
+        trial.length,
+        trial.device,
+        trial.decay,
+    )
     found: dict[str, Any] = {"trial": {k: v for k, v in asdict(trial).items() if k != "data"}}
     seconds = _train_recorded(trial, task, training, run)
     diverged = training.steps_done < trial.length
     found |= {
         "steps_done": training.steps_done,
         "seconds": seconds,
-        "memory": state_size(training.optimizer) / sum(p.nbytes for p in training.model.parameters()),
+        "memory": state_size(training.optimizer)
+        / sum(p.nbytes for p in training.model.parameters()),
         "validation": math.nan if diverged else training.evaluate(iter([task.validation]))[0],
         "machine": machine(),
         "date": datetime.now(UTC).date().isoformat(),
@@ -252,7 +277,9 @@ def record(trial: Trial, folder: Path) -> Trial:
         tested = training.evaluate(iter([task.probe]) if task.test is None else task.test())
     found["final_loss"], found["accuracy"] = tested
     found |= _audited(run)
-    (run / RESULT).write_text(json.dumps(_plain(found), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (run / RESULT).write_text(
+        json.dumps(_plain(found), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )
     try:
         os.rename(run, folder)
     except OSError:
@@ -263,7 +290,8 @@ def record(trial: Trial, folder: Path) -> Trial:
 
 
 def _train_recorded(trial: Trial, task: Task, training: Training, folder: Path) -> float:
-    """Train with a recorder of the probe's predictions, and one of the weights where wanted; total seconds of the steps."""
+    """Train with a recorder of the probe's predictions, and one of the weights where wanted; total
+    seconds of the steps."""
     common: dict[str, Any] = {"model": training.model, "optimizer": training.optimizer}
     outputs = to.Recorder(
         folder,
@@ -276,7 +304,9 @@ def _train_recorded(trial: Trial, task: Task, training: Training, folder: Path) 
     weights = None
     if trial.aligned:
         wanted = {k for m in MOMENTS for k in around(m, trial.length)}
-        weights = to.Recorder(folder / WEIGHTS, **common, probe=None, every=lambda k: k in wanted, params=True)
+        weights = to.Recorder(
+            folder / WEIGHTS, **common, probe=None, every=lambda k: k in wanted, params=True
+        )
     total = 0.0
     with outputs:
         if weights is not None:
@@ -300,8 +330,18 @@ def around(moment: float, length: int) -> tuple[int, int]:
 
 
 def _audited(folder: Path) -> dict[str, Any]:
-    """What the outputs lens says of a recorded run; NaN where it has no path, because it diverged at once."""
-    keys = ("dissipation", "length", "geodesic", "frontier", "duration", "efficiency", "straightness", "steadiness")
+    """What the outputs lens says of a recorded run; NaN where it has no path, because it diverged
+    at once."""
+    keys = (
+        "dissipation",
+        "length",
+        "distance",
+        "least_distance",
+        "duration",
+        "efficiency",
+        "straightness",
+        "steadiness",
+    )
     try:
         summary = to.audit(folder, lens="outputs").summary
     except to.InputError:
@@ -316,7 +356,8 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 def add_to_result(folder: Path, what: dict[str, Any]) -> None:
-    """Add values to a finished run's result, or replace them; all at once, whenever the process may be killed."""
+    """Add values to a finished run's result, or replace them; all at once, whenever the process may
+    be killed."""
     path = folder / RESULT
     found = json.loads(path.read_text(encoding="utf-8")) | _plain(what)
     partial = path.with_suffix(".partial")

@@ -1,5 +1,5 @@
-"""A character transformer: 3 layers of width 64 on the source of Python's standard library at small scale; on tiny Shakespeare, 6 layers of
-width 384 and a context of 256 at full.
+"""A character transformer: 3 layers of width 64 on the source of Python's standard library at small
+scale; on tiny Shakespeare, 6 layers of width 384 and a context of 256 at full.
 
     python -m analysis.transformer [--scale small|full] [--text FILE] [--jobs 2] [--check] …
 
@@ -19,7 +19,10 @@ STUDY = Study(
         "small": Scale({"": SMALL}, 600, aligned=16),
         "full": Scale({"": FULL}, 5000, every=100, decay=True),
         "tiny": Scale(
-            {"": {"layers": 1, "width": 16, "context": 16, "batch_size": 8, "probe": 4}}, 20, every=5, aligned=4
+            {"": {"layers": 1, "width": 16, "context": 16, "batch_size": 8, "probe": 4}},
+            20,
+            every=5,
+            aligned=4,
         ),
     },
 )

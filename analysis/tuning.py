@@ -1,8 +1,11 @@
-"""Which setting of a method to try next: every method gets the same number of trials, on a grid that follows the optimum.
+"""Which setting of a method to try next: every method gets the same number of trials, on a grid
+that follows the optimum.
 
-The first three trials are central settings, half a decade apart. Each further trial depends on what was found: with the best at an edge of
-what was tried, the next half-decade beyond it; otherwise the middle of the wider gap beside the best (of equally wide ones, on the side of
-the better neighbour). A method whose optimum lies far from its centre thus spends its trials on getting there, and says so when it has not.
+The first three trials are central settings, half a decade apart. Each further trial depends on what
+was found: with the best at an edge of what was tried, the next half-decade beyond it; otherwise the
+middle of the wider gap beside the best (of equally wide ones, on the side of the better neighbour).
+A method whose optimum lies far from its centre thus spends its trials on getting there, and says so
+when it has not.
 """
 
 from __future__ import annotations
@@ -15,14 +18,18 @@ TRIALS = 5
 
 
 def best(scores: Mapping[float, float]) -> float:
-    """The setting with the lowest score (nats); a score that isn't finite loses to any other. Of equals, the lowest setting."""
+    """The setting with the lowest score (nats); a score that isn't finite loses to any other. Of
+    equals, the lowest setting."""
     return min(sorted(scores), key=lambda setting: _comparable(scores[setting]))
 
 
 def thrifty(scores: Mapping[float, float], reference: Mapping[float, float]) -> float | None:
-    """The smallest setting that scores no worse than the best of ``reference``; None if that is the best one anyway, or no setting does."""
+    """The smallest setting that scores no worse than the best of ``reference``; None if that is the
+    best one anyway, or no setting does."""
     limit = _comparable(reference[best(reference)])
-    good = [setting for setting in sorted(scores) if _comparable(scores[setting]) <= limit < math.inf]
+    good = [
+        setting for setting in sorted(scores) if _comparable(scores[setting]) <= limit < math.inf
+    ]
     return good[0] if good and good[0] != best(scores) else None
 
 
@@ -47,7 +54,11 @@ def next_setting(central: Sequence[float], scores: Mapping[float, float]) -> flo
     even = abs(gaps[above] - gaps[below]) < 0.2 * min(
         gaps.values()
     )  # settings are rounded, so gaps are equal only nearly
-    beside = min((below, above), key=lambda s: _comparable(scores[s])) if even else max(gaps, key=lambda s: gaps[s])
+    beside = (
+        min((below, above), key=lambda s: _comparable(scores[s]))
+        if even
+        else max(gaps, key=lambda s: gaps[s])
+    )
     return float(f"{math.sqrt(here * beside):.2g}")
 
 

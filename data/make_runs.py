@@ -1,8 +1,10 @@
-"""Make the recorded runs of this folder again: ``python data/make_runs.py --output some-new-folder``.
+"""Make the recorded runs of this folder again: ``python data/make_runs.py --output
+some-new-folder``.
 
-Four trainings of one small network on scikit-learn's digits from the same start, recorded at every step, and one
-Hugging Face Trainer run of a tiny causal transformer on the text of Python's standard library. About a minute on one
-core. The data card is README.md; run on the versions it names, the snapshots come out bit for bit the same.
+Four trainings of one small network on scikit-learn's digits from the same start, recorded at every
+step, and one Hugging Face Trainer run of a tiny causal transformer on the text of Python's standard
+library. About a minute on one core. The data card is README.md; run on the versions it names, the
+snapshots come out bit for bit the same.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ CONTEXT, TEXT_STEPS, SAVE_EVERY, TEXT_BATCH, TEXT_PROBE = 64, 200, 20, 16, 32
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """The training digits, (1024, 64) in [0, 1], and their labels, in the shuffled order; the probe is the first
-    200.
+    """The training digits, (1024, 64) in [0, 1], and their labels, in the shuffled order; the probe
+    is the first 200.
     """
     pixels, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(START_SEED).permutation(len(pixels))[:TRAIN]
@@ -85,7 +87,11 @@ def record_digits(path: Path, name: str, steps: int = STEPS) -> None:
         batch_size=batch_size or TRAIN,
         factory="thermo_opt.demo_models:digits_mlp",
         name=name,
-        notes={"dataset": "scikit-learn digits", "start_seed": START_SEED, "batch_seed": BATCH_SEED},
+        notes={
+            "dataset": "scikit-learn digits",
+            "start_seed": START_SEED,
+            "batch_seed": BATCH_SEED,
+        },
     )
     with recorder:
         for _, batch in zip(range(steps), batches(batch_size), strict=False):
@@ -97,15 +103,16 @@ def record_digits(path: Path, name: str, steps: int = STEPS) -> None:
 
 
 def standard_library_text() -> Tensor:
-    """Bytes of `TEXT_MODULES` one after the other, as whole numbers below 128, other characters left out."""
+    """Bytes of `TEXT_MODULES` one after the other, as whole numbers below 128, other characters
+    left out."""
     folder = Path(sysconfig.get_path("stdlib"))
     text = "".join((folder / name).read_text(encoding="utf-8") for name in TEXT_MODULES)
     return torch.tensor([ord(character) for character in text if ord(character) < 128])
 
 
 def train_text(path: Path) -> None:
-    """Train a tiny GPT-2 with the Hugging Face Trainer, keep what an audit can use, and lay a probe beside the
-    checkpoints.
+    """Train a tiny GPT-2 with the Hugging Face Trainer, keep what an audit can use, and lay a probe
+    beside the checkpoints.
     """
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
@@ -152,16 +159,25 @@ def train_text(path: Path) -> None:
 
 def write_hashes(folder: Path) -> None:
     """SHA-256 of every file of the runs, in the form ``sha256sum --check`` reads."""
-    files = sorted(file for run in folder.iterdir() if run.is_dir() for file in run.rglob("*") if file.is_file())
+    files = sorted(
+        file
+        for run in folder.iterdir()
+        if run.is_dir()
+        for file in run.rglob("*")
+        if file.is_file()
+    )
     lines = [
-        f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(folder).as_posix()}\n" for file in files
+        f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(folder).as_posix()}\n"
+        for file in files
     ]
     (folder / "SHA256SUMS").write_text("".join(lines))
 
 
 def main() -> None:
     """Make all runs in a new or empty folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to make the runs in")
     output: Path = parser.parse_args().output
     torch.set_num_threads(1)

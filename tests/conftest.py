@@ -1,4 +1,5 @@
-"""Settings every test shares: one thread a process (two processes share two cores) and a fixed hypothesis profile."""
+"""Settings every test shares: one thread a process (two processes share two cores) and a fixed
+hypothesis profile."""
 
 import os
 

@@ -1,4 +1,5 @@
-"""Audits of invented runs, computed here from THEORY §3–4 in plain NumPy, to try plots, report and command line on."""
+"""Audits of invented runs, computed here from THEORY §3–4 in plain NumPy, to try plots, report and
+command line on."""
 
 from __future__ import annotations
 
@@ -7,18 +8,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from thermo_opt.audit.results import Audit, Landmarks, LensAudit
+from thermo_opt.lenses.results import Audit, Landmarks, LensAudit
 
 EXAMPLES, CLASSES = 30, 5
 
 
 def path(noise: float, snapshots: int, seed: int) -> np.ndarray:
-    """Amplitudes (snapshots, n, c) of predictions that go from uniform towards the labels, with noise on the way."""
+    """Amplitudes (snapshots, n, c) of predictions that go from uniform towards the labels, with
+    noise on the way."""
     rng = np.random.default_rng(seed)
     labels = np.arange(EXAMPLES) % CLASSES
     progress = np.linspace(0, 1, snapshots)[:, None, None] ** 0.6
     logits = 4 * progress * np.eye(CLASSES)[labels]
-    logits = logits + noise * np.cumsum(rng.normal(size=(snapshots, EXAMPLES, CLASSES)), axis=0) / np.sqrt(snapshots)
+    logits = logits + noise * np.cumsum(
+        rng.normal(size=(snapshots, EXAMPLES, CLASSES)), axis=0
+    ) / np.sqrt(snapshots)
     logits[0] = 0
     p = np.exp(logits - logits.max(axis=2, keepdims=True))
     return np.sqrt(p / p.sum(axis=2, keepdims=True))
@@ -49,10 +53,13 @@ def make_audit(
     rng = np.random.default_rng(seed)
     steps = np.arange((snapshots - 1) * every)
     curve = pd.DataFrame(
-        {"loss": 1.6 * np.exp(-steps / 60) + 0.05 * rng.random(len(steps))}, index=pd.Index(steps, name="step")
+        {"loss": 1.6 * np.exp(-steps / 60) + 0.05 * rng.random(len(steps))},
+        index=pd.Index(steps, name="step"),
     )
     missing = {
-        name: f"the run has no {name}" for name in ("outputs", "parameters", "optimizer-state") if name not in lenses
+        name: f"the run has no {name}"
+        for name in ("outputs", "parameters", "optimizer-state")
+        if name not in lenses
     }
     return Audit(run, f"/runs/{run}", lenses, missing, curve, "Adam", probe)
 
@@ -72,7 +79,11 @@ def _outputs(run: str, u: np.ndarray, every: int, clock: str) -> LensAudit:
     steps["alignment_lower"] = 0.3 * np.tanh(steps["d"] / steps["a"])
     distance = float(np.sqrt(arcs(u[[0, -1]])[0]))
     summary = _summary(run, "outputs", a, steps, distance, every, clock)
-    summary |= {"frontier": 0.8 * distance, "loss_start": float(loss[0]), "loss_end": float(loss[-1])}
+    summary |= {
+        "least_distance": 0.8 * distance,
+        "loss_start": float(loss[0]),
+        "loss_end": float(loss[-1]),
+    }
     summary |= {
         "alignment_lower": 0.12,
         "notes": ["alignment: a certified lower bound; the outputs lens has no gradients"],
@@ -81,10 +92,18 @@ def _outputs(run: str, u: np.ndarray, every: int, clock: str) -> LensAudit:
     for m in (1, 2, 4, 8):
         c = arcs(u, m)
         rows.append((m, m * every, np.sqrt(c).sum(), (c / (2 * m * every)).sum(), c.mean()))
-    coarse = pd.DataFrame(rows, columns=["stride", "stride_steps", "length", "dissipation", "a_mean"])
+    coarse = pd.DataFrame(
+        rows, columns=["stride", "stride_steps", "length", "dissipation", "a_mean"]
+    )
     kept = np.unique(np.linspace(0, len(u) - 1, 24).astype(int))
     return LensAudit(
-        "outputs", steps, summary, coarse, 0.81, None, Landmarks(kept * every, u[kept].astype(np.float32), loss[kept])
+        "outputs",
+        steps,
+        summary,
+        coarse,
+        0.81,
+        None,
+        Landmarks(kept * every, u[kept].astype(np.float32), loss[kept]),
     )
 
 
@@ -101,7 +120,13 @@ def _parameters(outputs: LensAudit) -> LensAudit:
     weights[:, 2] += 0.02
     attribution = pd.DataFrame(weights * steps["dissipation"].to_numpy()[:, None], columns=names)
     summary = outputs.summary | {"lens": "parameters", "notes": ["Δ from Lanczos brackets"]}
-    summary |= {"alignment": 0.35, "alignment_lower": 0.31, "alignment_upper": 0.39, "geodesic": None, "frontier": None}
+    summary |= {
+        "alignment": 0.35,
+        "alignment_lower": 0.31,
+        "alignment_upper": 0.39,
+        "distance": None,
+        "least_distance": None,
+    }
     summary |= dict.fromkeys(("irreducible", "detour", "pacing", "straightness", "efficiency"))
     return LensAudit("parameters", steps, summary, outputs.coarse, None, attribution, None)
 
@@ -110,8 +135,19 @@ def _state(run: str, u: np.ndarray, every: int, clock: str) -> LensAudit:
     a = arcs(u)
     steps = _steps(a, every, np.full(len(u), np.nan))
     steps["alignment_lower"] = steps["alignment_upper"] = np.linspace(0.6, 0.4, len(steps))
-    summary = _summary(run, "optimizer-state", a, steps, float(np.sqrt(arcs(u[[0, -1]])[0])), every, clock)
-    unknown = ("dissipation", "length", "geodesic", "irreducible", "detour", "pacing", "loss_start", "loss_end")
+    summary = _summary(
+        run, "optimizer-state", a, steps, float(np.sqrt(arcs(u[[0, -1]])[0])), every, clock
+    )
+    unknown = (
+        "dissipation",
+        "length",
+        "distance",
+        "irreducible",
+        "detour",
+        "pacing",
+        "loss_start",
+        "loss_end",
+    )
     summary |= dict.fromkeys(unknown)
     summary |= {"alignment": 0.5, "alignment_lower": 0.5, "alignment_upper": 0.5}
     summary["notes"] = ["dissipation: batch size unknown"]
@@ -159,8 +195,8 @@ def _summary(
         "loss_end": None,
         "dissipation": q,
         "length": length,
-        "geodesic": distance,
-        "frontier": None,
+        "distance": distance,
+        "least_distance": None,
         "irreducible": distance**2 / (2 * duration),
         "detour": (length**2 - distance**2) / (2 * duration),
         "pacing": q - length**2 / (2 * duration),

@@ -1,4 +1,5 @@
-"""The command line: JSON and nothing else, tables of 80 columns, sentences for bad input, exit statuses."""
+"""The command line: JSON and nothing else, tables of 80 columns, sentences for bad input, exit
+statuses."""
 
 from __future__ import annotations
 
@@ -14,9 +15,10 @@ import pytest
 
 import thermo_opt
 from tests.synthetic_audits import make_audit
-from thermo_opt import cli, demo
-from thermo_opt.audit import SUMMARY_KEYS, audit, compare
-from thermo_opt.report.terminal import Bars, print_audit, print_comparison
+from thermo_opt import cli
+from thermo_opt.audits import SUMMARY_KEYS, audit, compare
+from thermo_opt.cli import demo
+from thermo_opt.cli.terminal import Bars, print_audit, print_comparison
 
 DATA = Path(__file__).parent.parent / "data"
 SGD, ADAM = DATA / "digits-sgd", DATA / "digits-adam"
@@ -36,10 +38,19 @@ def test_json_is_the_audit_and_nothing_else(capfd: pytest.CaptureFixture[str]) -
 
 
 def test_options_reach_the_audit(capfd: pytest.CaptureFixture[str]) -> None:
-    assert _run("audit", ADAM, "--lens", "outputs", "--clock", "flow", "--stride", 10, "--json") == 0
+    assert (
+        _run("audit", ADAM, "--lens", "outputs", "--clock", "flow", "--stride", 10, "--json") == 0
+    )
     printed = json.loads(capfd.readouterr().out)
     assert printed == json.loads(audit(ADAM, lens="outputs", clock="flow", stride=10).to_json())
-    arguments = ["audit", ADAM, "--lens", "parameters", "--model", "thermo_opt.demo_models:digits_mlp"]
+    arguments = [
+        "audit",
+        ADAM,
+        "--lens",
+        "parameters",
+        "--model",
+        "thermo_opt.demo_models:digits_mlp",
+    ]
     assert _run(*arguments, "--steps", "::60", "--json") == 0
     (summary,) = json.loads(capfd.readouterr().out)["runs"]
     assert (summary["lens"], summary["steps"]) == ("parameters", 2)
@@ -63,8 +74,12 @@ def test_compare_ranks_by_efficiency(capfd: pytest.CaptureFixture[str], tmp_path
     summaries = json.loads(out)["runs"]
     table = compare([audit(run, lens="outputs") for run in runs])
     assert [summary["run"] for summary in summaries] == list(table["run"])
-    assert [s["efficiency"] for s in summaries] == sorted((s["efficiency"] for s in summaries), reverse=True)
-    embedded = re.search(r'id="thermo-opt-summaries">(.*?)</script>', page.read_text("utf-8"), re.DOTALL)
+    assert [s["efficiency"] for s in summaries] == sorted(
+        (s["efficiency"] for s in summaries), reverse=True
+    )
+    embedded = re.search(
+        r'id="thermo-opt-summaries">(.*?)</script>', page.read_text("utf-8"), re.DOTALL
+    )
     assert embedded is not None
     assert json.loads(embedded.group(1)) == json.loads(out)
 
@@ -72,7 +87,11 @@ def test_compare_ranks_by_efficiency(capfd: pytest.CaptureFixture[str], tmp_path
 def test_info(capfd: pytest.CaptureFixture[str]) -> None:
     assert _run("info", SGD, "--json") == 0
     (facts,) = json.loads(capfd.readouterr().out)["runs"]
-    assert (facts["run"], facts["format"], facts["optimizer"]) == ("digits-sgd", "thermo-opt", "SGD")
+    assert (facts["run"], facts["format"], facts["optimizer"]) == (
+        "digits-sgd",
+        "thermo-opt",
+        "SGD",
+    )
     assert (facts["snapshots"], facts["first_step"], facts["last_step"]) == (121, 0, 120)
     assert facts["parameters"] == 64 * 16 + 16 + 16 * 10 + 10
     assert _run("info", SGD) == 0
@@ -94,12 +113,17 @@ def test_info(capfd: pytest.CaptureFixture[str]) -> None:
         (["audit", SGD, "--steps", "a:b"], "--steps a:b"),
         (["audit", SGD, "--steps", "::0"], "--steps ::0"),
         (["audit", SGD, "--format", "punched-cards"], "punched-cards"),
-        (["audit", SGD, "--lens", "outputs", "--html", "/nowhere/at/all/r.html"], "/nowhere/at/all/r.html"),
+        (
+            ["audit", SGD, "--lens", "outputs", "--html", "/nowhere/at/all/r.html"],
+            "/nowhere/at/all/r.html",
+        ),
         (["compare", SGD, "/nowhere/at/all"], "/nowhere/at/all"),
         (["info", "/nowhere/at/all", "--json"], "/nowhere/at/all"),
     ],
 )
-def test_bad_input_gets_a_sentence(arguments: list[object], sentence: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_gets_a_sentence(
+    arguments: list[object], sentence: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert _run(*arguments) == 2
     err = capfd.readouterr().err
     assert sentence in err
@@ -154,7 +178,9 @@ def test_a_reader_that_has_seen_enough_ends_the_output_quietly(arguments: list[s
 def test_output_that_the_shell_has_closed() -> None:
     code = "import sys; from thermo_opt.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "audit", str(SGD), "--lens", "outputs", "--json"]
-    told = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, check=False)
+    told = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, check=False
+    )
     assert (told.returncode, told.stderr) == (0, b"")
 
 
@@ -181,14 +207,17 @@ def test_warnings_are_sentences_and_models_that_fail_are_the_users(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["audit"], ["nonsense"], ["audit", SGD, "--no-such-option"], ["audit", SGD, "--jobs", "x"]]
+    "arguments",
+    [["audit"], ["nonsense"], ["audit", SGD, "--no-such-option"], ["audit", SGD, "--jobs", "x"]],
 )
 def test_bad_usage(arguments: list[object], capfd: pytest.CaptureFixture[str]) -> None:
     assert _run(*arguments) == 2
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_our_bugs_are_ours(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_bugs_are_ours(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a slip")
 
@@ -213,18 +242,29 @@ def test_odd_paths_and_names(capfd: pytest.CaptureFixture[str], tmp_path: Path) 
 
 
 def test_help_and_version_need_no_torch() -> None:
-    code = "import sys; from thermo_opt.cli import main; main(sys.argv[1:]); print('torch' in sys.modules, 'pandas' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True).stdout
+    code = (
+        "import sys; from thermo_opt.cli import main; main(sys.argv[1:]); "
+        "print('torch' in sys.modules, 'pandas' in sys.modules)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True
+    ).stdout
     assert told.rstrip().endswith("False False")
     for name in ("audit", "compare", "info", "demo"):
         assert name in told
-    told = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        [sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True
+    ).stdout
     assert told.splitlines() == [thermo_opt.__version__, "False False"]
 
 
-def test_commands_from_elsewhere(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cli.ELSEWHERE, "peek", ("thermo_opt.cli:info", "Look at a run."))
-    monkeypatch.setitem(cli.ELSEWHERE, "absent", ("thermo_opt.no_such_module:nothing", "Never imported."))
+def test_commands_from_elsewhere(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cli.ELSEWHERE, "peek", ("thermo_opt.cli.main:info", "Look at a run."))
+    monkeypatch.setitem(
+        cli.ELSEWHERE, "absent", ("thermo_opt.no_such_module:nothing", "Never imported.")
+    )
     assert _run("--help") == 0
     assert "Look at a run." in capfd.readouterr().out
     assert _run("peek", SGD, "--json") == 0
@@ -260,15 +300,21 @@ def test_demo(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     target.unlink()
     assert _run("demo", "--output", target) == 0
     out = capfd.readouterr().out
-    rows = {line.split()[0]: line.split() for line in out.partition("parameters lens")[0].splitlines() if "%" in line}
+    rows = {
+        line.split()[0]: line.split()
+        for line in out.partition("parameters lens")[0].splitlines()
+        if "%" in line
+    }
     assert set(rows) == {path.name for path in demo.runs()}
     for row in rows.values():  # run, L(T), Q, D*, D, ℒ, √(2QT), efficiency: as printed
         bounds = [float(entry) for entry in row[3:7]]
         assert bounds == sorted(bounds)
-    embedded = re.search(r'id="thermo-opt-summaries">(.*?)</script>', target.read_text("utf-8"), re.DOTALL)
+    embedded = re.search(
+        r'id="thermo-opt-summaries">(.*?)</script>', target.read_text("utf-8"), re.DOTALL
+    )
     assert embedded is not None
     for s in json.loads(embedded.group(1))["runs"]:
         if s["lens"] == "outputs":
             bound = math.sqrt(2 * s["dissipation"] * s["duration"])
-            assert s["frontier"] <= s["geodesic"] <= s["length"] <= bound * (1 + 1e-12)
+            assert s["least_distance"] <= s["distance"] <= s["length"] <= bound * (1 + 1e-12)
     assert cli._is_report(target)  # so the next demo may replace it

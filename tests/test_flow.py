@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from thermo_opt import flow
 from thermo_opt.errors import InputError
-from thermo_opt.manifold import families as fam
+from thermo_opt.theory import families as fam
+from thermo_opt.theory import flow
 
 
 def landscape(family, target, chart=None):
@@ -39,7 +39,9 @@ IDS = [family.name for family, _, _ in CASES]
 def test_flow_follows_the_analytic_solution_in_every_chart(family, p, q):
     for chart in family.charts:
         c = family.chart(chart)
-        path = flow.integrate(landscape(family, q, chart), c.from_canonical(np.array(p)), 3.0, samples=7)
+        path = flow.integrate(
+            landscape(family, q, chart), c.from_canonical(np.array(p)), 3.0, samples=7
+        )
         reached = np.stack([c.to_canonical(u) for u in path.theta])
         np.testing.assert_allclose(reached, family.natural_flow(p, q, path.times), atol=1e-8)
         np.testing.assert_allclose(path.a, path.delta, rtol=1e-9)
@@ -50,7 +52,9 @@ def test_flow_follows_the_analytic_solution_in_every_chart(family, p, q):
 def test_energy_identity_and_action_on_other_paths():
     family, p, q = CASES[0]
     scape = landscape(family, q)
-    steepest = flow.integrate(scape, p, 1.0, velocity=lambda x: -family.divergence_gradient(np.array(q), x))
+    steepest = flow.integrate(
+        scape, p, 1.0, velocity=lambda x: -family.divergence_gradient(np.array(q), x)
+    )
     assert abs(steepest.energy_defect) < 1e-9
     assert steepest.action[-1] > 1e-2
     drawn = flow.trace(scape, lambda t: np.array([-1 + 2 * t, 0.5 + t * t]), 1.0)
@@ -81,7 +85,9 @@ def test_geodesics_reach_the_closed_form(family, p, q):
     distance = family.distance(np.array(p), np.array(q))
     assert path.length[-1] == pytest.approx(distance, abs=1e-8)
     assert path.dissipation[-1] == pytest.approx(distance**2 / 4, rel=1e-8)
-    np.testing.assert_allclose(path.theta, family.geodesic(np.array(p), np.array(q), path.times / 2), atol=1e-7)
+    np.testing.assert_allclose(
+        path.theta, family.geodesic(np.array(p), np.array(q), path.times / 2), atol=1e-7
+    )
     np.testing.assert_allclose(path.a, (distance / 2) ** 2, rtol=1e-8)
 
 
@@ -136,7 +142,10 @@ def test_bad_input_is_refused():
     with pytest.raises(InputError, match="no predictions"):
         flow.integrate(scape, p, 1.0).to_run("unused")
     cliff = flow.Landscape(
-        "cliff", lambda x: flow.DenseMetric(np.eye(1)), lambda x: float(np.log(x[0])), lambda x: 1 / x
+        "cliff",
+        lambda x: flow.DenseMetric(np.eye(1)),
+        lambda x: float(np.log(x[0])),
+        lambda x: 1 / x,
     )
     with np.errstate(all="ignore"), pytest.raises(flow.NotConverged, match="cliff"):
         flow.integrate(cliff, [1.0], 1.0)
@@ -144,14 +153,18 @@ def test_bad_input_is_refused():
 
 def test_paths_are_recorded_runs_that_audit_takes(tmp_path):
     import thermo_opt
-    from thermo_opt.verify import problems as pb
+    from thermo_opt.theory.verify import problems as pb
 
     for problem in (pb.softmax_table(), pb.logistic_regression(), pb.linear_regression()):
         path = flow.integrate(problem.landscape, problem.start, 1.0, samples=41)
         run = thermo_opt.load_run(path.to_run(tmp_path / problem.name))
         assert len(run.snapshots) == 41
-        np.testing.assert_allclose(run.clock_readings("flow", np.arange(41)), path.times, atol=1e-12)
-        np.testing.assert_array_equal(run.snapshots[-1].load("params/theta").numpy(), path.theta[-1])
+        np.testing.assert_allclose(
+            run.clock_readings("flow", np.arange(41)), path.times, atol=1e-12
+        )
+        np.testing.assert_array_equal(
+            run.snapshots[-1].load("params/theta").numpy(), path.theta[-1]
+        )
         summary = thermo_opt.audit(run, clock="flow", lens="outputs").summary
         # a table's or a generalised linear model's outputs carry the same metric as its weights
         assert summary["length"] == pytest.approx(path.length[-1], rel=1e-3)
@@ -159,7 +172,7 @@ def test_paths_are_recorded_runs_that_audit_takes(tmp_path):
         assert summary["dissipation"] <= path.dissipation[-1] * (1 + 1e-9)
         assert summary["duration"] == pytest.approx(1.0)
         assert summary["loss_end"] == pytest.approx(path.loss[-1], rel=1e-6)
-        assert summary["frontier"] <= summary["geodesic"] <= summary["length"]
+        assert summary["least_distance"] <= summary["distance"] <= summary["length"]
         with pytest.raises(InputError, match="already holds files"):
             path.to_run(tmp_path / problem.name)
 
@@ -183,14 +196,16 @@ def test_energy_identity_on_the_digits_mlp():
     direct = torch.nn.functional.cross_entropy(model.double()(x.double()), y)
     assert path.loss[0] == pytest.approx(direct.item(), rel=1e-12)
     assert all(torch.equal(p.float(), q) for p, q in zip(model.parameters(), before, strict=True))
-    steepest = flow.integrate(scape, start, 0.1, velocity=lambda t: -scape.gradient(t), samples=3, rtol=1e-7, atol=1e-9)
+    steepest = flow.integrate(
+        scape, start, 0.1, velocity=lambda t: -scape.gradient(t), samples=3, rtol=1e-7, atol=1e-9
+    )
     assert abs(steepest.energy_defect) < 1e-6 * (steepest.loss[0] - steepest.loss[-1])
     assert steepest.action[-1] > 0
 
 
 @pytest.mark.parametrize("metric", ["exact", "dense", "diagonal", "empirical", "kfac"])
 def test_flow_of_a_network_in_any_metric_obeys_the_energy_identity(metric):
-    from thermo_opt.verify.networks import classifier
+    from thermo_opt.theory.verify.networks import classifier
 
     model, x, y = classifier(examples=12, hidden=3)
     scape, start = flow.network(model, (x, y), metric=metric, damping=0.1)

@@ -1,4 +1,5 @@
-"""The inequalities and identities of THEORY §2-4 and §6 on random step sequences, and refusals of impossible input."""
+"""The inequalities and identities of THEORY §2-4 and §6 on random step sequences, and refusals of
+impossible input."""
 
 import numpy as np
 import pytest
@@ -41,7 +42,11 @@ def test_natural_gradient_saturates_the_bound_and_its_reverse_is_minus_one():
     root = rng.normal(size=(4, 4))
     metric, gradient = root @ root.T, rng.normal(size=4)
     step = -0.3 * np.linalg.solve(metric, gradient)
-    a, d, dual = step @ metric @ step, -gradient @ step, gradient @ np.linalg.solve(metric, gradient)
+    a, d, dual = (
+        step @ metric @ step,
+        -gradient @ step,
+        gradient @ np.linalg.solve(metric, gradient),
+    )
     assert td.alignment(a, d, dual) == pytest.approx(1.0, abs=1e-12)
     assert td.alignment(a, -d, dual) == pytest.approx(-1.0, abs=1e-12)
     assert td.least_dissipation(d, dual) == pytest.approx(td.dissipation(a), rel=1e-12)
@@ -52,14 +57,18 @@ def test_decomposition_adds_up_with_nonnegative_parts(seed, share):
     a, _, _, tau = random_path(seed)
     parts = td.decompose(a, tau, share * td.length(a))
     assert min(parts.irreducible, parts.detour, parts.pacing) >= 0
-    assert parts.irreducible + parts.detour + parts.pacing == pytest.approx(parts.dissipation, rel=1e-14)
-    assert parts.efficiency == pytest.approx(parts.straightness * parts.steadiness, rel=1e-12, abs=1e-300)
+    assert parts.irreducible + parts.detour + parts.pacing == pytest.approx(
+        parts.dissipation, rel=1e-14
+    )
+    assert parts.efficiency == pytest.approx(
+        parts.straightness * parts.steadiness, rel=1e-12, abs=1e-300
+    )
     assert parts.length <= np.sqrt(2 * parts.dissipation * parts.duration) * (1 + 1e-12)
     assert 0 <= parts.efficiency <= 1 + 1e-15
 
 
 def test_constant_speed_straight_path_is_wholly_irreducible():
-    parts = td.decompose(np.full(7, 0.25), 2.0, geodesic=3.5)
+    parts = td.decompose(np.full(7, 0.25), 2.0, distance=3.5)
     assert parts.detour == pytest.approx(0, abs=1e-15)
     assert parts.pacing == pytest.approx(0, abs=1e-15)
     assert parts.efficiency == pytest.approx(1)
@@ -69,7 +78,9 @@ def test_constant_speed_straight_path_is_wholly_irreducible():
 def test_alignment_bracket_contains_alignment(seed):
     a, d, dual, _ = random_path(seed)
     rng = np.random.default_rng(seed)
-    low, high = td.alignment_bracket(a, d, dual * rng.uniform(0, 1, len(a)), dual * rng.uniform(1, 4, len(a)))
+    low, high = td.alignment_bracket(
+        a, d, dual * rng.uniform(0, 1, len(a)), dual * rng.uniform(1, 4, len(a))
+    )
     epsilon = td.alignment(a, d, dual)
     assert np.all(low <= epsilon + 1e-12)
     assert np.all(epsilon <= high + 1e-12)
@@ -151,7 +162,7 @@ def test_clocks_and_impossible_input():
     with pytest.raises(ValueError, match="non-negative"):
         td.dissipation([np.nan])
     with pytest.raises(ValueError, match="exceeds the path"):
-        td.decompose([1.0], 1.0, geodesic=1.5)
-    still = td.decompose([0.0, 0.0], 1.0, geodesic=0.0)
+        td.decompose([1.0], 1.0, distance=1.5)
+    still = td.decompose([0.0, 0.0], 1.0, distance=0.0)
     assert still.dissipation == 0
     assert still.efficiency is None

@@ -1,4 +1,5 @@
-"""Types of arguments, checked where a caller can still tell which one was wrong; each refusal is an `InputError`."""
+"""Types of arguments, checked where a caller can still tell which one was wrong; each refusal is an
+`InputError`."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ T = TypeVar("T")
 
 
 def whole(name: str, value: Any, least: int | None = 1) -> int:
-    """``value`` as an int, not below ``least`` (None: any); NumPy's integers count, booleans and text don't."""
+    """``value`` as an int, not below ``least`` (None: any); NumPy's integers count, booleans and
+    text don't."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise InputError(f"{name} is {value!r}; give a whole number")
     if least is not None and value < least:
@@ -25,7 +27,11 @@ def whole(name: str, value: Any, least: int | None = 1) -> int:
 
 def positive(name: str, value: Any) -> float:
     """``value`` as a float, positive and finite."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, numbers.Real)
+        or not 0 < float(value) < math.inf
+    ):
         raise InputError(f"{name} is {value!r}; give a positive number")
     return float(value)
 

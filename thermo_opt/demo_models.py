@@ -8,7 +8,7 @@ from torch import nn
 
 
 def digits_mlp() -> nn.Module:
-    """A 64-16-10 tanh network for scikit-learn's 8x8 digits: inputs (n, 64) in [0, 1], logits (n, 10), 1,210
-    parameters.
+    """A 64-16-10 tanh network for scikit-learn's 8x8 digits: inputs (n, 64) in [0, 1], logits (n,
+    10), 1,210 parameters.
     """
     return nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))

@@ -2,7 +2,9 @@
 
 
 class InputError(ValueError):
-    """Something the caller gave (a file, an argument, a run) can't be used; the message says what and what to do.
+    """Something the caller gave (a file, an argument, a run) can't be used; the message says what
+    and what to do.
 
-    The command line prints the message alone and exits with status 2; any other exception is our bug (status 1).
+    The command line prints the message alone and exits with status 2; any other exception is our
+    bug (status 1).
     """

@@ -1,13 +1,14 @@
-"""Thermodynamics of a step sequence: arithmetic on the four numbers (a, d, Δ, τ) of each step. NumPy only.
+"""Thermodynamics of a step sequence: arithmetic on the four numbers (a, d, Δ, τ) of each step.
+NumPy only.
 
     a_k = δ_kᵀ F_k δ_k      squared Fisher-Rao length of the step (nats)
     d_k = -g_kᵀ δ_k         predicted loss decrease (nats)
     Δ_k = g_kᵀ F_k⁺ g_k     squared natural-gradient norm (nats)
     τ_k                     time the step took, in the unit of the chosen clock
 
-How the four are obtained (a metric, a recorded run) is the business of other modules. a and Δ must come from the *same*
-metric; with damping use F + λI in both. Dissipation here is the Rayleigh function ½ vᵀFv; Sivak & Crooks (2012) write
-the excess power without the ½.
+How the four are obtained (a metric, a recorded run) is the business of other modules. a and Δ must
+come from the *same* metric; with damping use F + λI in both. Dissipation here is the Rayleigh
+function ½ vᵀFv; Sivak & Crooks (2012) write the excess power without the ½.
 """
 
 from __future__ import annotations
@@ -21,16 +22,19 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[np.float64]
 
 _ROUNDING = 1e-9
-"""Relative slack within which an inequality of the theory counts as met: beyond it the inputs contradict each other."""
+"""Relative slack within which an inequality of the theory counts as met: beyond it the inputs
+contradict each other."""
 _NOTHING = 1e-14
 """Relative difference of two sums below which it is their rounding."""
 
 
 def dissipation(a: ArrayLike, tau: ArrayLike = 1.0) -> Array:
-    """Dissipation of each step, ``Q_k = a_k / (2 τ_k)`` (nats per unit of the clock; nats when τ = 1).
+    """Dissipation of each step, ``Q_k = a_k / (2 τ_k)`` (nats per unit of the clock; nats when τ =
+    1).
 
-    A step that moves nothing in no time (a = τ = 0, as under a zero learning rate on the flow clock) has Q = 0.
-    ``a`` and ``tau`` broadcast. Raises ValueError for negative or NaN input, or a step with a > 0 and τ = 0. Cost O(K).
+    A step that moves nothing in no time (a = τ = 0, as under a zero learning rate on the flow
+    clock) has Q = 0. ``a`` and ``tau`` broadcast. Raises ValueError for negative or NaN input, or a
+    step with a > 0 and τ = 0. Cost O(K).
     """
     a, tau = np.broadcast_arrays(_nonnegative(a, "a"), _nonnegative(tau, "tau"))
     if np.any((tau == 0) & (a > 0)):
@@ -45,12 +49,14 @@ def length(a: ArrayLike) -> float:
 
 
 def speed_limit(a: ArrayLike, delta: ArrayLike) -> Array:
-    """The speed-cost bound ``|d_k| ≤ √(a_k Δ_k)``: the largest decrease (nats) a step of squared length a predicts (§3)."""
+    """The speed-cost bound ``|d_k| ≤ √(a_k Δ_k)``: the largest decrease (nats) a step of squared
+    length a predicts (§3)."""
     return np.sqrt(_nonnegative(a, "a") * _nonnegative(delta, "delta"))
 
 
 def least_dissipation(d: ArrayLike, delta: ArrayLike, tau: ArrayLike = 1.0) -> Array:
-    """Least dissipation that buys a first-order decrease d in time τ: ``d² / (2 Δ τ)`` (§3, uniqueness).
+    """Least dissipation that buys a first-order decrease d in time τ: ``d² / (2 Δ τ)`` (§3,
+    uniqueness).
 
     Attained only by ``δ = (d/Δ) F⁺(-g)``. Infinite where Δ = 0 and d ≠ 0; zero where d = 0.
     """
@@ -61,24 +67,30 @@ def least_dissipation(d: ArrayLike, delta: ArrayLike, tau: ArrayLike = 1.0) -> A
 
 
 def alignment(a: ArrayLike, d: ArrayLike, delta: ArrayLike) -> Array:
-    """Signed squared cosine between a step and the natural-gradient direction, ``ε_k = d|d| / (a Δ) ∈ [-1, 1]`` (§3).
+    """Signed squared cosine between a step and the natural-gradient direction, ``ε_k = d|d| / (a Δ)
+    ∈ [-1, 1]`` (§3).
 
-    NaN where it is undefined (a = 0 or Δ = 0). A magnitude above 1 by no more than rounding is clipped; beyond that
-    a and Δ come from different metrics and ValueError is raised.
+    NaN where it is undefined (a = 0 or Δ = 0). A magnitude above 1 by no more than rounding is
+    clipped; beyond that a and Δ come from different metrics and ValueError is raised.
     """
     a, d, delta = np.broadcast_arrays(
-        _nonnegative(a, "a"), np.asarray(d, dtype=np.float64), _nonnegative(delta, "delta", infinite=True)
+        _nonnegative(a, "a"),
+        np.asarray(d, dtype=np.float64),
+        _nonnegative(delta, "delta", infinite=True),
     )
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         # (d/√a)·(|d|/√a)/Δ rather than d|d|/(aΔ): no overflow or underflow in the product aΔ.
         speed = d / np.sqrt(a)
-        epsilon = np.where(np.isinf(delta), 0.0, (speed / np.sqrt(delta)) * (np.abs(speed) / np.sqrt(delta)))
+        epsilon = np.where(
+            np.isinf(delta), 0.0, (speed / np.sqrt(delta)) * (np.abs(speed) / np.sqrt(delta))
+        )
     epsilon = np.where((a > 0) & (delta > 0) & ~np.isnan(d), epsilon, np.nan)
     size = np.ravel(np.nan_to_num(np.abs(epsilon)))
     if np.max(size, initial=0.0) > 1 + _ROUNDING:
         k = int(np.argmax(size))
         raise ValueError(
-            f"step {k} has |alignment| {abs(np.ravel(epsilon)[k]):.6g} > 1: a and delta are not of the same metric"
+            f"step {k} has |alignment| {abs(np.ravel(epsilon)[k]):.6g} > 1: a and delta are not of "
+            "the same metric"
         )
     return np.clip(epsilon, -1.0, 1.0)
 
@@ -88,8 +100,9 @@ def alignment_bracket(
 ) -> tuple[Array, Array]:
     """Bounds on the signed alignment when Δ is only known to lie in ``[delta_lower, delta_upper]``.
 
-    ``|ε| ∈ [d²/(aΔ_upper), min(1, d²/(aΔ_lower))]``, with the sign of d. ``delta_upper`` may be infinite (nothing
-    certified: 0 becomes the inner end) and ``delta_lower`` zero (the outer end is ±1). NaN where a = 0 or Δ_upper = 0.
+    ``|ε| ∈ [d²/(aΔ_upper), min(1, d²/(aΔ_lower))]``, with the sign of d. ``delta_upper`` may be
+    infinite (nothing certified: 0 becomes the inner end) and ``delta_lower`` zero (the outer end is
+    ±1). NaN where a = 0 or Δ_upper = 0.
     """
     a, d, lower, upper = np.broadcast_arrays(
         _nonnegative(a, "a"),
@@ -101,7 +114,9 @@ def alignment_bracket(
         raise ValueError("delta_lower exceeds delta_upper")
     inner = alignment(a, d, upper)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        outer = np.sign(d) * np.minimum(1.0, np.where(lower > 0, (d / np.sqrt(a)) ** 2 / lower, 1.0))
+        outer = np.sign(d) * np.minimum(
+            1.0, np.where(lower > 0, (d / np.sqrt(a)) ** 2 / lower, 1.0)
+        )
     outer = np.where(np.isnan(inner), np.nan, outer)
     return np.minimum(inner, outer), np.maximum(inner, outer)
 
@@ -117,17 +132,19 @@ def mean_alignment(epsilon: ArrayLike, q: ArrayLike) -> float | None:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Where a path's dissipation went (§4): three non-negative parts that add up to it, and the ratios between them.
+    """Where a path's dissipation went (§4): three non-negative parts that add up to it, and the
+    ratios between them.
 
-    ``dissipation = irreducible + detour + pacing`` (nats per unit time): the least any path between the same end
-    predictions could cost in the same time; the price of not going straight; the price of not going steadily.
-    ``straightness = D²/ℒ²``, ``steadiness = ℒ²/(2QT)``, ``efficiency = D²/(2QT)``, their product; None for a path that
-    went nowhere (0/0), and wherever the geodesic is unknown.
+    ``dissipation = irreducible + detour + pacing`` (nats per unit time): the least any path between
+    the same end predictions could cost in the same time; the price of not going straight; the price
+    of not going steadily. ``straightness = D²/ℒ²``, ``steadiness = ℒ²/(2QT)``, ``efficiency =
+    D²/(2QT)``, their product; None for a path that went nowhere (0/0), and wherever the distance D
+    is unknown.
     """
 
     dissipation: float
     length: float
-    geodesic: float | None
+    distance: float | None
     duration: float
     irreducible: float | None
     detour: float | None
@@ -137,33 +154,37 @@ class Decomposition:
     efficiency: float | None
 
 
-def decompose(a: ArrayLike, tau: ArrayLike, geodesic: float | None) -> Decomposition:
-    """Split a path's dissipation ``Q = D²/2T + (ℒ²-D²)/2T + (Q-ℒ²/2T)`` into irreducible, detour and pacing (§4).
+def decompose(a: ArrayLike, tau: ArrayLike, distance: float | None) -> Decomposition:
+    """Split a path's dissipation ``Q = D²/2T + (ℒ²-D²)/2T + (Q-ℒ²/2T)`` into irreducible, detour
+    and pacing (§4).
 
-    ``a`` (K,) squared lengths; ``tau`` (K,) or a scalar, durations; ``geodesic`` D, the Fisher-Rao distance between the
-    two ends in the same units; None when unknown, which leaves only pacing and steadiness known. Raises ValueError when D exceeds ℒ by more than rounding: then a and D do not belong to
-    the same path. Cost O(K).
+    ``a`` (K,) squared lengths; ``tau`` (K,) or a scalar, durations; ``distance`` D, the Fisher-Rao
+    distance between the two ends in the same units; None when unknown, which leaves only pacing and
+    steadiness known. Raises ValueError when D exceeds ℒ by more than rounding: then a and D do not
+    belong to the same path. Cost O(K).
     """
     a, tau = np.broadcast_arrays(np.atleast_1d(_nonnegative(a, "a")), _nonnegative(tau, "tau"))
     q = float(dissipation(a, tau).sum())
     path = length(a)
     time = float(tau.sum())
-    steady = min(path * path / (2 * time), q) if time > 0 else 0.0  # Cauchy-Schwarz: below q but for rounding
+    steady = (
+        min(path * path / (2 * time), q) if time > 0 else 0.0
+    )  # Cauchy-Schwarz: below q but for rounding
     moved = path > 0
     if q - steady <= _NOTHING * q:
         steady = q  # what is left is rounding of the sums, not uneven pacing
     steadiness = steady / q if moved else None
-    if geodesic is None:
+    if distance is None:
         return Decomposition(q, path, None, time, None, None, q - steady, None, steadiness, None)
-    geodesic = float(_nonnegative(geodesic, "geodesic"))
-    if geodesic > path * (1 + _ROUNDING):
-        raise ValueError(f"the geodesic distance {geodesic:.9g} exceeds the path's length {path:.9g}")
-    geodesic = min(geodesic, path)
-    irreducible = min(geodesic * geodesic / (2 * time), steady) if time > 0 else 0.0
+    distance = float(_nonnegative(distance, "distance"))
+    if distance > path * (1 + _ROUNDING):
+        raise ValueError(f"the distance {distance:.9g} exceeds the path's length {path:.9g}")
+    distance = min(distance, path)
+    irreducible = min(distance * distance / (2 * time), steady) if time > 0 else 0.0
     return Decomposition(
         dissipation=q,
         length=path,
-        geodesic=geodesic,
+        distance=distance,
         duration=time,
         irreducible=irreducible,
         detour=steady - irreducible,
@@ -175,16 +196,19 @@ def decompose(a: ArrayLike, tau: ArrayLike, geodesic: float | None) -> Decomposi
 
 
 def action_gap(a: ArrayLike, d: ArrayLike, delta: ArrayLike, tau: ArrayLike) -> float:
-    """Action gap ``S = Σ (a/(2τ) + τΔ/2 - d) ≥ 0`` on the flow clock τ = η (§6); zero exactly on natural-gradient flow.
+    """Action gap ``S = Σ (a/(2τ) + τΔ/2 - d) ≥ 0`` on the flow clock τ = η (§6); zero exactly on
+    natural-gradient flow.
 
-    The Onsager-Machlup ("entropic") action of the recorded path, in nats: each term is ½ τ |δ/τ + F⁺g|²_F.
+    The Onsager-Machlup ("entropic") action of the recorded path, in nats: each term is ½ τ |δ/τ +
+    F⁺g|²_F.
     """
     a, d, delta, tau = (np.asarray(x, dtype=np.float64) for x in (a, d, delta, tau))
     return float(np.sum(dissipation(a, tau) + tau * delta / 2 - d))
 
 
 def durations(readings: ArrayLike) -> Array:
-    """Durations τ_k between readings of a cumulative clock. Raises ValueError if the clock runs backwards."""
+    """Durations τ_k between readings of a cumulative clock. Raises ValueError if the clock runs
+    backwards."""
     tau = np.diff(np.asarray(readings, dtype=np.float64))
     if np.any(~(tau >= 0)):
         k = int(np.flatnonzero(~(tau >= 0))[0])
@@ -194,7 +218,8 @@ def durations(readings: ArrayLike) -> Array:
 
 @dataclass(frozen=True)
 class CoarsePoint:
-    """The path seen at stride m (in recorded intervals): ``length`` ℒ_m, ``dissipation`` Q_m and mean a^(m)."""
+    """The path seen at stride m (in recorded intervals): ``length`` ℒ_m, ``dissipation`` Q_m and
+    mean a^(m)."""
 
     stride: int
     length: float
@@ -202,11 +227,15 @@ class CoarsePoint:
     a_mean: float
 
 
-def coarse_point(stride: int, a: ArrayLike, tau: ArrayLike, whole: ArrayLike | None = None) -> CoarsePoint:
-    """ℒ_m, Q_m and the mean of a^(m) from the squared lengths of the path's chords at stride m (§4, sampling).
+def coarse_point(
+    stride: int, a: ArrayLike, tau: ArrayLike, whole: ArrayLike | None = None
+) -> CoarsePoint:
+    """ℒ_m, Q_m and the mean of a^(m) from the squared lengths of the path's chords at stride m (§4,
+    sampling).
 
-    ``whole`` marks the chords that span m full intervals; the last one may be shorter (it must be included, so that
-    coarse paths share their ends and ℒ_m, Q_m can only fall along m | m'), and is left out of ``a_mean``.
+    ``whole`` marks the chords that span m full intervals; the last one may be shorter (it must be
+    included, so that coarse paths share their ends and ℒ_m, Q_m can only fall along m | m'), and is
+    left out of ``a_mean``.
     """
     a = np.atleast_1d(_nonnegative(a, "a"))
     keep = np.ones(len(a), dtype=bool) if whole is None else np.asarray(whole, dtype=bool)
@@ -215,7 +244,8 @@ def coarse_point(stride: int, a: ArrayLike, tau: ArrayLike, whole: ArrayLike | N
 
 
 def hurst_exponent(points: Sequence[CoarsePoint]) -> float | None:
-    """Exponent H of ``a^(m) ∝ m^{2H}``, by least squares in logarithms: 1 ballistic (signal), ½ diffusive (noise).
+    """Exponent H of ``a^(m) ∝ m^{2H}``, by least squares in logarithms: 1 ballistic (signal), ½
+    diffusive (noise).
 
     None with fewer than three strides of positive a^(m), where a slope would say nothing.
     """

@@ -38,7 +38,8 @@ def _write_parquet():
 
 @pytest.fixture(name="folders")
 def _folders(tmp_path_factory):
-    """48 + 18 images of three classes as train/<class>/*.jpg and val/<class>/*.JPEG; one is no square."""
+    """48 + 18 images of three classes as train/<class>/*.jpg and val/<class>/*.JPEG; one is no
+    square."""
     folder = tmp_path_factory.mktemp("folders")
     for split, suffix, rows in (("train", "jpg", range(48)), ("val", "JPEG", range(48, 66))):
         for i in rows:

@@ -1,4 +1,5 @@
-"""ImageNet-style folders and Parquet files: read lazily and alike, and what is missing or broken is named."""
+"""ImageNet-style folders and Parquet files: read lazily and alike, and what is missing or broken is
+named."""
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from analysis.tasks import TASKS
 
 def test_folders_and_parquet_hold_the_same_images(folders, parquet):
     (folders / "train" / "n0" / "oblong.png").unlink()
-    in_folders, in_files = open_images(folders, ("train",), 32, ""), open_images(parquet, ("train",), 32, "")
+    in_folders, in_files = (
+        open_images(folders, ("train",), 32, ""),
+        open_images(parquet, ("train",), 32, ""),
+    )
     assert len(in_folders) == len(in_files) == 48
     assert in_folders.classes == ["n0", "n1", "n2"]
     x, y = in_files.batch(torch.tensor([0, 25, 47]))
@@ -47,14 +51,17 @@ def test_a_corrupt_image_in_parquet_is_named_by_file_and_row(tmp_path):
     parquet.write_table(arrow.table({"img": rows, "label": [0, 1]}), tmp_path / "train.parquet")
     images = open_images(tmp_path, ("train",), 8, "")
     for row in (0, 1):
-        with pytest.raises(to.InputError, match=rf"train\.parquet, row group 0, row {row} is no readable image"):
+        with pytest.raises(
+            to.InputError, match=rf"train\.parquet, row group 0, row {row} is no readable image"
+        ):
             images.batch(torch.tensor([row]))
 
 
 @pytest.mark.parametrize("task", ["cifar10", "imagenet"])
 def test_a_missing_folder_says_where_to_get_the_data_and_in_which_layout(task, tmp_path):
     with pytest.raises(
-        to.InputError, match=r"nowhere holds no images.*train/<class>/\*\.jpg.*parquet.*https?://.*--data"
+        to.InputError,
+        match=r"nowhere holds no images.*train/<class>/\*\.jpg.*parquet.*https?://.*--data",
     ):
         TASKS[task](tmp_path / "nowhere")
 
@@ -102,7 +109,13 @@ def test_augmentation_shifts_and_mirrors_and_depends_on_the_generator_alone():
 @pytest.mark.parametrize("layout", ["folders", "parquet"])
 def test_the_imagenet_task_trains_on_either_layout_and_keeps_its_parts_apart(layout, request):
     task = TASKS["imagenet"](
-        request.getfixturevalue(layout), probe=6, validation=8, width=4, size=32, batch_size=8, classes=2
+        request.getfixturevalue(layout),
+        probe=6,
+        validation=8,
+        width=4,
+        size=32,
+        batch_size=8,
+        classes=2,
     )
     assert task.probe[0].shape == (6, 3, 32, 32)
     assert set(task.probe[1].tolist()) <= {0, 1}

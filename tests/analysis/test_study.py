@@ -1,4 +1,5 @@
-"""The studies' protocol: equal trials, targets that the reference reaches, resumption after a kill, the frontier, every command."""
+"""The studies' protocol: equal trials, targets that the reference reaches, resumption after a kill,
+the frontier, every command."""
 
 import contextlib
 import json
@@ -24,7 +25,7 @@ from analysis.study import Plan, Scale, Study, check, main, run_study
 from analysis.study_table import assert_above_frontier, read, targets_of
 from analysis.training import UNFINISHED, Trial, is_finished, record, result
 from analysis.tuning import TRIALS
-from thermo_opt.audit.track import read_track
+from thermo_opt.fronts.trajectory import read_track
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIBATCH = Study("digits", {"tiny": Scale({"": {"batch_size": 64}}, 20, every=4, aligned=6)})
@@ -65,7 +66,9 @@ def test_thrifty_settings_are_the_smallest_that_match_the_reference_on_validatio
     runs = pd.read_csv(plan.output / "digits_tiny_runs.csv")
     first = runs[runs["seed"] == 0]
     limit = first[(first["method"] == "AdamW") & first["best"]]["validation_loss"].item()
-    assert "NGD-T" in set(table[table["choice"] == "thrifty"]["method"])  # or this test shows nothing
+    assert "NGD-T" in set(
+        table[table["choice"] == "thrifty"]["method"]
+    )  # or this test shows nothing
     for method, own in first.groupby("method"):
         smallest = own[own["validation_loss"] <= limit]["setting"].min()
         rows = table[(table["method"] == method) & (table["choice"] == "thrifty")]
@@ -74,7 +77,9 @@ def test_thrifty_settings_are_the_smallest_that_match_the_reference_on_validatio
             assert rows.empty
         else:
             assert rows["setting"].item() == pytest.approx(smallest)
-            assert len(runs[(runs["method"] == method) & runs["thrifty"]]) == rows["seeds"].item() == 2
+            assert (
+                len(runs[(runs["method"] == method) & runs["thrifty"]]) == rows["seeds"].item() == 2
+            )
 
 
 def test_trials_of_several_seeds_are_chosen_by_their_mean(tmp_path):
@@ -114,7 +119,9 @@ def test_rows_say_what_an_audit_says(done):
     audit = to.audit(plan.folder / trial.name, lens="outputs").summary
     for name in ("dissipation", "efficiency", "straightness", "steadiness"):
         assert row[name] == pytest.approx(audit[name], rel=1e-5)
-    assert row["final_loss"] == pytest.approx(audit["loss_end"], rel=1e-5)  # here the probe is all that is tested on
+    assert row["final_loss"] == pytest.approx(
+        audit["loss_end"], rel=1e-5
+    )  # here the probe is all that is tested on
     assert -1 <= row["alignment_lower"] <= row["alignment_upper"] <= 1
     assert row["memory"] == pytest.approx(2, abs=0.01)  # Adam's two moments
     snapshots = [s.step for s in to.load_run(plan.folder / trial.name).snapshots]
@@ -142,11 +149,16 @@ def test_a_killed_study_resumes_and_ends_with_the_table_of_one_never_killed(done
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
         "from analysis.study import Plan, Scale, Study, run_study\n"
-        "study = Study('digits', {'tiny': Scale({'': {'batch_size': 64}}, 20, every=4, aligned=6)})\n"
-        "run_study(Plan(study, 'tiny', methods=('NGD-T', 'AdamW', 'SGD'), seeds=2, runs=Path(sys.argv[2]), memory=False))\n"
+        "study = Study('digits', {'tiny': Scale({'': {'batch_size': 64}}, 20, every=4, "
+        "aligned=6)})\n"
+        "run_study(Plan(study, 'tiny', methods=('NGD-T', 'AdamW', 'SGD'), seeds=2, "
+        "runs=Path(sys.argv[2]), memory=False))\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE, text=True, env=os.environ
+        [sys.executable, "-c", code, str(ROOT), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ,
     )
     assert process.stdout is not None
     for line in process.stdout:
@@ -159,7 +171,8 @@ def test_a_killed_study_resumes_and_ends_with_the_table_of_one_never_killed(done
     assert 7 <= len(finished) < 3 * (TRIALS + 1)
     same(run_study(half), table)
     assert all(
-        path.stat().st_mtime_ns == time or "alignment_lower" in path.read_text() for path, time in finished.items()
+        path.stat().st_mtime_ns == time or "alignment_lower" in path.read_text()
+        for path, time in finished.items()
     )
 
 
@@ -200,9 +213,14 @@ def test_a_point_below_the_frontier_is_refused(done):
 def test_targets_are_the_worst_seeds_losses(done):
     plan, table = done
     setting = float(table.set_index("method").loc["AdamW", "setting"])
-    runs = [read(trial, plan.path(trial)) for trial in (plan.trial("", "AdamW", setting, seed) for seed in (0, 1))]
+    runs = [
+        read(trial, plan.path(trial))
+        for trial in (plan.trial("", "AdamW", setting, seed) for seed in (0, 1))
+    ]
     targets = targets_of(runs)
-    half = [run.track.loss[run.track.steps.tolist().index(12)] for run in runs]  # the first snapshot past step 10
+    half = [
+        run.track.loss[run.track.steps.tolist().index(12)] for run in runs
+    ]  # the first snapshot past step 10
     assert targets["half"] == max(half)
     assert targets["end"] == max(run.track.loss[-1] for run in runs)
 
@@ -212,7 +230,9 @@ def test_a_diverging_setting_is_scored_last_and_the_study_goes_on(tmp_path, monk
 
     wild = replace(methods.METHODS["SGD"], grid=(0.3, 1e12, 1e30))
     monkeypatch.setitem(methods.METHODS, "SGD", wild)
-    plan = Plan(MINIBATCH, "tiny", methods=("AdamW", "SGD"), seeds=1, aligned=0, memory=False, runs=tmp_path)
+    plan = Plan(
+        MINIBATCH, "tiny", methods=("AdamW", "SGD"), seeds=1, aligned=0, memory=False, runs=tmp_path
+    )
     table = run_study(plan).drop_duplicates("method").set_index("method")
     assert table.loc["SGD", "setting"] < 10
     assert math.isfinite(table.loc["SGD", "final_loss"])
@@ -220,7 +240,9 @@ def test_a_diverging_setting_is_scored_last_and_the_study_goes_on(tmp_path, monk
 
 
 def test_methods_without_the_reference_are_compared_with_the_first(tmp_path):
-    plan = Plan(MINIBATCH, "tiny", methods=("SGD",), seeds=1, aligned=0, memory=False, runs=tmp_path, jobs=2)
+    plan = Plan(
+        MINIBATCH, "tiny", methods=("SGD",), seeds=1, aligned=0, memory=False, runs=tmp_path, jobs=2
+    )
     table = run_study(plan)
     assert table["reference"].tolist() == ["SGD"]
     assert table["steps_end_ratio"].tolist() == [1.0]
@@ -236,12 +258,17 @@ def test_a_check_agrees_with_itself_and_names_what_differs(done, tmp_path, capsy
     changed.loc[2, "seconds_end"] *= 100  # seconds belong to a machine
     # peak memory: within its spread, not measured on this system, and beyond it
     found = differences(
-        table.assign(peak_memory=100.0, peak_memory_std=1.0), changed.assign(peak_memory=[111, math.nan, 150])
+        table.assign(peak_memory=100.0, peak_memory_std=1.0),
+        changed.assign(peak_memory=[111, math.nan, 150]),
     )
     expected = [["NGD-T", "setting"], ["AdamW", "final_loss"], ["SGD", "peak_memory"]]
     assert found[["method", "column"]].to_numpy().tolist() == expected
-    assert len(differences(table.drop(columns=["peak_memory", "peak_memory_std"]), table)) == 0  # an older table
-    few = Plan(MINIBATCH, "tiny", methods=("AdamW",), seeds=1, aligned=0, memory=False, runs=tmp_path)
+    assert (
+        len(differences(table.drop(columns=["peak_memory", "peak_memory_std"]), table)) == 0
+    )  # an older table
+    few = Plan(
+        MINIBATCH, "tiny", methods=("AdamW",), seeds=1, aligned=0, memory=False, runs=tmp_path
+    )
     with pytest.raises(to.InputError, match="run the study without --check first"):
         check(few)
     run_study(few)
@@ -251,7 +278,16 @@ def test_a_check_agrees_with_itself_and_names_what_differs(done, tmp_path, capsy
 
 @pytest.mark.parametrize("module", [digits, cifar10, imagenet, transformer])
 def test_each_command_runs(module, tmp_path, monkeypatch, capsys, request):
-    arguments = ["--tiny", "--methods", "AdamW,NGD-T", "--seeds", "1", "--no-memory", "--runs", str(tmp_path / "runs")]
+    arguments = [
+        "--tiny",
+        "--methods",
+        "AdamW,NGD-T",
+        "--seeds",
+        "1",
+        "--no-memory",
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
     if module is transformer:
         (tmp_path / "text.txt").write_text("to be, or not to be: that is the question. " * 40)
         arguments += ["--text", str(tmp_path / "text.txt")]
@@ -312,7 +348,9 @@ def test_the_full_scale_runs_at_small_sizes(module, tmp_path, request):
 def test_full_scale_networks_are_those_of_the_issue():
     from analysis.networks import CharGPT, resnet18
 
-    assert sum(p.numel() for p in resnet18().parameters()) == 11_173_962  # the usual count at 32×32 with 10 classes
+    assert (
+        sum(p.numel() for p in resnet18().parameters()) == 11_173_962
+    )  # the usual count at 32×32 with 10 classes
     full = transformer.STUDY.scales["full"].variants[""]
     assert (full["layers"], full["width"], full["context"]) == (6, 384, 256)
     model = CharGPT(65, 6, 384, 256, 6, 0.2)
@@ -327,7 +365,11 @@ def test_bad_arguments_are_refused(tmp_path, monkeypatch, capsys):
         Plan(MINIBATCH, "tiny", methods=("SGD", "SGD"))
     with pytest.raises(to.InputError, match="at least one seed"):
         Plan(MINIBATCH, "tiny", seeds=0)
-    monkeypatch.setattr(sys, "argv", ["study", "--tiny", "--data", str(tmp_path / "nowhere"), "--runs", str(tmp_path)])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["study", "--tiny", "--data", str(tmp_path / "nowhere"), "--runs", str(tmp_path)],
+    )
     with pytest.raises(SystemExit, match="2"):
         main(cifar10.STUDY, cifar10.__doc__)
     assert "nowhere holds no images" in capsys.readouterr().err
@@ -348,7 +390,9 @@ def test_a_race_gathers_the_studies_tables(done, tmp_path):
     table.assign(variant="x").to_csv(tmp_path / "cifar10_small.csv", index=False)
     found = pd.read_csv(race(["digits", "cifar10"], "small", results=tmp_path))
     assert found["task"].tolist() == ["digits"] * len(table) + ["cifar10, x"] * len(table)
-    ratios = pytest.approx(table["steps_end_ratio"].tolist(), rel=1e-5, nan_ok=True)  # written with six digits
+    ratios = pytest.approx(
+        table["steps_end_ratio"].tolist(), rel=1e-5, nan_ok=True
+    )  # written with six digits
     assert found["steps_end_ratio"][: len(table)].tolist() == ratios
 
 

@@ -1,4 +1,5 @@
-"""What the studies measure beside the runs: alignment of steps with the natural gradient, and peak memory."""
+"""What the studies measure beside the runs: alignment of steps with the natural gradient, and peak
+memory."""
 
 import itertools
 import json
@@ -34,19 +35,29 @@ def test_alignment_is_that_of_dense_algebra_on_the_steps_own_minibatch(aligned):
     recorded = [snapshot.step for snapshot in run.snapshots]
     batches = list(itertools.islice(task.batches(TRIAL.seed), TRIAL.length))
     for step, lower, upper in zip(found["steps"], found["lower"], found["upper"], strict=True):
-        first, second = (run.snapshots[recorded.index(k)].load_group("params") for k in (step, step + 1))
+        first, second = (
+            run.snapshots[recorded.index(k)].load_group("params") for k in (step, step + 1)
+        )
         model = task.build(0).double()
         model.load_state_dict(first)
         x, y = batches[step][0].double(), batches[step][1]
         delta = torch.cat(
-            [(second[name].double() - first[name].double()).flatten() for name, _ in model.named_parameters()]
+            [
+                (second[name].double() - first[name].double()).flatten()
+                for name, _ in model.named_parameters()
+            ]
         )
         rows, gradient = [], torch.zeros_like(delta)
         for inputs, label in zip(x, y, strict=True):
             logp = torch.log_softmax(model(inputs), -1)
             for k in range(10):
                 score = torch.cat(
-                    [g.flatten() for g in torch.autograd.grad(logp[k], list(model.parameters()), retain_graph=True)]
+                    [
+                        g.flatten()
+                        for g in torch.autograd.grad(
+                            logp[k], list(model.parameters()), retain_graph=True
+                        )
+                    ]
                 )
                 rows.append(logp[k].exp().detach().sqrt() * score / len(x) ** 0.5)
                 if k == int(label):
@@ -54,7 +65,9 @@ def test_alignment_is_that_of_dense_algebra_on_the_steps_own_minibatch(aligned):
         scores = torch.stack(rows)
         d = -gradient @ delta
         a = (scores @ delta).square().sum() + DAMPING * delta @ delta
-        inner = torch.linalg.solve(scores @ scores.T + DAMPING * torch.eye(len(scores)).double(), scores @ gradient)
+        inner = torch.linalg.solve(
+            scores @ scores.T + DAMPING * torch.eye(len(scores)).double(), scores @ gradient
+        )
         natural = (gradient @ gradient - (scores @ gradient) @ inner) / DAMPING
         exact = float(d * d.abs() / (a * natural))
         assert lower - 1e-6 <= exact <= upper + 1e-6
@@ -95,16 +108,26 @@ def test_frozen_batch_normalisation_is_the_function_that_was_trained():
     frozen = freeze(model, x).eval()
     assert set(frozen.state_dict()) == names
     torch.testing.assert_close(frozen(x), trained)
-    torch.testing.assert_close(frozen(x[:2]), trained[:2])  # examples no longer depend on one another
+    torch.testing.assert_close(
+        frozen(x[:2]), trained[:2]
+    )  # examples no longer depend on one another
     torch.testing.assert_close(frozen.double()(x.double()), trained.double(), atol=1e-5, rtol=1e-5)
 
 
 LARGE = Trial(
-    "transformer", {"layers": 1, "width": 128, "context": 32, "batch_size": 8, "probe": 4}, None, "SGD", 0.1, 0, 20
+    "transformer",
+    {"layers": 1, "width": 128, "context": 32, "batch_size": 8, "probe": 4},
+    None,
+    "SGD",
+    0.1,
+    0,
+    20,
 )
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory is reset through /proc")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="the peak of resident memory is reset through /proc"
+)
 def test_peak_memory_holds_weights_gradients_and_optimizer_state(tmp_path):
     floats = 4 * sum(p.numel() for p in load_task(LARGE).build(0).parameters()) / 2**20
     found = {}
@@ -124,7 +147,9 @@ def test_peak_memory_holds_weights_gradients_and_optimizer_state(tmp_path):
         study_memory.add_peak_memory(trials, folders)
         assert folders[0].joinpath("study.json").stat().st_mtime_ns == before
     assert np.mean(found["SGD"]) > 3 * floats  # weights, gradients, momentum
-    assert np.mean(found["AdamW"]) - np.mean(found["SGD"]) == pytest.approx(floats, rel=0.5)  # a second moment
+    assert np.mean(found["AdamW"]) - np.mean(found["SGD"]) == pytest.approx(
+        floats, rel=0.5
+    )  # a second moment
 
 
 def test_where_peak_memory_cannot_be_known_it_is_null_with_the_reason(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""The tuner: central settings first, then towards the optimum; the best of what was tried, and whether it is bracketed."""
+"""The tuner: central settings first, then towards the optimum; the best of what was tried, and
+whether it is bracketed."""
 
 import math
 
@@ -35,7 +36,9 @@ def test_an_optimum_within_a_decade_of_the_central_settings_is_approached_to_a_h
 def test_an_interior_optimum_is_refined(optimum):
     scores = tune(bowl(optimum))
     assert bracketed(scores)
-    assert abs(math.log10(best(scores) / optimum)) <= 0.13  # half of the quarter-decade that refinement leaves
+    assert (
+        abs(math.log10(best(scores) / optimum)) <= 0.13
+    )  # half of the quarter-decade that refinement leaves
 
 
 def test_from_an_edge_it_goes_on_in_half_decades_and_says_when_it_has_not_arrived():

@@ -60,7 +60,9 @@ def test_linear_of_a_transposed_input():
 def test_attention(moving, options, queries):
     torch.manual_seed(0)
     values = [torch.randn(2, 3, n, 5).double() for n in (queries, 5, 5)]
-    ours, theirs = tangents(lambda *a: functional.scaled_dot_product_attention(*a, **options), values, moving)
+    ours, theirs = tangents(
+        lambda *a: functional.scaled_dot_product_attention(*a, **options), values, moving
+    )
     torch.testing.assert_close(ours[0], theirs[0])
     if moving:
         torch.testing.assert_close(ours[1], theirs[1])
@@ -96,7 +98,9 @@ def layer_norm_arguments(shape):
 @pytest.mark.parametrize("shape", [(4,), (3, 4)])
 def test_layer_norm(moving, shape):
     values = layer_norm_arguments(shape)
-    ours, theirs = tangents(lambda x, w, b: functional.layer_norm(x, shape, w, b, 1e-3), values, moving)
+    ours, theirs = tangents(
+        lambda x, w, b: functional.layer_norm(x, shape, w, b, 1e-3), values, moving
+    )
     torch.testing.assert_close(tuple(ours), tuple(theirs))
     if moving == {0}:
         ours, theirs = tangents(lambda x: functional.layer_norm(x, shape), values[:1], moving)

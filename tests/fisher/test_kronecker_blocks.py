@@ -37,7 +37,9 @@ def _check(block, v, rtol=1e-9):
     values, basis = torch.linalg.eigh(F)
     cut = 1e-7 * float(values.max())
     close = {"rtol": rtol, "atol": 1e-9 * max(1.0, float(values.max()))}
-    torch.testing.assert_close(block.eigenvalues.flatten().sort().values, values.clamp(min=0), **close)
+    torch.testing.assert_close(
+        block.eigenvalues.flatten().sort().values, values.clamp(min=0), **close
+    )
     torch.testing.assert_close(block.matvec(v).flatten(), F @ x, **close)
     torch.testing.assert_close(block.quadratic(v), x @ F @ x, **close)
     torch.testing.assert_close(block.unproject(block.project(v)), v)
@@ -47,10 +49,16 @@ def _check(block, v, rtol=1e-9):
         inverse = 1 / (values + damping) if damping else torch.where(kept, 1 / values, 0.0)
         truth = basis @ (inverse * (basis.T @ x))
         size = max(1.0, float(truth.abs().max()))
-        torch.testing.assert_close(block.solve(v, damping, cut).flatten(), truth, rtol=1e-8, atol=1e-8 * size)
-        torch.testing.assert_close(block.dual_norm(v, damping, cut), x @ truth, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(
+            block.solve(v, damping, cut).flatten(), truth, rtol=1e-8, atol=1e-8 * size
+        )
+        torch.testing.assert_close(
+            block.dual_norm(v, damping, cut), x @ truth, rtol=1e-8, atol=1e-8
+        )
     inside, outside = block.split(v, cut)
-    torch.testing.assert_close(outside.flatten(), basis @ torch.where(values > cut, 0.0, basis.T @ x), **close)
+    torch.testing.assert_close(
+        outside.flatten(), basis @ torch.where(values > cut, 0.0, basis.T @ x), **close
+    )
     torch.testing.assert_close(inside + outside, v)
     assert float(block.quadratic(outside)) <= (cut + 1e-12) * float(outside.square().sum())
 
@@ -84,7 +92,9 @@ def test_corrected_diagonal_and_dense_blocks():
     _check(EigenvalueCorrectedBlock(base, eigenvalues), v)
     _check(DiagonalBlock(eigenvalues), v)
     _check(DenseBlock(_psd(6, 4, g)), v.flatten()[:6])
-    _check(DenseBlock(_psd(2, 2, g, batch=(5,))), torch.randn(5, 2, generator=g, dtype=torch.float64))
+    _check(
+        DenseBlock(_psd(2, 2, g, batch=(5,))), torch.randn(5, 2, generator=g, dtype=torch.float64)
+    )
     same = EigenvalueCorrectedBlock(base, base.eigenvalues)
     torch.testing.assert_close(same.matvec(v), base.matvec(v))
 
@@ -94,7 +104,9 @@ def test_null_component_in_the_eigenbasis_is_the_formula_of_the_theory():
     block, g = _kronecker(2, 4, 5, 2, 3)
     V = torch.randn(4, 5, generator=g, dtype=torch.float64)
     UG, UA = torch.linalg.eigh(block.G.matrix)[1], torch.linalg.eigh(block.A.matrix)[1]
-    products = torch.outer(torch.linalg.eigh(block.G.matrix)[0], torch.linalg.eigh(block.A.matrix)[0])
+    products = torch.outer(
+        torch.linalg.eigh(block.G.matrix)[0], torch.linalg.eigh(block.A.matrix)[0]
+    )
     mask = products > 1e-8
     expected = UG @ ((~mask) * (UG.T @ V @ UA)) @ UA.T
     torch.testing.assert_close(block.split(V, 1e-8)[1], expected)
@@ -107,7 +119,9 @@ def test_factored_damping_is_martens_and_grosses():
     pi = ((A.trace() / 4) / (G.trace() / 3)).sqrt()
     left = G + lam**0.5 / pi * torch.eye(3, dtype=torch.float64)
     right = A + pi * lam**0.5 * torch.eye(4, dtype=torch.float64)
-    torch.testing.assert_close(block.solve_factored(V, lam), torch.linalg.inv(left) @ V @ torch.linalg.inv(right))
+    torch.testing.assert_close(
+        block.solve_factored(V, lam), torch.linalg.inv(left) @ V @ torch.linalg.inv(right)
+    )
     on_a, on_g = factored_damping(block.A, Factor(torch.zeros(3, 3, dtype=torch.float64)), lam)
     assert float(on_a) == float(on_g) == pytest.approx(lam**0.5)
 
@@ -135,7 +149,9 @@ def test_float32_factors_of_condition_1e12_and_exact_rank_deficiency_stay_finite
         A = (basis * values) @ basis.T
         block = KroneckerBlock(A, A.flip(0).flip(1))
         V = torch.randn(8, 8, generator=g)
-        cut = spectral.threshold(float(block.eigenvalues.max()), spectral.default_rtol(8, torch.float32))
+        cut = spectral.threshold(
+            float(block.eigenvalues.max()), spectral.default_rtol(8, torch.float32)
+        )
         solved = block.solve(V, 0.0, cut)
         inside, outside = block.split(V, cut)
         assert bool(torch.isfinite(solved).all())
@@ -153,5 +169,7 @@ def test_refreshing_a_factor_keeps_the_last_basis_when_the_new_matrix_is_poisone
     assert block.notes == ["A: matrix is not finite; kept the last decomposition"]
     fresh = torch.eye(4, dtype=torch.float64)
     block.A.update(fresh)
-    torch.testing.assert_close(block.solve(V, 0.1), KroneckerBlock(fresh, block.G.matrix).solve(V, 0.1))
+    torch.testing.assert_close(
+        block.solve(V, 0.1), KroneckerBlock(fresh, block.G.matrix).solve(V, 0.1)
+    )
     assert block.notes == []

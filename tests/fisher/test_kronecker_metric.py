@@ -1,4 +1,5 @@
-"""K-FAC and EKFAC against a dense float64 Fisher made by plain autograd, where theory says they agree with it."""
+"""K-FAC and EKFAC against a dense float64 Fisher made by plain autograd, where theory says they
+agree with it."""
 
 import math
 
@@ -17,7 +18,8 @@ EPS = 1e-8
 
 
 def dense_fisher(model, x, likelihood="categorical", sigma2=1.0):
-    """F = (1/n) Σ JᵀΛJ, one backward pass per output of each example; n counts predictions (tokens)."""
+    """F = (1/n) Σ JᵀΛJ, one backward pass per output of each example; n counts predictions
+    (tokens)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     size = sum(p.numel() for p in parameters)
     total, count = torch.zeros(size, size, dtype=torch.float64), 0
@@ -26,7 +28,9 @@ def dense_fisher(model, x, likelihood="categorical", sigma2=1.0):
         f = f.reshape(-1, f.shape[-1])
         for row in f:
             grads = [
-                torch.autograd.grad(o, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+                torch.autograd.grad(
+                    o, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
                 for o in row
             ]
             J = torch.stack([torch.cat([g.flatten() for g in gs]) for gs in grads]).double()
@@ -49,19 +53,25 @@ def block_indices(model):
 
 
 def assert_blocks_exact(metric, model, truth, names=None):
-    mine, where = metric.dense() - metric.damping * torch.eye(metric.size, dtype=torch.float64), block_indices(model)
+    mine, where = (
+        metric.dense() - metric.damping * torch.eye(metric.size, dtype=torch.float64),
+        block_indices(model),
+    )
     checked = 0
     for placed in metric.blocks:
         if names is not None and placed.name not in names:
             continue
         at = torch.cat([where[i] for i in placed.positions])
-        torch.testing.assert_close(mine[at[:, None], at], truth[at[:, None], at], rtol=EPS, atol=EPS)
+        torch.testing.assert_close(
+            mine[at[:, None], at], truth[at[:, None], at], rtol=EPS, atol=EPS
+        )
         checked += 1
     assert checked > 0
 
 
 def assert_consistent_with_its_dense_matrix(metric):
-    """matvec, quadratic, solve, dual_norm, split, diagnostics against one dense float64 matrix of the same metric."""
+    """matvec, quadratic, solve, dual_norm, split, diagnostics against one dense float64 matrix of
+    the same metric."""
     torch.manual_seed(11)
     F = metric.dense()
 
@@ -75,25 +85,36 @@ def assert_consistent_with_its_dense_matrix(metric):
     bare = F - metric.damping * torch.eye(metric.size, dtype=torch.float64)
     values, basis = torch.linalg.eigh(bare)
     kept = values > metric.cut
-    inverse = 1 / (values + metric.damping) if metric.damping else torch.where(kept, 1 / values, 0.0)
+    inverse = (
+        1 / (values + metric.damping) if metric.damping else torch.where(kept, 1 / values, 0.0)
+    )
     truth = basis @ (inverse * (basis.T @ y))
-    torch.testing.assert_close(flat(metric.solve(g)), truth, rtol=EPS, atol=EPS * float(truth.abs().max()))
+    torch.testing.assert_close(
+        flat(metric.solve(g)), truth, rtol=EPS, atol=EPS * float(truth.abs().max())
+    )
     bracket = metric.dual_norm(g)
     assert bracket.lower == pytest.approx(float(y @ truth), rel=EPS)
     assert bracket.upper == pytest.approx(float(y @ truth), rel=EPS)
     inside, outside = metric.split(g)
-    torch.testing.assert_close(flat(outside), basis @ torch.where(kept, 0.0, basis.T @ y), rtol=EPS, atol=EPS)
+    torch.testing.assert_close(
+        flat(outside), basis @ torch.where(kept, 0.0, basis.T @ y), rtol=EPS, atol=EPS
+    )
     torch.testing.assert_close(flat(inside) + flat(outside), y)
     report = metric.diagnostics()
     assert report["rank"] == int(kept.sum())
     assert report["trace"] == pytest.approx(float(bare.trace()), rel=EPS)
-    assert report["condition"] == pytest.approx(float(values[kept].max() / values[kept].min()), rel=1e-4)
+    assert report["condition"] == pytest.approx(
+        float(values[kept].max() / values[kept].min()), rel=1e-4
+    )
     shares = metric.quadratic_by_block(v)
     assert math.fsum(shares.values()) == pytest.approx(metric.quadratic(v), rel=1e-10)
 
 
 def mlp():
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3)).double(), (6, 4)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3)).double(), (
+        6,
+        4,
+    )
 
 
 def cnn():
@@ -137,7 +158,9 @@ def data(shape, seed=0):
     g = torch.Generator().manual_seed(seed)
     if shape == "tokens":
         return torch.randint(0, 7, (4, 3), generator=g), torch.randint(0, 7, (4, 3), generator=g)
-    return torch.randn(shape, generator=g, dtype=torch.float64), torch.randint(0, 3, shape[:1], generator=g)
+    return torch.randn(shape, generator=g, dtype=torch.float64), torch.randint(
+        0, 3, shape[:1], generator=g
+    )
 
 
 @pytest.mark.parametrize("build", [mlp, cnn, transformer])
@@ -147,7 +170,9 @@ def data(shape, seed=0):
 def test_every_operation_agrees_with_the_metrics_own_dense_matrix(build, kind, setting, damping):
     torch.manual_seed(0)
     model, shape = build()
-    assert_consistent_with_its_dense_matrix(make(kind, model, data(shape), damping=damping, setting=setting, rtol=1e-6))
+    assert_consistent_with_its_dense_matrix(
+        make(kind, model, data(shape), damping=damping, setting=setting, rtol=1e-6)
+    )
 
 
 @pytest.mark.parametrize("kind", ["kfac", "ekfac"])
@@ -161,7 +186,8 @@ def test_one_example_without_weight_sharing_is_exact_blockwise(kind):
 
 @pytest.mark.parametrize("shape", [(9, 4), (5, 3, 4)])
 def test_deep_linear_gaussian_network_is_exact_blockwise_on_any_batch(shape):
-    """The output gradient doesn't depend on the example, so A and G are independent; shared positions alike (expand)."""
+    """The output gradient doesn't depend on the example, so A and G are independent; shared
+    positions alike (expand)."""
     torch.manual_seed(2)
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3, bias=False), nn.Linear(3, 2)).double()
     x = torch.randn(shape, dtype=torch.float64)
@@ -175,12 +201,18 @@ def test_every_likelihood_is_exact_blockwise_on_one_example(kind, likelihood):
     torch.manual_seed(1)
     model, shape = mlp()
     x = torch.randn(1, *shape[1:], dtype=torch.float64)
-    y = torch.tensor([2]) if likelihood == "categorical" else torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64)
+    y = (
+        torch.tensor([2])
+        if likelihood == "categorical"
+        else torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64)
+    )
     options = {"sigma2": 0.7} if likelihood == "gaussian" else {}
     metric = make(kind, model, (x, y), likelihood=likelihood, **options)
     assert_blocks_exact(metric, model, oracle.dense_fisher(model, x, y, likelihood, **options))
     empirical = make(kind, model, (x, y), likelihood=likelihood, targets="empirical", **options)
-    assert_blocks_exact(empirical, model, oracle.dense_fisher(model, x, y, likelihood, empirical=True, **options))
+    assert_blocks_exact(
+        empirical, model, oracle.dense_fisher(model, x, y, likelihood, empirical=True, **options)
+    )
 
 
 class Pooled(nn.Module):
@@ -193,18 +225,23 @@ class Pooled(nn.Module):
 
 
 def test_reduce_is_exact_for_a_linear_network_that_averages_its_positions():
-    """The case in which the reduce setting is exact (Eschenhagen et al. 2023), and expand is not."""
+    """The case in which the reduce setting is exact (Eschenhagen et al. 2023), and expand is
+    not."""
     torch.manual_seed(3)
     model = Pooled().double()
     x = torch.randn(6, 3, 4, dtype=torch.float64)
     truth = dense_fisher(model, x, "gaussian")
-    reduce, expand = (make("kfac", model, (x, None), likelihood="gaussian", setting=s) for s in ("reduce", "expand"))
+    reduce, expand = (
+        make("kfac", model, (x, None), likelihood="gaussian", setting=s)
+        for s in ("reduce", "expand")
+    )
     assert_blocks_exact(reduce, model, truth)
     assert float((expand.dense()[:25, :25] - truth[:25, :25]).abs().max()) > 1e-3
 
 
 def test_ekfac_eigenvalues_are_the_diagonal_of_f_in_its_basis_and_are_the_better_fit():
-    """George et al. 2018: σ = diag(Uᵀ F U), hence the same trace as F and the least Frobenius error among diagonals."""
+    """George et al. 2018: σ = diag(Uᵀ F U), hence the same trace as F and the least Frobenius error
+    among diagonals."""
     torch.manual_seed(4)
     for build in (mlp, cnn):
         model, shape = build()
@@ -218,7 +255,9 @@ def test_ekfac_eigenvalues_are_the_diagonal_of_f_in_its_basis_and_are_the_better
             F = truth[at[:, None], at]
             order = corrected.gather(
                 [
-                    torch.arange(len(at)).split([len(where[i]) for i in plain.positions])[k].reshape(ekfac.shapes[i])
+                    torch.arange(len(at))
+                    .split([len(where[i]) for i in plain.positions])[k]
+                    .reshape(ekfac.shapes[i])
                     for k, i in enumerate(plain.positions)
                 ]
             ).flatten()
@@ -247,12 +286,15 @@ def test_wide_scale_layers_get_a_small_block_per_channel(monkeypatch):
     assert placed.block.eigenvalues.shape == (5, 2)
     for channel in range(5):
         at = torch.stack([where[2][channel], where[3][channel]])
-        torch.testing.assert_close(metric.dense()[at[:, None], at], truth[at[:, None], at], rtol=EPS, atol=EPS)
+        torch.testing.assert_close(
+            metric.dense()[at[:, None], at], truth[at[:, None], at], rtol=EPS, atol=EPS
+        )
     assert_consistent_with_its_dense_matrix(metric)
 
 
 def test_a_bag_of_tokens_has_an_exact_embedding_block():
-    """One token an example, linear after the table, Gaussian output: G is constant, so diag(frequencies) ⊗ G is exact."""
+    """One token an example, linear after the table, Gaussian output: G is constant, so
+    diag(frequencies) ⊗ G is exact."""
     torch.manual_seed(6)
     model = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(3, 2)).double()
     x = torch.randint(0, 4, (8, 1))
@@ -277,7 +319,11 @@ def test_ignored_positions_do_not_count():
     model = nn.Sequential(nn.Linear(4, 3)).double()
     x = torch.randn(2, 3, 4, dtype=torch.float64)
     y = torch.tensor([[0, 1, 2], [1, -100, -100]])
-    kept = make("kfac", model, (x.reshape(6, 4)[:4], y.flatten()[:4]), targets="empirical").blocks[0].block
+    kept = (
+        make("kfac", model, (x.reshape(6, 4)[:4], y.flatten()[:4]), targets="empirical")
+        .blocks[0]
+        .block
+    )
     masked = make("kfac", model, (x, y), targets="empirical").blocks[0].block
     torch.testing.assert_close(masked.G.matrix, kept.G.matrix)
 
@@ -286,23 +332,33 @@ def test_sampled_targets_converge_to_the_exact_factors():
     torch.manual_seed(9)
     model, shape = mlp()
     batch = data(shape)
-    exact, sampled = make("kfac", model, batch), make("kfac", model, batch, targets="sampled", samples=4000)
+    exact, sampled = (
+        make("kfac", model, batch),
+        make("kfac", model, batch, targets="sampled", samples=4000),
+    )
     for a, b in zip(exact.blocks, sampled.blocks, strict=True):
         torch.testing.assert_close(a.block.trace, b.block.trace, rtol=0.05, atol=0)
     again = make("kfac", model, batch, targets="sampled", samples=2, seed=3)
-    torch.testing.assert_close(again.dense(), make("kfac", model, batch, targets="sampled", samples=2, seed=3).dense())
+    torch.testing.assert_close(
+        again.dense(), make("kfac", model, batch, targets="sampled", samples=2, seed=3).dense()
+    )
 
 
 def test_sequence_terms_do_not_leak_into_each_other_on_average():
-    """Attention mixes positions: the random signs make the expected scale block F's own (within sampling error)."""
+    """Attention mixes positions: the random signs make the expected scale block F's own (within
+    sampling error)."""
     torch.manual_seed(10)
     model, _ = transformer()
     x, y = data("tokens")
     truth, where = dense_fisher(model, x), block_indices(model)
     names = [n for n, _ in model.named_parameters()]
     at = torch.cat([where[names.index("before.weight")], where[names.index("before.bias")]])
-    mean = torch.stack([make("kfac", model, (x, y), seed=s).dense()[at[:, None], at] for s in range(400)]).mean(0)
-    torch.testing.assert_close(mean, truth[at[:, None], at], rtol=0.1, atol=0.1 * float(truth[at, at].max()))
+    mean = torch.stack(
+        [make("kfac", model, (x, y), seed=s).dense()[at[:, None], at] for s in range(400)]
+    ).mean(0)
+    torch.testing.assert_close(
+        mean, truth[at[:, None], at], rtol=0.1, atol=0.1 * float(truth[at, at].max())
+    )
 
 
 class Twice(nn.Module):
@@ -374,7 +430,9 @@ def test_parameters_without_a_rule_get_fs_diagonal_and_are_named_once():
     torch.manual_seed(13)
     model = Loose().double()
     x, y = data((6, 4))
-    with pytest.warns(UserWarning, match="offset, gain, act.weight, unused.weight, unused.bias") as caught:
+    with pytest.warns(
+        UserWarning, match="offset, gain, act.weight, unused.weight, unused.bias"
+    ) as caught:
         metric = make("kfac", model, (x, y))
     assert len(caught) == 1
     truth, where = dense_fisher(model, x), block_indices(model)
@@ -427,9 +485,16 @@ def test_half_precision_models_have_float32_factors(kind, build):
     torch.manual_seed(17)
     model, shape = build()
     batch = data(shape)
-    single = make(kind, model.float(), tuple(t.float() if t.is_floating_point() else t for t in batch), damping=0.1)
+    single = make(
+        kind,
+        model.float(),
+        tuple(t.float() if t.is_floating_point() else t for t in batch),
+        damping=0.1,
+    )
     model = model.bfloat16()
-    half = make(kind, model, tuple(t.bfloat16() if t.is_floating_point() else t for t in batch), damping=0.1)
+    half = make(
+        kind, model, tuple(t.bfloat16() if t.is_floating_point() else t for t in batch), damping=0.1
+    )
     g = [torch.randn(s) for s in half.shapes]
     assert half.dual_norm(g).lower == pytest.approx(single.dual_norm(g).lower, rel=0.1)
     assert {t.dtype for t in half.solve(g)} == {torch.bfloat16}
@@ -437,7 +502,8 @@ def test_half_precision_models_have_float32_factors(kind, build):
 
 
 def test_torchs_own_transformer_layer_falls_back_where_no_module_is_called():
-    """MultiheadAttention uses its weights without calling a module: diagonal there, Kronecker elsewhere."""
+    """MultiheadAttention uses its weights without calling a module: diagonal there, Kronecker
+    elsewhere."""
     torch.manual_seed(18)
 
     class Model(nn.Module):

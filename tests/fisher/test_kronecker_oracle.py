@@ -28,7 +28,11 @@ class Pooled(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.middle, self.last = nn.Linear(4, 5), nn.Linear(5, 4, bias=False), nn.Linear(4, 3)
+        self.first, self.middle, self.last = (
+            nn.Linear(4, 5),
+            nn.Linear(5, 4, bias=False),
+            nn.Linear(4, 3),
+        )
 
     def forward(self, x):
         return self.last(self.middle(torch.relu(self.first(x))).mean(1))
@@ -46,11 +50,17 @@ def _cnn():
         nn.Flatten(),
         nn.Linear(48, 3),
     )
-    # Full-rank reduced A (enough examples, no two kernel offsets seeing the same pixels): a null space has no one basis.
+    # Full-rank reduced A (enough examples, no two kernel offsets seeing the same pixels): a null
+    # space has no one basis.
     return model, (32, 2, 8, 8)
 
 
-CASES = {"mlp": _mlp, "cnn": _cnn, "pooled": lambda: (Pooled(), (6, 5, 4)), "tokens": lambda: (Tokens(), (6, 5, 4))}
+CASES = {
+    "mlp": _mlp,
+    "cnn": _cnn,
+    "pooled": lambda: (Pooled(), (6, 5, 4)),
+    "tokens": lambda: (Tokens(), (6, 5, 4)),
+}
 
 
 def _setup(case):
@@ -91,10 +101,13 @@ def _permuted(module, A):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("setting", ["expand", "reduce"])
-@pytest.mark.parametrize(("targets", "fisher_type"), [("exact", "type-2"), ("empirical", "empirical")])
+@pytest.mark.parametrize(
+    ("targets", "fisher_type"), [("exact", "type-2"), ("empirical", "empirical")]
+)
 def test_kfac_factors(case, setting, targets, fisher_type):
     if case == "tokens":
-        setting = "expand"  # with one loss term a position, reducing mixes loss terms: their sum and ours then differ
+        # with one loss term per position, reducing mixes loss terms: their sum and ours then differ
+        setting = "expand"
     model, other, x, y = _setup(case)
     judge = _judge(KFACLinearOperator, other, x, y, fisher_type=fisher_type, kfac_approx=setting)
     judge.compute_kronecker_factors()
@@ -131,7 +144,8 @@ def test_ekfac_eigenvalues_and_products(case, setting):
 
 
 def test_bernoulli_factors():
-    """curvlinops averages the binary loss over its c outputs as well: its G is ours divided by c."""
+    """curvlinops averages the binary loss over its c outputs as well: its G is ours divided by
+    c."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(0, 2, (6, 3)).double()
@@ -147,11 +161,14 @@ def test_bernoulli_factors():
     judge.compute_kronecker_factors()
     for placed in make("kfac", model, (x, y), likelihood="bernoulli").blocks:
         torch.testing.assert_close(placed.block.A.matrix, judge._input_covariances[placed.name])
-        torch.testing.assert_close(placed.block.G.matrix, 3 * judge._gradient_covariances[placed.name])
+        torch.testing.assert_close(
+            placed.block.G.matrix, 3 * judge._gradient_covariances[placed.name]
+        )
 
 
 def _spelt_out(model, module, x, setting):
-    """K-FAC's block of one grouped convolution, by loops over examples, classes and groups, as a dense matrix a group.
+    """K-FAC's block of one grouped convolution, by loops over examples, classes and groups, as a
+    dense matrix a group.
 
     Order of a group's coordinates: for each output channel its weights, then its bias.
     """
@@ -190,7 +207,9 @@ def _spelt_out(model, module, x, setting):
 @pytest.mark.parametrize("bias", [True, False])
 def test_grouped_convolutions_have_one_block_a_group(setting, groups, bias):
     torch.manual_seed(2)
-    conv = nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=1, dilation=(1, 2), groups=groups, bias=bias)
+    conv = nn.Conv2d(
+        4, 8, (3, 2), stride=(2, 1), padding=1, dilation=(1, 2), groups=groups, bias=bias
+    )
     model = nn.Sequential(
         nn.Conv2d(2, 4, 1), nn.Tanh(), conv, nn.Tanh(), nn.Flatten(), nn.Linear(8 * 3 * 6, 3)
     ).double()
@@ -204,7 +223,11 @@ def test_grouped_convolutions_have_one_block_a_group(setting, groups, bias):
     mass = 0.0
     for k, truth in enumerate(_spelt_out(model, conv, x, setting)):
         rows = range(k * 8 // groups, (k + 1) * 8 // groups)
-        at = torch.cat([torch.cat([weight[o], shift[o : o + 1]]) if bias else weight[o] for o in rows])
+        at = torch.cat(
+            [torch.cat([weight[o], shift[o : o + 1]]) if bias else weight[o] for o in rows]
+        )
         torch.testing.assert_close(full[at[:, None], at], truth, rtol=1e-8, atol=1e-12)
         mass += float(truth.square().sum())
-    assert float(full[everything[:, None], everything].square().sum()) == pytest.approx(mass)  # nothing between groups
+    assert float(full[everything[:, None], everything].square().sum()) == pytest.approx(
+        mass
+    )  # nothing between groups

@@ -1,4 +1,5 @@
-"""K-FAC as the preconditioner of a certified bracket: the root is a root, and the certificate stays one (THEORY §5)."""
+"""K-FAC as the preconditioner of a certified bracket: the root is a root, and the certificate stays
+one (THEORY §5)."""
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ def problem(damping):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)).double()
     batch = torch.randn(30, 6, dtype=torch.float64), torch.randint(0, 4, (30,))
-    metrics = [make(kind, model, batch, damping=damping) for kind in ("exact", "dense", "kfac", "ekfac")]
+    metrics = [
+        make(kind, model, batch, damping=damping) for kind in ("exact", "dense", "kfac", "ekfac")
+    ]
     return metrics, metrics[0].predictor.loss_and_gradient()[1]
 
 

@@ -1,11 +1,18 @@
-"""Layer rules: per-example gradients from factor samples equal autograd's, and parameters ↔ matrix is one-to-one."""
+"""Layer rules: per-example gradients from factor samples equal autograd's, and parameters ↔ matrix
+is one-to-one."""
 
 import pytest
 import torch
 from torch import nn
 
 from thermo_opt.fisher.kronecker import factors
-from thermo_opt.fisher.kronecker.rules import EmbeddingRule, KroneckerRule, ScaleRule, register, rule_for
+from thermo_opt.fisher.kronecker.rules import (
+    EmbeddingRule,
+    KroneckerRule,
+    ScaleRule,
+    register,
+    rule_for,
+)
 
 
 def _gradients_one_by_one(module, x, g):
@@ -28,7 +35,10 @@ KRONECKER = {
     "linear over two axes": (lambda: nn.Linear(5, 3, bias=False), (4, 2, 3, 5)),
     "conv1d": (lambda: nn.Conv1d(3, 4, 3, stride=2, padding=1), (4, 3, 9)),
     "conv2d": (lambda: _conv(3, 4, 3, padding=1), (4, 3, 6, 5)),
-    "stride and dilation": (lambda: _conv(3, 4, (3, 2), stride=(2, 1), dilation=(1, 2), padding=(2, 1)), (4, 3, 7, 6)),
+    "stride and dilation": (
+        lambda: _conv(3, 4, (3, 2), stride=(2, 1), dilation=(1, 2), padding=(2, 1)),
+        (4, 3, 7, 6),
+    ),
     "grouped": (lambda: _conv(4, 6, 3, groups=2, stride=2, padding=1), (4, 4, 6, 6)),
     "depthwise": (lambda: _conv(4, 4, 3, groups=4, padding="same", bias=False), (4, 4, 5, 5)),
     "circular padding": (lambda: _conv(2, 3, 3, padding=1, padding_mode="circular"), (4, 2, 5, 5)),
@@ -51,13 +61,17 @@ def test_kronecker_samples_give_autograds_gradient(case, frozen):
     assert isinstance(rule, KroneckerRule)
     gradients = rule.gradients(module, x, g)
     if rule.covers(module, "weight"):
-        matrices = factors.example_gradients(rule.inputs(module, x), gradients, ones=rule.covers(module, "bias"))
+        matrices = factors.example_gradients(
+            rule.inputs(module, x), gradients, ones=rule.covers(module, "bias")
+        )
     else:
         matrices = gradients.sum(-2).unsqueeze(-1)
     groups, out, inputs = rule.shape(module)
     assert matrices.shape == ((groups, 4, out, inputs) if groups > 1 else (4, out, inputs))
     for i, reference in enumerate(_gradients_one_by_one(module, x, g)):
-        for mine, truth in zip(rule.from_matrix(module, matrices.select(-3, i)), reference, strict=True):
+        for mine, truth in zip(
+            rule.from_matrix(module, matrices.select(-3, i)), reference, strict=True
+        ):
             torch.testing.assert_close(mine, truth, rtol=1e-10, atol=1e-12)
 
 
@@ -119,7 +133,9 @@ def test_scale_rows_give_autograds_gradient(case):
     assert isinstance(rule, ScaleRule)
     rows = rule.rows(module, rule.normalised(module, x), g)
     for i, reference in enumerate(_gradients_one_by_one(module, x, g)):
-        torch.testing.assert_close(rows[i], torch.cat([t.flatten() for t in reference]), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            rows[i], torch.cat([t.flatten() for t in reference]), rtol=1e-10, atol=1e-12
+        )
     positions = rule.rows(module, rule.normalised(module, x), g, "expand")
     torch.testing.assert_close(positions.sum(0), rows.sum(0))
 
@@ -150,7 +166,8 @@ def test_a_subclass_keeps_the_rule_only_with_the_parents_forward():
 @pytest.mark.parametrize("setting", ["expand", "reduce"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_moments_follow_their_definition(setting, bias):
-    """A = mean of a aᵀ, G = Σ g gᵀ, with the sharing positions expanded or reduced (Eschenhagen et al. 2023)."""
+    """A = mean of a aᵀ, G = Σ g gᵀ, with the sharing positions expanded or reduced (Eschenhagen et
+    al. 2023)."""
     torch.manual_seed(1)
     module = nn.Linear(3, 2, bias=bias).double()
     x, g = torch.randn(4, 5, 3, dtype=torch.float64), torch.randn(4, 5, 2, dtype=torch.float64)
@@ -183,7 +200,9 @@ def test_gpt2_conv1d_is_a_transposed_linear_layer():
     module = Conv1D(3, 5).double()
     rule = rule_for(module)
     x, g = torch.randn(4, 2, 5, dtype=torch.float64), torch.randn(4, 2, 3, dtype=torch.float64)
-    matrices = factors.example_gradients(rule.inputs(module, x), rule.gradients(module, x, g), ones=True)
+    matrices = factors.example_gradients(
+        rule.inputs(module, x), rule.gradients(module, x, g), ones=True
+    )
     for i, reference in enumerate(_gradients_one_by_one(module, x, g)):
         for mine, truth in zip(rule.from_matrix(module, matrices[i]), reference, strict=True):
             torch.testing.assert_close(mine, truth)

@@ -14,12 +14,15 @@ CASES = 1000
 
 
 def random_case(rng):
-    """F (stored float64 matrix), g and λ: condition numbers up to 1e10, ranks from 1 to full, λ down to 1e-13."""
+    """F (stored float64 matrix), g and λ: condition numbers up to 1e10, ranks from 1 to full, λ
+    down to 1e-13."""
     size = int(rng.integers(1, 13))
     rank = int(rng.integers(1, size + 1))
     basis = np.linalg.qr(rng.normal(size=(size, size)))[0][:, :rank]
     spread = rng.uniform(0, 10)
-    values = 10 ** (-spread * np.concatenate([[0.0, 1.0][: min(rank, 2)], rng.uniform(0, 1, max(rank - 2, 0))]))
+    values = 10 ** (
+        -spread * np.concatenate([[0.0, 1.0][: min(rank, 2)], rng.uniform(0, 1, max(rank - 2, 0))])
+    )
     F = (basis * values * 10 ** rng.uniform(-3, 3)) @ basis.T
     F = (F + F.T) / 2
     g = rng.normal(size=size)
@@ -44,11 +47,14 @@ def test_brackets_contain_the_truth_and_shrink_in_a_thousand_random_cases():
         truth = exact_truth(F, g, damping)
         previous = krylov.Bracket(0.0, math.inf)
         for bracket in krylov.brackets(lambda v, m=matrix: m @ v, vector, damping):
-            assert bracket.lower <= truth <= bracket.upper  # no tolerance: the bracket must be certain
+            assert (
+                bracket.lower <= truth <= bracket.upper
+            )  # no tolerance: the bracket must be certain
             assert bracket.lower >= previous.lower
             assert bracket.upper <= previous.upper
             previous = bracket
-        # Below ‖F‖ times the rounding of a product, λ can't be seen and no tight upper bound is to be had.
+        # Below ‖F‖ times the rounding of a product, λ can't be seen and no tight upper bound is to
+        # be had.
         if damping > 1e-8 * np.linalg.norm(F, 2):
             assert previous.relative_width < 1e-4
         # Any step obeys the bound with the bracket's lower end replaced by its upper one (|ε| ≤ 1).
@@ -69,10 +75,14 @@ def test_preconditioned_brackets_contain_the_truth_whatever_the_preconditioner()
         values, basis = np.linalg.eigh(F + noise + damping * np.eye(len(F)))
         root = torch.from_numpy((basis / np.sqrt(values)) @ basis.T)
         problem = krylov.preconditioned(
-            lambda v, m=matrix: m @ v, damping, lambda v, r=root: r @ v, float(values[-1]) * (1 + 1e-12)
+            lambda v, m=matrix: m @ v,
+            damping,
+            lambda v, r=root: r @ v,
+            float(values[-1]) * (1 + 1e-12),
         )
         truth = exact_truth(F, g, damping)
-        # M^{-1/2} itself is rounded, by up to machine epsilon times √cond(M): the truth belongs to the exact root.
+        # M^{-1/2} itself is rounded, by up to machine epsilon times √cond(M): the truth belongs to
+        # the exact root.
         slack = mpmath.mpf(1e-13 * math.sqrt(values[-1] / values[0]) + 1e-12)
         previous = krylov.Bracket(0.0, math.inf)
         for bracket in krylov.brackets(
@@ -91,11 +101,16 @@ def test_a_good_preconditioner_saves_products():
     basis = np.linalg.qr(rng.normal(size=(size, size)))[0]
     values = 10 ** rng.uniform(-5, 0, size)
     F = torch.from_numpy((basis * values) @ basis.T)
-    near = torch.from_numpy((basis * values * rng.uniform(0.7, 1.4, size)) @ basis.T) + 1e-4 * torch.eye(size).double()
+    near = (
+        torch.from_numpy((basis * values * rng.uniform(0.7, 1.4, size)) @ basis.T)
+        + 1e-4 * torch.eye(size).double()
+    )
     eigenvalues, vectors = torch.linalg.eigh(near)
     root = (vectors / eigenvalues.sqrt()) @ vectors.T
     g = torch.from_numpy(rng.normal(size=size))
-    problem = krylov.preconditioned(lambda v: F @ v, 1e-4, lambda v: root @ v, float(eigenvalues[-1]))
+    problem = krylov.preconditioned(
+        lambda v: F @ v, 1e-4, lambda v: root @ v, float(eigenvalues[-1])
+    )
 
     def count(sequence):
         return next(k for k, b in enumerate(sequence) if b.relative_width <= 0.1)

@@ -29,7 +29,9 @@ def test_nll_residual_and_fisher_are_derivatives_of_the_distribution(name):
     u = torch.randn_like(f)
     for i in range(len(f)):
         assert family.nll(f, y)[i] == pytest.approx(-float(log_prob(f[i], y[i], name, SIGMA2)))
-        score = torch.autograd.functional.jacobian(lambda t, i=i: -log_prob(t, y[i], name, SIGMA2), f[i])
+        score = torch.autograd.functional.jacobian(
+            lambda t, i=i: -log_prob(t, y[i], name, SIGMA2), f[i]
+        )
         torch.testing.assert_close(family.residual(f, y)[i], score)
         Lambda = output_fisher(f[i], y[i], name, SIGMA2)
         torch.testing.assert_close(family.product(f, u)[i], Lambda @ u[i])
@@ -49,7 +51,8 @@ def test_kl_is_that_of_the_distribution_and_half_the_fisher_form_for_a_small_cha
     f, _ = draw(name)
     other = f + 0.3 * torch.randn_like(f)
     truth = torch.distributions.kl_divergence(
-        DISTRIBUTIONS[name](f, torch.tensor(SIGMA2)), DISTRIBUTIONS[name](other, torch.tensor(SIGMA2))
+        DISTRIBUTIONS[name](f, torch.tensor(SIGMA2)),
+        DISTRIBUTIONS[name](other, torch.tensor(SIGMA2)),
     )
     torch.testing.assert_close(family.kl(f, other), truth)
     small = 1e-4 * torch.randn_like(f)
@@ -66,14 +69,21 @@ def test_samples_have_the_fisher_as_their_score_covariance(name):
     scores = family.residual(many, family.sample(many, generator))
     Lambda = output_fisher(f[0], draw(name, n=1, c=3)[1][0], name, SIGMA2)
     assert float((scores.mean(0)).abs().max()) < 0.02 * float(Lambda.diagonal().max()) ** 0.5
-    torch.testing.assert_close(scores.T @ scores / len(many), Lambda, rtol=0.03, atol=0.02 * float(Lambda.abs().max()))
+    torch.testing.assert_close(
+        scores.T @ scores / len(many), Lambda, rtol=0.03, atol=0.02 * float(Lambda.abs().max())
+    )
 
 
 def test_ignored_targets_contribute_nothing():
     family = likelihood("categorical")
     f, y = draw("categorical")
     y[2] = -100
-    for values in (family.nll(f, y), family.residual(f, y), family.whitened(f, y), family.chi_squared(f, y)):
+    for values in (
+        family.nll(f, y),
+        family.residual(f, y),
+        family.whitened(f, y),
+        family.chi_squared(f, y),
+    ):
         assert float(values[2].abs().sum()) == 0
         assert float(values[3].abs().sum()) > 0
     mask = family.mask(y)
@@ -84,13 +94,28 @@ def test_ignored_targets_contribute_nothing():
 @pytest.mark.parametrize(
     ("name", "f", "y", "message"),
     [
-        ("categorical", torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.long), "class targets must have shape"),
+        (
+            "categorical",
+            torch.zeros(4, 3),
+            torch.zeros(4, 3, dtype=torch.long),
+            "class targets must have shape",
+        ),
         ("categorical", torch.zeros(4, 3), torch.zeros(4), "integer class targets"),
         ("categorical", torch.zeros(4, 3), torch.tensor([0, 1, 2, 3]), "must lie in 0 … 2"),
         ("categorical", torch.zeros(2, 3), torch.tensor([-100, -100]), "every target is ignored"),
         ("categorical", torch.zeros(4), torch.zeros(4, dtype=torch.long), r"logits \(n, c\)"),
-        ("categorical", torch.zeros(4, 1), torch.zeros(4, dtype=torch.long), "likelihood='bernoulli'"),
-        ("categorical", torch.zeros(4, 3, dtype=torch.long), torch.zeros(4, dtype=torch.long), "int64 of shape"),
+        (
+            "categorical",
+            torch.zeros(4, 1),
+            torch.zeros(4, dtype=torch.long),
+            "likelihood='bernoulli'",
+        ),
+        (
+            "categorical",
+            torch.zeros(4, 3, dtype=torch.long),
+            torch.zeros(4, dtype=torch.long),
+            "int64 of shape",
+        ),
         ("bernoulli", torch.zeros(4, 2), torch.zeros(4, 3), "targets of the outputs' shape"),
         ("bernoulli", torch.zeros(4, 2), torch.full((4, 2), 2.0), "between 0 and 1"),
         ("gaussian", torch.zeros(4, 2), torch.full((4, 2), torch.nan), "NaN or infinity"),
@@ -117,7 +142,9 @@ def test_probabilities_of_few_and_of_many_classes(shape):
     y = torch.arange(f[..., 0].numel()).view(shape[:-1]) % shape[-1]
     y.flatten()[1] = -100
     expected = f.softmax(-1) - torch.nn.functional.one_hot(y.clamp_min(0), shape[-1])
-    torch.testing.assert_close(family.residual(f, y), torch.where((y == -100).unsqueeze(-1), 0.0, expected))
+    torch.testing.assert_close(
+        family.residual(f, y), torch.where((y == -100).unsqueeze(-1), 0.0, expected)
+    )
     p = f.softmax(-1)
     torch.testing.assert_close(family.product(f, f), p * (f - (p * f).sum(-1, keepdim=True)))
 

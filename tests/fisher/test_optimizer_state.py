@@ -1,4 +1,5 @@
-"""The optimizer-state metric: step scalars against dense float64, invariances of §9, and the metric interface."""
+"""The optimizer-state metric: step scalars against dense float64, invariances of §9, and the metric
+interface."""
 
 import math
 
@@ -24,7 +25,11 @@ from thermo_opt.fisher.optimizer_state import (
 
 def _moments(size, seed, dtype=torch.float32, zeros=0.0):
     g = torch.Generator().manual_seed(seed)
-    grads = torch.randn(20, size, generator=g, dtype=torch.float64) * torch.rand(size, generator=g).double() * 1e-2
+    grads = (
+        torch.randn(20, size, generator=g, dtype=torch.float64)
+        * torch.rand(size, generator=g).double()
+        * 1e-2
+    )
     m, v = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
     for row in grads:
         m, v = 0.9 * m + 0.1 * row, 0.99 * v + 0.01 * row**2
@@ -69,7 +74,9 @@ def test_fused_pass_agrees_with_dense_float64(batch_size, size, zeros):
     assert mine.delta == pytest.approx(truth["delta"], rel=1e-6)
     assert abs(mine.d - truth["d"]) <= 1e-6 * truth["scale_d"]
     assert mine.null_decrease == pytest.approx(truth["null_decrease"], abs=1e-12)
-    assert adam_alignment([tensors[2]], [tensors[3]]) == pytest.approx(truth["adam_alignment"], rel=2e-6)
+    assert adam_alignment([tensors[2]], [tensors[3]]) == pytest.approx(
+        truth["adam_alignment"], rel=2e-6
+    )
     np.testing.assert_allclose(developed.numpy(), truth["developed"], rtol=2e-5, atol=1e-9)
 
 
@@ -106,7 +113,9 @@ def test_adams_own_step_has_the_alignment_of_the_formula():
     (theta, _, m, v), bias = _moments(400, 5, torch.float64)
     step = (m / bias["bias1"]) / (v / bias["bias2"]).sqrt()
     s = step_scalars(theta, theta - 1e-3 * step, m, v, **bias)
-    assert s.d**2 / (s.a * s.delta) == pytest.approx(adam_alignment([m[:100], m[100:]], [v[:100], v[100:]]), rel=1e-8)
+    assert s.d**2 / (s.a * s.delta) == pytest.approx(
+        adam_alignment([m[:100], m[100:]], [v[:100], v[100:]]), rel=1e-8
+    )
 
 
 def test_developed_displacement_is_no_longer_than_the_path():
@@ -124,7 +133,10 @@ def test_developed_displacement_is_no_longer_than_the_path():
 def test_scalars_add_over_slices_and_other_dtypes_and_layouts_are_read():
     tensors, bias = _moments(1200, 9, torch.float64)
     whole = step_scalars(*tensors, **bias, batch_size=4)
-    parts = [step_scalars(*(t[i : i + 300] for t in tensors), **bias, batch_size=4) for i in range(0, 1200, 300)]
+    parts = [
+        step_scalars(*(t[i : i + 300] for t in tensors), **bias, batch_size=4)
+        for i in range(0, 1200, 300)
+    ]
     np.testing.assert_allclose(total(parts), whole, rtol=1e-12)
     turned = [t.reshape(30, 40).T for t in tensors]
     np.testing.assert_allclose(step_scalars(*turned, **bias, batch_size=4), whole, rtol=1e-12)
@@ -163,7 +175,9 @@ def test_metric_of_a_torch_optimizer():
     metric = optimizer_state(model, optimizer=optimizer, batch_size=8, damping=1e-4)
     F = torch.cat(
         [
-            diagonal_fisher(s["exp_avg"], s["exp_avg_sq"], bias1=1 - 0.8**4, bias2=1 - 0.95**4, batch_size=8).flatten()
+            diagonal_fisher(
+                s["exp_avg"], s["exp_avg_sq"], bias1=1 - 0.8**4, bias2=1 - 0.95**4, batch_size=8
+            ).flatten()
             for s in (optimizer.state[p] for p in model.parameters())
         ]
     )
@@ -186,9 +200,13 @@ def test_a_path_in_pieces_is_its_steps_one_by_one(batch_size):
     for theta, m, v in tensors:
         pieces = zip(*(t.split(CHUNK) for t in (theta, m, v)), strict=True)
         steps.append(Step(pieces, **bias))
-    found = path_scalars(iter(theta0.split(CHUNK)), steps, batch_size=batch_size, developed=together)
+    found = path_scalars(
+        iter(theta0.split(CHUNK)), steps, batch_size=batch_size, developed=together
+    )
     for (theta, m, v), mine in zip(tensors, found, strict=True):
-        assert mine == step_scalars(theta0, theta, m, v, **bias, batch_size=batch_size, developed=apart)
+        assert mine == step_scalars(
+            theta0, theta, m, v, **bias, batch_size=batch_size, developed=apart
+        )
         theta0 = theta
     assert torch.equal(together, apart)
 
@@ -196,5 +214,7 @@ def test_a_path_in_pieces_is_its_steps_one_by_one(batch_size):
 def test_empty_tensors_count_nothing():
     nothing = torch.zeros(0, 3)
     for batch_size in (None, 8):
-        found = step_scalars(nothing, nothing, nothing, nothing, bias1=0.5, bias2=0.5, batch_size=batch_size)
+        found = step_scalars(
+            nothing, nothing, nothing, nothing, bias1=0.5, bias2=0.5, batch_size=batch_size
+        )
         assert found == (0, 0, 0, 0)

@@ -10,11 +10,13 @@ from torch import nn
 
 from thermo_opt.errors import InputError
 from thermo_opt.fisher import certificate, make, ridge
+from thermo_opt.fisher.certificate import gradient_norm
 from thermo_opt.fisher.metric import flatten
 
 
 def random_case(rng):
-    """S (N, P), ρ and λ: ranks from 1 to full, SᵀS of condition up to 1e10, λ from 1e-10 of its norm to as large."""
+    """S (N, P), ρ and λ: ranks from 1 to full, SᵀS of condition up to 1e10, λ from 1e-10 of its
+    norm to as large."""
     outputs, size = (int(k) for k in rng.integers(1, 13, 2))
     rank = int(rng.integers(1, min(outputs, size) + 1))
     left = np.linalg.qr(rng.normal(size=(outputs, outputs)))[0][:, :rank]
@@ -43,7 +45,13 @@ def solve(S, rho, damping, chosen, **options):
         where = torch.from_numpy(chosen)
         known = ridge.KnownRows(matrix[where], where, damping)
     return ridge.brackets(
-        lambda v: matrix @ v, lambda u: matrix.T @ u, vector, damping, known=known, max_iterations=40, **options
+        lambda v: matrix @ v,
+        lambda u: matrix.T @ u,
+        vector,
+        damping,
+        known=known,
+        max_iterations=40,
+        **options,
     )
 
 
@@ -55,7 +63,9 @@ def test_brackets_contain_the_truth_and_shrink_whichever_rows_are_known():
         chosen = rng.random(len(rho)) < [0.0, 0.3, 0.6, 1.0][case % 4]
         previous = ridge.Bracket(0.0, math.inf)
         for bracket in solve(S, rho, damping, chosen):
-            assert bracket.lower <= truth <= bracket.upper  # no tolerance: the bracket must be certain
+            assert (
+                bracket.lower <= truth <= bracket.upper
+            )  # no tolerance: the bracket must be certain
             assert bracket.lower >= previous.lower
             assert bracket.upper <= previous.upper
             previous = bracket
@@ -77,9 +87,18 @@ def test_products_rounded_to_float32_still_give_certain_brackets():
             return (matrix.float().T @ u.float()).double()
 
         where = torch.from_numpy(rng.random(len(rho)) < 0.3 * (case % 2))
-        known = ridge.KnownRows(matrix.float().double()[where], where, damping) if bool(where.any()) else None
+        known = (
+            ridge.KnownRows(matrix.float().double()[where], where, damping)
+            if bool(where.any())
+            else None
+        )
         for bracket in ridge.brackets(
-            push, pull, torch.from_numpy(rho), damping, known=known, roundoff=torch.finfo(torch.float32).eps
+            push,
+            pull,
+            torch.from_numpy(rho),
+            damping,
+            known=known,
+            roundoff=torch.finfo(torch.float32).eps,
         ):
             assert bracket.lower <= truth <= bracket.upper
 
@@ -105,7 +124,9 @@ def test_zero_residual_zero_scores_and_products_that_are_not_finite():
     with pytest.raises(InputError, match="not finite"):
         list(solve(np.full((3, 2), math.inf), np.ones(3), 0.1, none))
     with pytest.raises(ValueError, match="positive definite"):
-        ridge.KnownRows(torch.zeros(2, 2, dtype=torch.float64), torch.ones(2, dtype=torch.bool), 0.0)
+        ridge.KnownRows(
+            torch.zeros(2, 2, dtype=torch.float64), torch.ones(2, dtype=torch.bool), 0.0
+        )
 
 
 class Tagger(nn.Module):
@@ -135,7 +156,7 @@ def test_known_examples_of_masked_sequences_give_the_dense_truth(curvature, micr
             assert bracket.lower <= truth * (1 + 1e-9)
             assert bracket.upper >= truth * (1 - 1e-9)
         assert bracket.relative_width < 1e-6
-    assert metric.gradient_norm(1e-6, max_iterations=1, known=12).relative_width < 1e-6
+    assert gradient_norm(metric, 1e-6, max_iterations=1, known=12).relative_width < 1e-6
 
 
 def test_rows_are_formed_by_default_where_a_product_is_dear():

@@ -9,12 +9,15 @@ from thermo_opt.fisher import spectral
 
 
 def _matrix(size, rank, condition, seed, dtype=torch.float64):
-    """A PSD matrix with log-spaced eigenvalues from 1 down to 1/condition and exactly ``size − rank`` zeros."""
+    """A PSD matrix with log-spaced eigenvalues from 1 down to 1/condition and exactly ``size −
+    rank`` zeros."""
     g = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(size, size, generator=g, dtype=torch.float64)).Q
     values = torch.zeros(size, dtype=torch.float64)
     if rank:
-        values[:rank] = torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), rank, dtype=torch.float64)
+        values[:rank] = torch.logspace(
+            0, -torch.log10(torch.tensor(condition)).item(), rank, dtype=torch.float64
+        )
     return ((basis * values) @ basis.T).to(dtype)
 
 
@@ -25,7 +28,9 @@ def _matrix(size, rank, condition, seed, dtype=torch.float64):
     seed=st.integers(0, 10**6),
     single=st.booleans(),
 )
-def test_decomposition_is_orthogonal_non_negative_and_reconstructs(size, rank, exponent, seed, single):
+def test_decomposition_is_orthogonal_non_negative_and_reconstructs(
+    size, rank, exponent, seed, single
+):
     dtype = torch.float32 if single else torch.float64
     matrix = _matrix(size, min(rank, size), 10.0**exponent, seed, dtype)
     spectrum = spectral.eigh(matrix)
@@ -35,7 +40,9 @@ def test_decomposition_is_orthogonal_non_negative_and_reconstructs(size, rank, e
     assert float(spectrum.eigenvalues.min()) >= 0
     assert bool((spectrum.eigenvalues.diff() >= 0).all())
     identity = torch.eye(size, dtype=dtype)
-    torch.testing.assert_close(spectrum.basis.T @ spectrum.basis, identity, rtol=0, atol=50 * size * eps)
+    torch.testing.assert_close(
+        spectrum.basis.T @ spectrum.basis, identity, rtol=0, atol=50 * size * eps
+    )
     again = (spectrum.basis * spectrum.eigenvalues) @ spectrum.basis.T
     torch.testing.assert_close(again, matrix, rtol=0, atol=50 * size * eps)
 
@@ -53,7 +60,9 @@ def test_condition_1e12_in_float32_gives_a_finite_bounded_pseudo_inverse():
     """What float32 cannot resolve is truncated, not inverted: |F⁺g| ≤ |g| / cut."""
     for seed in range(50):
         spectrum = spectral.eigh(_matrix(30, 30, 1e12, seed, torch.float32))
-        cut = spectral.threshold(float(spectrum.eigenvalues.max()), spectral.default_rtol(30, torch.float32))
+        cut = spectral.threshold(
+            float(spectrum.eigenvalues.max()), spectral.default_rtol(30, torch.float32)
+        )
         inverse = spectral.inverse(spectrum.eigenvalues, 0.0, cut)
         assert bool(torch.isfinite(inverse).all())
         assert float(inverse.max()) <= 1 / cut
@@ -149,7 +158,9 @@ def test_orthogonal_iteration_converges_and_survives_failure(monkeypatch):
     spectrum = spectral.orthogonal_iteration(matrix, start, steps=200)
     truth = spectral.eigh(matrix).eigenvalues
     torch.testing.assert_close(spectrum.eigenvalues.sort().values, truth, rtol=1e-8, atol=1e-12)
-    assert spectral.orthogonal_iteration(matrix, start).eigenvalues.sum() == pytest.approx(float(matrix.trace()))
+    assert spectral.orthogonal_iteration(matrix, start).eigenvalues.sum() == pytest.approx(
+        float(matrix.trace())
+    )
     bad = spectral.orthogonal_iteration(matrix * float("nan"), start)
     assert torch.equal(bad.basis, start)
     assert bad.note

@@ -1,4 +1,5 @@
-"""Closed forms of the families against SciPy's quadrature, geomstats and the definition of the metric."""
+"""Closed forms of the families against SciPy's quadrature, geomstats and the definition of the
+metric."""
 
 import itertools
 
@@ -9,8 +10,8 @@ from hypothesis import strategies as st
 from scipy import integrate, linalg
 
 from thermo_opt.errors import InputError
-from thermo_opt.manifold import families as fam
 from thermo_opt.manifold import fisher_rao
+from thermo_opt.theory import families as fam
 
 COVARIANCE = np.array([[2.0, 0.3], [0.3, 0.5]])
 FAMILIES = {
@@ -25,7 +26,11 @@ FAMILIES = {
     "normal-covariance": (fam.normal_covariance(2), [1.0, 0.3, 2.0], [0.5, -0.4, 1.5]),
 }
 CASES = [pytest.param(f, np.array(p), np.array(q), id=name) for name, (f, p, q) in FAMILIES.items()]
-CHARTS = [pytest.param(f, c, np.array(p), id=f"{n}/{c}") for n, (f, p, _) in FAMILIES.items() for c in f.charts]
+CHARTS = [
+    pytest.param(f, c, np.array(p), id=f"{n}/{c}")
+    for n, (f, p, _) in FAMILIES.items()
+    for c in f.charts
+]
 
 
 def jacobian(function, at, h=1e-3):
@@ -35,7 +40,10 @@ def jacobian(function, at, h=1e-3):
         e = np.zeros(len(at))
         e[i] = h * (abs(at[i]) or 1e-3)
         weights = {1: 4 / 5, 2: -1 / 5, 3: 4 / 105, 4: -1 / 280}
-        columns.append(sum(w * (function(at + k * e) - function(at - k * e)) for k, w in weights.items()) / e[i])
+        columns.append(
+            sum(w * (function(at + k * e) - function(at - k * e)) for k, w in weights.items())
+            / e[i]
+        )
     return np.stack(columns, axis=-1)
 
 
@@ -51,7 +59,9 @@ def test_distance_is_the_length_of_the_geodesic_and_its_speed_is_constant(family
     speeds = np.array([speed(0.5 + 0.45 * x) for x in nodes])
     assert weights @ speeds / 2 == pytest.approx(distance, rel=1e-9)
     np.testing.assert_allclose(speeds, distance, rtol=1e-8)
-    np.testing.assert_allclose(family.geodesic(p, q, np.array([0.0, 1.0])), [p, q], rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(
+        family.geodesic(p, q, np.array([0.0, 1.0])), [p, q], rtol=1e-10, atol=1e-12
+    )
     assert family.distance(q, p) == pytest.approx(distance, rel=1e-12)
 
 
@@ -62,7 +72,9 @@ def test_one_parameter_distances_are_integrals_of_the_root_metric(family, p, q):
     assert sum(pieces) == pytest.approx(family.distance(p, q), rel=1e-10)
     if family.dimension == 1:
         root = integrate.quad(
-            lambda x: np.sqrt(family.metric(np.array([x]))[0, 0]), *sorted([p[0], q[0]]), epsabs=1e-13
+            lambda x: np.sqrt(family.metric(np.array([x]))[0, 0]),
+            *sorted([p[0], q[0]]),
+            epsabs=1e-13,
         )
         assert family.distance(p, q) == pytest.approx(root[0], abs=1e-10)
 
@@ -72,7 +84,9 @@ def test_metric_and_gradient_are_the_derivatives_of_the_divergence(family, p, q)
     gradient = jacobian(lambda x: np.array([family.divergence(p, x)]), q)[0]
     np.testing.assert_allclose(family.divergence_gradient(p, q), gradient, rtol=1e-8, atol=1e-9)
     hessian = jacobian(lambda x: family.divergence_gradient(p, x), p)
-    np.testing.assert_allclose(family.metric(p), hessian, rtol=1e-8, atol=1e-8 * np.abs(hessian).max())
+    np.testing.assert_allclose(
+        family.metric(p), hessian, rtol=1e-8, atol=1e-8 * np.abs(hessian).max()
+    )
     assert family.divergence(p, p) == pytest.approx(0, abs=1e-14)
 
 
@@ -82,7 +96,9 @@ def test_charts_invert_and_their_jacobians_are_derivatives(family, chart, p):
     phi = c.from_canonical(p)
     np.testing.assert_allclose(c.to_canonical(phi), p, rtol=1e-12)
     expected = jacobian(c.to_canonical, phi)
-    np.testing.assert_allclose(c.jacobian(phi), expected, rtol=1e-8, atol=1e-8 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        c.jacobian(phi), expected, rtol=1e-8, atol=1e-8 * np.abs(expected).max()
+    )
     np.testing.assert_allclose(family.from_expectation(family.expectation(p)), p, rtol=1e-12)
 
 
@@ -101,19 +117,27 @@ def test_natural_flow_solves_its_equation(family, p, q):
     for t in (0.1, 1.0, 3.0):
         theta = family.natural_flow(p, q, t)[0]
         expected = -np.linalg.solve(family.metric(theta), family.divergence_gradient(q, theta))
-        np.testing.assert_allclose(velocity(t), expected, rtol=1e-7, atol=1e-9 * np.abs(expected).max() + 1e-10)
+        np.testing.assert_allclose(
+            velocity(t), expected, rtol=1e-7, atol=1e-9 * np.abs(expected).max() + 1e-10
+        )
 
 
 def test_known_values():
-    assert fam.bernoulli().distance(np.array([0.25]), np.array([0.75])) == pytest.approx(np.pi / 3, abs=1e-14)
-    assert fam.poisson().distance(np.array([1.0]), np.array([4.0])) == 2
-    assert fam.exponential().distance(np.array([1.0]), np.array([np.e])) == pytest.approx(1, abs=1e-15)
-    # along σ alone the normal's metric is 2(dσ/σ)²
-    assert fam.normal().distance(np.array([0.0, 1]), np.array([0.0, np.e])) == pytest.approx(np.sqrt(2), abs=1e-14)
-    whitened = linalg.solve(COVARIANCE, [2.0, -2.0])
-    assert fam.normal_mean(COVARIANCE).distance(np.array([0.0, 1]), np.array([2.0, -1])) == pytest.approx(
-        np.sqrt(whitened @ [2.0, -2.0]), abs=1e-13
+    assert fam.bernoulli().distance(np.array([0.25]), np.array([0.75])) == pytest.approx(
+        np.pi / 3, abs=1e-14
     )
+    assert fam.poisson().distance(np.array([1.0]), np.array([4.0])) == 2
+    assert fam.exponential().distance(np.array([1.0]), np.array([np.e])) == pytest.approx(
+        1, abs=1e-15
+    )
+    # along σ alone the normal's metric is 2(dσ/σ)²
+    assert fam.normal().distance(np.array([0.0, 1]), np.array([0.0, np.e])) == pytest.approx(
+        np.sqrt(2), abs=1e-14
+    )
+    whitened = linalg.solve(COVARIANCE, [2.0, -2.0])
+    assert fam.normal_mean(COVARIANCE).distance(
+        np.array([0.0, 1]), np.array([2.0, -1])
+    ) == pytest.approx(np.sqrt(whitened @ [2.0, -2.0]), abs=1e-13)
 
 
 def test_small_distances_keep_their_digits():
@@ -144,7 +168,10 @@ def test_against_geomstats(monkeypatch):
     from geomstats.information_geometry.binomial import BinomialDistributions
     from geomstats.information_geometry.categorical import CategoricalDistributions
     from geomstats.information_geometry.exponential import ExponentialDistributions
-    from geomstats.information_geometry.normal import CenteredNormalDistributions, UnivariateNormalDistributions
+    from geomstats.information_geometry.normal import (
+        CenteredNormalDistributions,
+        UnivariateNormalDistributions,
+    )
     from geomstats.information_geometry.poisson import PoissonDistributions
 
     def matrix(x):

@@ -1,4 +1,5 @@
-"""Distances, certificates and the frontier against mpmath, SciPy and the closed forms of THEORY §4, §5, §10."""
+"""Distances, certificates and the frontier against mpmath, SciPy and the closed forms of THEORY §4,
+§5, §10."""
 
 import mpmath as mp
 import numpy as np
@@ -9,7 +10,7 @@ from scipy.optimize import minimize
 
 import thermo_opt as to
 from thermo_opt.errors import InputError
-from thermo_opt.manifold import chi_squared, embed, log_frontier_distance, move, trajectory_map
+from thermo_opt.manifold import chi_squared, embed, log_least_distance, move, trajectory_map
 
 mp.mp.dps = 60
 seeds = st.integers(0, 2**32 - 1)
@@ -20,7 +21,9 @@ def exact_distance(z, w):
         e = [mp.e ** mp.mpf(float(x)) for x in v]
         return [x / sum(e) for x in e]
 
-    return float(2 * mp.acos(sum(mp.sqrt(a * b) for a, b in zip(softmax(z), softmax(w), strict=True))))
+    return float(
+        2 * mp.acos(sum(mp.sqrt(a * b) for a, b in zip(softmax(z), softmax(w), strict=True)))
+    )
 
 
 @pytest.mark.parametrize("shift", [3e-7, 1e-4, 0.3, 40.0])
@@ -87,7 +90,9 @@ def test_gaussian_distance_is_mahalanobis():
     rng = np.random.default_rng(0)
     f, g = rng.normal(size=(2, 8, 3))
     expected = np.sqrt(np.mean(np.sum((f - g) ** 2, axis=1)) / 0.3)
-    assert to.fisher_rao(f, g, likelihood="gaussian", sigma2=0.3) == pytest.approx(expected, rel=1e-12)
+    assert to.fisher_rao(f, g, likelihood="gaussian", sigma2=0.3) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 @given(seeds)
@@ -120,7 +125,9 @@ def test_gaussian_move():
     rng = np.random.default_rng(1)
     f, g, y = rng.normal(size=(3, 5, 2))
     step = move(
-        embed(f, y, likelihood="gaussian", sigma2=0.5), embed(g, y, likelihood="gaussian", sigma2=0.5), "gaussian"
+        embed(f, y, likelihood="gaussian", sigma2=0.5),
+        embed(g, y, likelihood="gaussian", sigma2=0.5),
+        "gaussian",
     )
     assert step.a == pytest.approx(np.mean(np.sum((f - g) ** 2, axis=1)) / 0.5)
     assert step.d == pytest.approx(np.mean(np.sum((y - f) * (g - f), axis=1)) / 0.5)
@@ -153,7 +160,9 @@ def test_frontier_against_constrained_optimisation(seed, share):
         method="SLSQP",
         options={"ftol": 1e-14, "maxiter": 500},
     )
-    assert to.frontier_distance(np.cos(phi) ** 2, target) == pytest.approx(2 * np.sqrt(best.fun), rel=1e-6)
+    assert to.least_distance(np.cos(phi) ** 2, target) == pytest.approx(
+        2 * np.sqrt(best.fun), rel=1e-6
+    )
 
 
 @given(seeds)
@@ -162,20 +171,20 @@ def test_no_predictions_reach_the_loss_nearer_than_the_frontier(seed):
     z, w = rng.normal(size=(2, 9, 4)) * 2
     y = rng.integers(0, 4, size=9)
     start, end = embed(z, y), embed(w, y)
-    least = log_frontier_distance(2 * start.log_amplitude_y, end.mean_loss)
+    least = log_least_distance(2 * start.log_amplitude_y, end.mean_loss)
     assert least <= to.fisher_rao(z, w, kind="logits") * (1 + 1e-9)
 
 
 def test_frontier_ends():
     p = np.array([0.2, 0.5, 0.9])
-    assert to.frontier_distance(p, 5.0) == 0.0
+    assert to.least_distance(p, 5.0) == 0.0
     whole = 2 * np.sqrt(np.mean(np.arccos(np.sqrt(p)) ** 2))
-    assert to.frontier_distance(p, 0.0) == pytest.approx(whole)
-    assert to.frontier_distance(p, 1e-12) == pytest.approx(whole, rel=1e-5)
-    distances = [to.frontier_distance(p, loss) for loss in np.geomspace(1e-6, 0.7, 30)]
+    assert to.least_distance(p, 0.0) == pytest.approx(whole)
+    assert to.least_distance(p, 1e-12) == pytest.approx(whole, rel=1e-5)
+    distances = [to.least_distance(p, loss) for loss in np.geomspace(1e-6, 0.7, 30)]
     assert np.all(np.diff(distances) < 0)
     # from certainty of the wrong class: one angle each, known in closed form
-    assert to.frontier_distance(np.zeros(3), np.log(2)) == pytest.approx(2 * (np.pi / 2 - np.pi / 4))
+    assert to.least_distance(np.zeros(3), np.log(2)) == pytest.approx(2 * (np.pi / 2 - np.pi / 4))
 
 
 def test_map_keeps_every_distance_of_a_flat_picture():
@@ -206,8 +215,8 @@ def test_map_keeps_every_distance_of_a_flat_picture():
         (lambda: embed(np.zeros((2, 3)), likelihood="cauchy"), "unknown"),
         (lambda: embed(np.zeros((2, 1)), np.array([[0.5], [1]]), likelihood="bernoulli"), "0 or 1"),
         (lambda: embed(np.zeros((2, 1)), likelihood="gaussian", sigma2=0.0), "sigma2"),
-        (lambda: to.frontier_distance([0.5], -1.0), "target loss"),
-        (lambda: to.frontier_distance([1.5], 0.1), "p_y"),
+        (lambda: to.least_distance([0.5], -1.0), "target loss"),
+        (lambda: to.least_distance([1.5], 0.1), "p_y"),
     ],
 )
 def test_bad_input_is_refused_with_a_sentence(call, said):

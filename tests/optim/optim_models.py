@@ -36,12 +36,16 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.tokens(x) + self.positions(torch.arange(x.shape[1])))))
+        return self.head(
+            self.norm(self.blocks(self.tokens(x) + self.positions(torch.arange(x.shape[1]))))
+        )
 
 
 def mlp(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 10))
+    return nn.Sequential(
+        nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 10)
+    )
 
 
 def cnn(seed: int = 0) -> nn.Module:
@@ -63,10 +67,13 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def noisy(data: tuple[Tensor, Tensor], share: float = 0.3) -> tuple[Tensor, Tensor]:
-    """The same inputs with a share of the labels drawn at random, so that no model gets certain of them all."""
+    """The same inputs with a share of the labels drawn at random, so that no model gets certain of
+    them all."""
     generator = torch.Generator().manual_seed(0)
     random = torch.randint(10, data[1].shape, generator=generator)
-    return data[0], torch.where(torch.rand(data[1].shape, generator=generator) < share, random, data[1])
+    return data[0], torch.where(
+        torch.rand(data[1].shape, generator=generator) < share, random, data[1]
+    )
 
 
 def images() -> tuple[Tensor, Tensor]:

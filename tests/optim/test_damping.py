@@ -44,7 +44,8 @@ def test_what_is_asked_for_is_used(metric, given, used) -> None:
 
 
 class Mixed(nn.Module):
-    """Every kind of unit: a table, stacked linear layers and normalisations, a grouped convolution, and a parameter of its own."""
+    """Every kind of unit: a table, stacked linear layers and normalisations, a grouped convolution,
+    and a parameter of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +94,9 @@ def test_traces_are_those_of_the_whole_matrices(metric: str) -> None:
         assert float(trace) == pytest.approx(whole, rel=1e-5)
         total += whole
     size = sum(p.numel() for p in model.parameters())
-    assert optimizer.last_step["damping"] == pytest.approx(max(10 * total / size / 40, LEAST), rel=1e-5)
+    assert optimizer.last_step["damping"] == pytest.approx(
+        max(10 * total / size / 40, LEAST), rel=1e-5
+    )
     assert len(curvature.units) == (6 if metric == "kfac" else 8)
 
 

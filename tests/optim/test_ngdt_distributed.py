@@ -18,7 +18,9 @@ STEPS = 12
 
 def join(rank: int, count: int, path: str) -> None:
     """Meet the other processes at a file: a port found free may be taken by the time they do."""
-    dist.init_process_group("gloo", init_method=f"file://{path}/meeting", rank=rank, world_size=count)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{path}/meeting", rank=rank, world_size=count
+    )
 
 
 def leave() -> None:
@@ -61,7 +63,13 @@ def run(rank: int, count: int, path: str, metric: str, settled: int) -> None:
     model = models.mlp().double()
     called = DistributedDataParallel(model) if count > 1 else model
     optimizer = to.NGDT(
-        called, budget=1e-2, metric=metric, rows=None, calibration_predictions=None, refresh_every=4, overhead=1e9
+        called,
+        budget=1e-2,
+        metric=metric,
+        rows=None,
+        calibration_predictions=None,
+        refresh_every=4,
+        overhead=1e9,
     )
     data = models.digits()
     for step in range(STEPS):
@@ -71,18 +79,24 @@ def run(rank: int, count: int, path: str, metric: str, settled: int) -> None:
         models.loss(called(x), y).backward()
         optimizer.step()
     flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    torch.save({"weights": flat, "kappa": optimizer.last_step["kappa"]}, f"{path}/{count}-{rank}.pt")
+    torch.save(
+        {"weights": flat, "kappa": optimizer.last_step["kappa"]}, f"{path}/{count}-{rank}.pt"
+    )
     if count > 1:
         leave()
 
 
 @pytest.mark.parametrize(("metric", "settled"), [("kfac", 30), ("ekfac", 30), ("ekfac", 2)])
-def test_two_processes_equal_one(metric: str, settled: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_equal_one(
+    metric: str, settled: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``settled``: from which observation on EKFAC's bases follow by warm starts."""
     monkeypatch.setattr(kronecker_unit, "SETTLED", settled)
     run(0, 1, str(tmp_path), metric, settled)
     mp.spawn(run, args=(2, str(tmp_path), metric, settled), nprocs=2)
-    one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    one, first, second = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")
+    )
     torch.testing.assert_close(first["weights"], second["weights"], rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(first["weights"], one["weights"], rtol=1e-5, atol=1e-5)
     assert first["kappa"] == pytest.approx(one["kappa"], rel=1e-5)

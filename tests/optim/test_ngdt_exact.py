@@ -21,7 +21,8 @@ def classifier(seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def fisher(model: nn.Module, x: Tensor) -> Tensor:
-    """Dense true Fisher of a softmax classifier, from per-output gradients (nothing of the package)."""
+    """Dense true Fisher of a softmax classifier, from per-output gradients (nothing of the
+    package)."""
     params = list(model.parameters())
     outputs = model(x)
     total = 0.0
@@ -39,16 +40,26 @@ def flat(model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("metric", ["exact", "dense", "low-rank"])
 @pytest.mark.parametrize(("momentum", "decay"), [(0.0, 0.0), (0.7, 0.0), (0.7, 0.1)])
-def test_every_step_dissipates_exactly_the_budget(metric: str, momentum: float, decay: float) -> None:
+def test_every_step_dissipates_exactly_the_budget(
+    metric: str, momentum: float, decay: float
+) -> None:
     model, x, y = classifier()
     damping = 1e-3
     optimizer = to.NGDT(
-        model, budget=3e-3, metric=metric, damping=damping, momentum=momentum, weight_decay=decay, eta_max=1e6
+        model,
+        budget=3e-3,
+        metric=metric,
+        damping=damping,
+        momentum=momentum,
+        weight_decay=decay,
+        eta_max=1e6,
     )
     for _ in range(8):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
-        metric_before = fisher(model, x) + damping * torch.eye(len(flat(model)), dtype=torch.float64)
+        metric_before = fisher(model, x) + damping * torch.eye(
+            len(flat(model)), dtype=torch.float64
+        )
         before = flat(model)
         optimizer.step()
         step = flat(model) - before
@@ -92,7 +103,11 @@ def test_steps_align_with_the_exact_natural_gradient() -> None:
         before = flat(net)
         opt.step()
         step = flat(net) - before
-        d, a, delta = -float(g @ step), float(step @ damped @ step), float(g @ torch.linalg.solve(damped, g))
+        d, a, delta = (
+            -float(g @ step),
+            float(step @ damped @ step),
+            float(g @ torch.linalg.solve(damped, g)),
+        )
         scores[name] = d * abs(d) / (a * delta)
     assert scores["ngdt"] >= 0.99
     assert scores["adam"] < scores["ngdt"]
@@ -125,7 +140,8 @@ def test_linear_gaussian_models_reach_the_optimum_in_one_step(metric: str) -> No
 
 
 class Mixed(nn.Module):
-    """A linear layer whose weight is W = Θ M for a fixed invertible M: the same functions in other coordinates."""
+    """A linear layer whose weight is W = Θ M for a fixed invertible M: the same functions in other
+    coordinates."""
 
     def __init__(self, weight: Tensor, bias: Tensor, mixing: Tensor) -> None:
         super().__init__()
@@ -152,7 +168,12 @@ def test_trajectory_is_the_same_in_any_linear_coordinates_of_a_layer(momentum: f
     outputs = []
     for model in (plain, mixed):
         optimizer = to.NGDT(
-            model, budget=3e-4, metric="dense", null_space="none", momentum=momentum, likelihood="gaussian"
+            model,
+            budget=3e-4,
+            metric="dense",
+            null_space="none",
+            momentum=momentum,
+            likelihood="gaussian",
         )
         for _ in range(15):
             optimizer.zero_grad()
@@ -173,7 +194,8 @@ def _random_fisher(
 
 
 def test_ten_thousand_rank_deficient_fishers() -> None:
-    """Finite, within budget, and the null component is the projection onto the truncated eigenvectors (THEORY §7)."""
+    """Finite, within budget, and the null component is the projection onto the truncated
+    eigenvectors (THEORY §7)."""
     rng = np.random.default_rng(0)
     rule = Dissipation(0.1, eta_max=1e12)
     for case in range(10_000):
@@ -194,18 +216,24 @@ def test_ten_thousand_rank_deficient_fishers() -> None:
         cut, eps = rtol * values.max(), torch.finfo(dtype).eps
         coordinates = basis.T @ null.double().numpy()
         exact = basis.T @ g.double().numpy()
-        # Eigenvectors on the two sides of the threshold are told apart up to rounding over their distance to it.
+        # Eigenvectors on the two sides of the threshold are told apart up to rounding over their
+        # distance to it.
         slack = (
-            50 * size * eps * values.max() / max(cut, 1e-300) * np.linalg.norm(exact) + 50 * eps if rank else 50 * eps
+            50 * size * eps * values.max() / max(cut, 1e-300) * np.linalg.norm(exact) + 50 * eps
+            if rank
+            else 50 * eps
         )
         slack = min(slack, 10.0)
         kept, lost = values > 100 * cut, values < 0.01 * cut if rank else np.ones(size, dtype=bool)
         assert np.all(
-            np.abs(coordinates[kept]) <= slack * cut / np.maximum(values[kept], 1e-300) + 1e-3 * slack + 50 * eps
+            np.abs(coordinates[kept])
+            <= slack * cut / np.maximum(values[kept], 1e-300) + 1e-3 * slack + 50 * eps
         )
         if kept.sum() + lost.sum() == size:
             assert np.allclose(coordinates[lost], exact[lost], atol=slack)
-            assert np.allclose(null.double() @ (g - null).double(), 0.0, atol=100 * eps * float(g @ g) + 1e-12)
+            assert np.allclose(
+                null.double() @ (g - null).double(), 0.0, atol=100 * eps * float(g @ g) + 1e-12
+            )
 
 
 def test_kronecker_threshold_acts_on_products_of_eigenvalues() -> None:
@@ -231,9 +259,16 @@ def test_kronecker_threshold_acts_on_products_of_eigenvalues() -> None:
 def test_hybrid_step_moves_freely_in_the_null_space_and_spends_nothing_there() -> None:
     torch.manual_seed(3)
     model = nn.Linear(6, 3).double()
-    x, y = torch.randn(2, 6, dtype=torch.float64), torch.tensor([0, 2])  # two examples: rank ≤ 4 of 21
-    optimizer = to.NGDT(model, budget=1e-3, metric="dense", null_space="hybrid", eta_null=0.5, momentum=0.0)
-    (F.cross_entropy(model(x), y) + 0.1 * model.weight.sum()).backward()  # a penalty puts gradient in the null space
+    x, y = (
+        torch.randn(2, 6, dtype=torch.float64),
+        torch.tensor([0, 2]),
+    )  # two examples: rank ≤ 4 of 21
+    optimizer = to.NGDT(
+        model, budget=1e-3, metric="dense", null_space="hybrid", eta_null=0.5, momentum=0.0
+    )
+    (
+        F.cross_entropy(model(x), y) + 0.1 * model.weight.sum()
+    ).backward()  # a penalty puts gradient in the null space
     g = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
     matrix, before = fisher(model, x), flat(model)
     optimizer.step()

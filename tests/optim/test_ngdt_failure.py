@@ -1,4 +1,5 @@
-"""Bad input is refused with a sentence; what goes wrong in training is skipped, counted and reported."""
+"""Bad input is refused with a sentence; what goes wrong in training is skipped, counted and
+reported."""
 
 import math
 import warnings
@@ -68,7 +69,10 @@ def test_models_that_cannot_be_trained() -> None:
     with pytest.raises(to.InputError, match="must not exceed 1"):
         to.NGDT(
             part,
-            params=[{"params": part[0].parameters(), "share": 0.7}, {"params": part[2].parameters(), "share": 0.7}],
+            params=[
+                {"params": part[0].parameters(), "share": 0.7},
+                {"params": part[2].parameters(), "share": 0.7},
+            ],
         )
 
 
@@ -136,7 +140,9 @@ def test_state_of_another_optimizer_or_model() -> None:
 @pytest.mark.parametrize("metric", ["kfac", "ekfac", "exact", "diagonal"])
 @pytest.mark.parametrize("where", ["gradient", "loss"])
 @pytest.mark.parametrize("before", [0, 3])
-def test_non_finite_steps_are_skipped_and_poison_nothing(metric: str, where: str, before: int) -> None:
+def test_non_finite_steps_are_skipped_and_poison_nothing(
+    metric: str, where: str, before: int
+) -> None:
     model = nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10))
     optimizer = to.NGDT(model, metric=metric)
     for number in range(before):
@@ -207,7 +213,9 @@ def test_an_inverse_that_fails_keeps_the_last_one() -> None:
 
 
 @pytest.mark.parametrize("metric", ["kfac", "ekfac"])
-def test_a_broken_eigensolver_does_not_stop_training(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_eigensolver_does_not_stop_training(
+    metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = models.mlp()
     optimizer = to.NGDT(model, metric=metric, budget=1e-2)
     for number in range(3):
@@ -227,7 +235,9 @@ def test_a_broken_eigensolver_does_not_stop_training(metric: str, monkeypatch: p
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
 
 
-def test_a_broken_warm_start_keeps_the_basis_and_is_decomposed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_warm_start_keeps_the_basis_and_is_decomposed_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(kronecker_unit, "SETTLED", 2)
     model = models.mlp()
     optimizer = to.NGDT(model, metric="ekfac", budget=1e-2)

@@ -29,7 +29,8 @@ def weights(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"metric": "ekfac"}, {"weight_decay": 0.05, "targets": "sampled"}, {"metric": "diagonal"}]
+    "options",
+    [{}, {"metric": "ekfac"}, {"weight_decay": 0.05, "targets": "sampled"}, {"metric": "diagonal"}],
 )
 def test_resume_is_bit_exact(options: dict, tmp_path: Path) -> None:
     options = {"budget": 5e-3, "refresh_every": 8, **options}
@@ -43,7 +44,12 @@ def test_resume_is_bit_exact(options: dict, tmp_path: Path) -> None:
     train(first, optimizer, range(50))
     path = tmp_path / "state.pt"
     torch.save(
-        {"model": first.state_dict(), "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}, path
+        {
+            "model": first.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+        },
+        path,
     )
 
     saved = torch.load(path, weights_only=True)
@@ -73,7 +79,9 @@ def test_closures_and_schedulers() -> None:
         values.append(optimizer.step(closure).item())
         scheduler.step()
     assert values[-1] < 0.6 * values[0]
-    assert optimizer.last_step["predicted"] < 1e-3  # the schedule has annealed lr, and with it lr²·budget
+    assert (
+        optimizer.last_step["predicted"] < 1e-3
+    )  # the schedule has annealed lr, and with it lr²·budget
 
 
 def test_accumulated_parts_equal_one_whole_batch() -> None:
@@ -207,7 +215,9 @@ def test_modules_used_twice_and_unused_parameters() -> None:
             self.last, self.never = nn.Linear(24, 10), nn.Linear(3, 3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.last(torch.tanh(self.shared(torch.tanh(self.shared(torch.tanh(self.first(x)))))))
+            return self.last(
+                torch.tanh(self.shared(torch.tanh(self.shared(torch.tanh(self.first(x))))))
+            )
 
     torch.manual_seed(0)
     model = Twice()
@@ -268,9 +278,12 @@ def test_evaluation_between_steps_leaves_training_as_it_is() -> None:
 
 
 def test_dropout_and_batchnorm_keep_their_random_draws_and_statistics() -> None:
-    """Measuring the realised KL repeats the pass with the same masks and leaves running statistics alone."""
+    """Measuring the realised KL repeats the pass with the same masks and leaves running statistics
+    alone."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Dropout(0.3), nn.Linear(20, 10))
+    model = nn.Sequential(
+        nn.Linear(64, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Dropout(0.3), nn.Linear(20, 10)
+    )
     twin = copy.deepcopy(model)
     for measured, net in ((True, model), (False, twin)):
         optimizer = to.NGDT(net, budget=1e-12, calibrate=1 if measured else 0)
@@ -310,7 +323,11 @@ def test_the_recorder_logs_the_diagnostics(tmp_path: Path) -> None:
     model = models.mlp()
     optimizer = to.NGDT(model, budget=1e-2)
     with to.Recorder(
-        tmp_path / "run", model=model, optimizer=optimizer, probe=(DATA[0][:50], DATA[1][:50]), every=2
+        tmp_path / "run",
+        model=model,
+        optimizer=optimizer,
+        probe=(DATA[0][:50], DATA[1][:50]),
+        every=2,
     ) as recorder:
         for step in range(4):
             x, y = models.minibatch(DATA, step, 32)

@@ -1,4 +1,5 @@
-"""K-FAC in training: what it computes, what it spends, and that it keeps to its budget in true nats."""
+"""K-FAC in training: what it computes, what it spends, and that it keeps to its budget in true
+nats."""
 
 import copy
 import statistics
@@ -25,7 +26,8 @@ def realised(before: torch.Tensor, after: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_calibrated_budgets_are_realised_nats(name: str) -> None:
-    """Median over the steps after warm-up, measured on the whole minibatch apart from the optimizer's own measurements."""
+    """Median over the steps after warm-up, measured on the whole minibatch apart from the
+    optimizer's own measurements."""
     make, data, size = TASKS[name]
     model, pairs, budget, ratios = make(), data(), 1e-2, []
     pairs = pairs if name == "transformer" else models.noisy(pairs)
@@ -44,11 +46,14 @@ def test_calibrated_budgets_are_realised_nats(name: str) -> None:
 
 
 def test_first_step_is_the_natural_gradient_of_the_empirical_kfac_metric() -> None:
-    """What NGD-T spends and what the audit measures are one thing: the same factors, hence the same direction and Δ."""
+    """What NGD-T spends and what the audit measures are one thing: the same factors, hence the same
+    direction and Δ."""
     model = models.mlp()
     x, y = models.minibatch(models.digits(), 0, 64)
     metric = to.fisher.make("kfac", copy.deepcopy(model), (x, y), damping=1e-3, targets="empirical")
-    optimizer = to.NGDT(model, rows=None, null_space="none", damping=1e-3, calibrate=0, momentum=0.0, overhead=1e9)
+    optimizer = to.NGDT(
+        model, rows=None, null_space="none", damping=1e-3, calibrate=0, momentum=0.0, overhead=1e9
+    )
     before = [p.detach().clone() for p in model.parameters()]
     models.loss(model(x), y).backward()
     g = [p.grad for p in model.parameters()]
@@ -56,15 +61,22 @@ def test_first_step_is_the_natural_gradient_of_the_empirical_kfac_metric() -> No
     direction = metric.solve(g)
     scale = optimizer.last_step["eta"]
     for p, old, u in zip(model.parameters(), before, direction, strict=True):
-        torch.testing.assert_close(p.detach() - old, -scale * u, rtol=2e-3, atol=2e-5 * scale * float(u.abs().max()))
+        torch.testing.assert_close(
+            p.detach() - old, -scale * u, rtol=2e-3, atol=2e-5 * scale * float(u.abs().max())
+        )
     assert optimizer.last_step["delta"] == pytest.approx(metric.dual_norm(g).upper, rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"metric": "ekfac"}, {"null_space": "hybrid"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_decay": 0.1}, {"metric": "ekfac"}, {"null_space": "hybrid"}]
+)
 def test_the_update_spends_what_it_predicts_in_its_own_metric(options: dict) -> None:
-    """δᵀF_λδ recomputed from scratch, block by block, against the lengths carried along by inner products."""
+    """δᵀF_λδ recomputed from scratch, block by block, against the lengths carried along by inner
+    products."""
     model, data = models.transformer(), models.text()
-    optimizer = to.NGDT(model, budget=1e-3, calibrate=0, momentum=0.7, refresh_every=4, eta_null=0.0, **options)
+    optimizer = to.NGDT(
+        model, budget=1e-3, calibrate=0, momentum=0.7, refresh_every=4, eta_null=0.0, **options
+    )
     for step in range(45):
         x, y = models.minibatch(data, step, 8)
         optimizer.zero_grad()
@@ -159,7 +171,11 @@ def test_tied_and_unruled_parameters_are_covered() -> None:
         first = first or value.item()
         value.backward()
         optimizer.step()
-    assert {unit.name for unit in optimizer.curvature.units} == {"tokens = head", "head.bias", "shift"}
+    assert {unit.name for unit in optimizer.curvature.units} == {
+        "tokens = head",
+        "head.bias",
+        "shift",
+    }
     assert value.item() < 0.7 * first
 
 

@@ -21,7 +21,9 @@ class Alike(nn.Module):
     def __init__(self, blocks: int = 5, skip: bool = False) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(64, 20), nn.Linear(20, 10)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(20), nn.Linear(20, 20)) for _ in range(blocks))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(20), nn.Linear(20, 20)) for _ in range(blocks)
+        )
         self.skip, self.passes = skip, 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -33,7 +35,9 @@ class Alike(nn.Module):
         return self.last(x)
 
 
-def trained(model: nn.Module, steps: int = 25, groups: list | None = None, **options: object) -> to.NGDT:
+def trained(
+    model: nn.Module, steps: int = 25, groups: list | None = None, **options: object
+) -> to.NGDT:
     optimizer = to.NGDT(model.double(), budget=1e-2, params=groups, **options)
     train(model, optimizer, range(steps))
     return optimizer
@@ -61,7 +65,9 @@ def test_resume_is_bit_exact() -> None:
     resumed.load_state_dict(dict(zip(resumed.state_dict(), trained_state(45), strict=True)))
     second.load_state_dict(state)
     train(resumed, second, range(45, 60))
-    assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True)
+    )
 
 
 def trained_state(steps: int) -> list[torch.Tensor]:
@@ -73,14 +79,20 @@ def trained_state(steps: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"overhead": 1e-9}])
-def test_stacked_layers_move_as_they_would_apart(skip: bool, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that a step doesn't see keep their own factors. ``overhead``: with sides cut to diagonal blocks."""
+def test_stacked_layers_move_as_they_would_apart(
+    skip: bool, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that a step doesn't see keep their own factors. ``overhead``: with sides cut to
+    diagonal blocks."""
     torch.manual_seed(0)
     together = Alike(skip=skip)
     apart = copy.deepcopy(together)
     if "overhead" in options:
         monkeypatch.setattr(kronecker_curvature, "SIDES", (10,))
-    options = {**options, "refresh_every": 1}  # a stack has one turn: with all turns at every step it matters not
+    options = {
+        **options,
+        "refresh_every": 1,
+    }  # a stack has one turn: with all turns at every step it matters not
     stacked = trained(together, **options)
     monkeypatch.setattr(kronecker_curvature, "STACK", 1)
     single = trained(apart, **options)
@@ -99,7 +111,13 @@ def test_stacks_are_of_one_parameter_group_and_no_larger_than_allowed() -> None:
     assert max(name.count(",") for name in names) == 4  # ten layers: two stacks of five
     model = Alike(blocks=4)
     groups = [
-        {"params": [*model.first.parameters(), *model.last.parameters(), *model.blocks[:2].parameters()]},
+        {
+            "params": [
+                *model.first.parameters(),
+                *model.last.parameters(),
+                *model.blocks[:2].parameters(),
+            ]
+        },
         {"params": model.blocks[2:].parameters(), "lr": 0.5},
     ]
     assert len(trained(model, 2, groups).curvature.units) == 6
@@ -117,12 +135,15 @@ def test_only_the_member_that_cannot_be_inverted_keeps_its_last_inverse() -> Non
     invert([now])
     torch.testing.assert_close(now.inverse[1], last.inverse[1])
     torch.testing.assert_close(
-        now.inverse[[0, 2]] @ (bad + torch.tensor([0.1, 0.2, 0.3])[:, None, None] * torch.eye(6))[[0, 2]],
+        now.inverse[[0, 2]]
+        @ (bad + torch.tensor([0.1, 0.2, 0.3])[:, None, None] * torch.eye(6))[[0, 2]],
         torch.eye(6).expand(2, 6, 6),
         rtol=0,
         atol=1e-4,
     )
-    torch.testing.assert_close(now.matrix @ now.inverse, torch.eye(6).expand(3, 6, 6), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        now.matrix @ now.inverse, torch.eye(6).expand(3, 6, 6), rtol=0, atol=1e-3
+    )
     assert now.notes == ["factor is not positive definite; kept the last inverse"]
 
 
@@ -142,7 +163,9 @@ def test_inverses_of_every_size_class(k: int) -> None:
     assert torch.equal(*inverses)  # the same call gives the same bits, which a resumed run needs
 
 
-def test_an_inverse_depends_only_in_its_rounding_on_what_is_inverted_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_inverse_depends_only_in_its_rounding_on_what_is_inverted_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch.manual_seed(0)
     factors = [torch.randn(m, k, 2 * k) for m, k in ((3, 6), (2, 130), (1, 6), (4, 128), (2, 6))]
     blocks = [x @ x.mT for x in factors]
@@ -157,7 +180,8 @@ def test_an_inverse_depends_only_in_its_rounding_on_what_is_inverted_with_it(mon
 
 
 def test_resume_is_bit_exact_where_layers_of_different_shapes_have_factors_of_one_size() -> None:
-    """In a step, the factors of side 128 of three layers wait for their inverses at once; on resuming, each layer's are alone."""
+    """In a step, the factors of side 128 of three layers wait for their inverses at once; on
+    resuming, each layer's are alone."""
     torch.manual_seed(0)
     widths = (64, 128, 128, 10)
     straight = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(widths)))
@@ -177,10 +201,16 @@ def test_resume_is_bit_exact_where_layers_of_different_shapes_have_factors_of_on
     second = to.NGDT(resumed, overhead=math.inf)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     pairs = zip(first.curvature.units, second.curvature.units, strict=True)
-    assert all(torch.equal(p.inverse, q.inverse) for u, v in pairs for p, q in zip(u.damped, v.damped, strict=True))
+    assert all(
+        torch.equal(p.inverse, q.inverse)
+        for u, v in pairs
+        for p, q in zip(u.damped, v.damped, strict=True)
+    )
     first.close()
     steps(resumed, second, range(8, 12))
-    assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True)
+    )
 
 
 def test_young_averages_forget_their_first_observations() -> None:

@@ -16,7 +16,9 @@ positive = st.floats(1e-8, 1e8)
 
 
 @given(a=positive, budget=st.floats(1e-6, 10), eta_max=st.floats(1e-3, 10))
-def test_dissipation_spends_the_budget_until_eta_max_binds(a: float, budget: float, eta_max: float) -> None:
+def test_dissipation_spends_the_budget_until_eta_max_binds(
+    a: float, budget: float, eta_max: float
+) -> None:
     eta = Dissipation(budget, eta_max).step_size(a, 0)
     spent = 0.5 * eta**2 * a
     assert spent <= budget * (1 + 1e-12)
@@ -27,7 +29,9 @@ def test_dissipation_spends_the_budget_until_eta_max_binds(a: float, budget: flo
 def test_heat_fixes_the_predicted_decrease(delta: float, budget: float) -> None:
     rule = Heat(budget, eta_0=0.7, eta_max=1e9, epsilon=1e-12)
     assert math.isclose(rule.step_size(delta, 0), 0.7 * budget / (delta + 1e-12), rel_tol=1e-12)
-    assert Heat(budget, eta_min=0.3, eta_max=0.4).step_size(delta, 0) == min(max(budget / (delta + 1e-12), 0.3), 0.4)
+    assert Heat(budget, eta_min=0.3, eta_max=0.4).step_size(delta, 0) == min(
+        max(budget / (delta + 1e-12), 0.3), 0.4
+    )
 
 
 def test_heat_dissipates_what_the_theory_page_says() -> None:
@@ -44,12 +48,19 @@ def test_schedules_are_functions_of_the_step() -> None:
 
 
 def worked_example(**options: object) -> tuple[torch.Tensor, dict[str, float | None]]:
-    """F = diag(2, 1, 0, 0), g = (1, 2, 3, 4), as the Fisher of a linear-Gaussian model with a gradient put in by hand."""
+    """F = diag(2, 1, 0, 0), g = (1, 2, 3, 4), as the Fisher of a linear-Gaussian model with a
+    gradient put in by hand."""
     model = nn.Linear(4, 1, bias=False).double()
     nn.init.zeros_(model.weight)
     x = torch.tensor([[2.0, 0, 0, 0], [0, math.sqrt(2.0), 0, 0]], dtype=torch.float64)
     optimizer = to.NGDT(
-        model, budget=0.1, metric="dense", likelihood="gaussian", null_space="hybrid", momentum=0.0, **options
+        model,
+        budget=0.1,
+        metric="dense",
+        likelihood="gaussian",
+        null_space="hybrid",
+        momentum=0.0,
+        **options,
     )
     model(x).sum().backward()
     model.weight.grad = torch.tensor([[1.0, 2, 3, 4]], dtype=torch.float64)

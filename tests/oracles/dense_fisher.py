@@ -1,4 +1,5 @@
-"""A dense float64 Fisher made by plain loops: per-prediction Jacobians row by row, Λ as the Hessian of a torch distribution."""
+"""A dense float64 Fisher made by plain loops: per-prediction Jacobians row by row, Λ as the Hessian
+of a torch distribution."""
 
 import torch
 from torch import nn
@@ -6,9 +7,15 @@ from torch.nn import functional
 
 DISTRIBUTIONS = {
     "categorical": lambda f, sigma2: torch.distributions.Categorical(logits=f),
-    "bernoulli": lambda f, sigma2: torch.distributions.Independent(torch.distributions.Bernoulli(logits=f), 1),
-    "gaussian": lambda f, sigma2: torch.distributions.Independent(torch.distributions.Normal(f, sigma2**0.5), 1),
-    "poisson": lambda f, sigma2: torch.distributions.Independent(torch.distributions.Poisson(f.exp()), 1),
+    "bernoulli": lambda f, sigma2: torch.distributions.Independent(
+        torch.distributions.Bernoulli(logits=f), 1
+    ),
+    "gaussian": lambda f, sigma2: torch.distributions.Independent(
+        torch.distributions.Normal(f, sigma2**0.5), 1
+    ),
+    "poisson": lambda f, sigma2: torch.distributions.Independent(
+        torch.distributions.Poisson(f.exp()), 1
+    ),
 }
 
 
@@ -19,22 +26,30 @@ def log_prob(f, y, likelihood="categorical", sigma2=1.0):
 
 def output_fisher(f, y, likelihood="categorical", sigma2=1.0):
     """Λ: minus the Hessian of log p(y | f), which is free of y for these canonical families."""
-    return -torch.autograd.functional.hessian(lambda t: log_prob(t, y, likelihood, sigma2), f.detach())
+    return -torch.autograd.functional.hessian(
+        lambda t: log_prob(t, y, likelihood, sigma2), f.detach()
+    )
 
 
 def jacobians(model, x, y):
-    """(f, J, target) of every counted prediction: one model call an example, one backward pass an output."""
+    """(f, J, target) of every counted prediction: one model call an example, one backward pass an
+    output."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = []
     for i in range(len(x)):
         f = model(x[i : i + 1])[0]
-        for position, target in zip(f.reshape(-1, f.shape[-1]), y[i].reshape(-1, *y.shape[f.dim() :]), strict=True):
+        for position, target in zip(
+            f.reshape(-1, f.shape[-1]), y[i].reshape(-1, *y.shape[f.dim() :]), strict=True
+        ):
             if target.dim() == 0 and not target.is_floating_point() and target == -100:
                 continue
             rows = []
             for value in position:
                 grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-                flat = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)]
+                flat = [
+                    torch.zeros_like(p) if g is None else g
+                    for g, p in zip(grads, parameters, strict=True)
+                ]
                 rows.append(torch.cat([g.flatten() for g in flat]))
             found.append((position.detach(), torch.stack(rows), target))
     return found
@@ -46,7 +61,9 @@ def dense_fisher(model, x, y, likelihood="categorical", sigma2=1.0, empirical=Fa
     found = jacobians(model, x, y)
     for f, jacobian, target in found:
         if empirical:
-            score = torch.autograd.functional.jacobian(lambda t, y=target: log_prob(t, y, likelihood, sigma2), f)
+            score = torch.autograd.functional.jacobian(
+                lambda t, y=target: log_prob(t, y, likelihood, sigma2), f
+            )
             inner = torch.outer(score, score)
         else:
             inner = output_fisher(f, target, likelihood, sigma2)
@@ -55,7 +72,8 @@ def dense_fisher(model, x, y, likelihood="categorical", sigma2=1.0, empirical=Fa
 
 
 class Transformer(nn.Module):
-    """Embedding tied to the output layer, one causal attention block with LayerNorm, a GELU layer and residuals."""
+    """Embedding tied to the output layer, one causal attention block with LayerNorm, a GELU layer
+    and residuals."""
 
     def __init__(self, vocabulary=5, width=4, heads=2, context=4):
         super().__init__()
@@ -78,11 +96,15 @@ class Transformer(nn.Module):
 
 
 def small_cases():
-    """name → (model, inputs, targets), float64: MLP, CNN with groups and stride, transformer with tied weights."""
+    """name → (model, inputs, targets), float64: MLP, CNN with groups and stride, transformer with
+    tied weights."""
     torch.manual_seed(0)
     mlp = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     cnn = nn.Sequential(
-        nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(16, 3)
+        nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(16, 3),
     )
     tokens, following = torch.randint(5, (2, 4)), torch.randint(5, (2, 4))
     following[0, 1] = following[1, 3] = -100

@@ -1,4 +1,5 @@
-"""Recorded runs with given predictions, written as the Recorder lays them out but without training anything."""
+"""Recorded runs with given predictions, written as the Recorder lays them out but without training
+anything."""
 
 import json
 from pathlib import Path
@@ -11,8 +12,11 @@ from safetensors.torch import save
 from thermo_opt.runs.probe import make_probe, probe_tensors
 
 
-def write_run(path: Path, outputs: np.ndarray, targets: np.ndarray, *, every: int = 1, **header) -> Path:
-    """A run whose snapshot k, after ``every * k`` steps, predicts ``outputs[k]`` (logits or means) on the probe."""
+def write_run(
+    path: Path, outputs: np.ndarray, targets: np.ndarray, *, every: int = 1, **header
+) -> Path:
+    """A run whose snapshot k, after ``every * k`` steps, predicts ``outputs[k]`` (logits or means)
+    on the probe."""
     inputs, y = torch.arange(len(targets), dtype=torch.float32), torch.tensor(targets)
     facts = {
         "schema_version": 1,
@@ -37,8 +41,16 @@ def write_run(path: Path, outputs: np.ndarray, targets: np.ndarray, *, every: in
     return path
 
 
-def descent(seed: int, snapshots: int = 25, n: int = 12, classes: int = 4, noise: float = 0.1, speed: float = 0.15):
-    """Logits (snapshots, n, classes) that drift towards their targets, not straight, and the targets."""
+def descent(
+    seed: int,
+    snapshots: int = 25,
+    n: int = 12,
+    classes: int = 4,
+    noise: float = 0.1,
+    speed: float = 0.15,
+):
+    """Logits (snapshots, n, classes) that drift towards their targets, not straight, and the
+    targets."""
     rng = np.random.default_rng(seed)
     y = np.random.default_rng(0).integers(0, classes, n)
     drift = speed * np.eye(classes)[y]
@@ -59,7 +71,8 @@ def _descent():
 
 @pytest.fixture(name="runs", scope="session")
 def _runs(tmp_path_factory):
-    """Six runs by two optimizers with different starts, speeds and noise; the last two never get far."""
+    """Six runs by two optimizers with different starts, speeds and noise; the last two never get
+    far."""
     folder = tmp_path_factory.mktemp("fronts")
     paths = []
     for seed in range(6):

@@ -1,4 +1,5 @@
-"""Non-dominated sets, dominated area and hulls against their definitions, counted by brute force."""
+"""Non-dominated sets, dominated area and hulls against their definitions, counted by brute
+force."""
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.spatial import ConvexHull
 
-from thermo_opt.audit.dominance import attainable_area, dominated_area, hull, nondominated
+from thermo_opt.fronts.dominance import attainable_area, dominated_area, hull, nondominated
 
 GRID = st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)), min_size=1, max_size=14)
 
@@ -49,10 +50,14 @@ def test_no_points_dominate_no_area():
     assert dominated_area([3.0], [1.0], (2.0, 2.0)) == 0.0
 
 
-@pytest.mark.parametrize(("product", "corner"), [(1.0, (3.0, 2.0)), (0.2, (40.0, 7.0)), (5.0, (1.0, 2.0))])
+@pytest.mark.parametrize(
+    ("product", "corner"), [(1.0, (3.0, 2.0)), (0.2, (40.0, 7.0)), (5.0, (1.0, 2.0))]
+)
 def test_the_attainable_area_is_the_integral_above_the_hyperbola(product, corner):
     left = product / corner[1]
-    expected = quad(lambda t: corner[1] - product / t, left, corner[0])[0] if left < corner[0] else 0.0
+    expected = (
+        quad(lambda t: corner[1] - product / t, left, corner[0])[0] if left < corner[0] else 0.0
+    )
     assert attainable_area(product, corner) == pytest.approx(expected, rel=1e-9)
 
 
@@ -63,7 +68,8 @@ def test_the_hull_has_the_corners_that_qhull_finds(seed):
 
 
 @pytest.mark.parametrize(
-    ("points", "ends"), [([(1, 1)], {0}), ([(0, 0), (1, 1), (3, 3), (2, 2)], {0, 2}), ([(2, 2), (2, 2)], {0, 1})]
+    ("points", "ends"),
+    [([(1, 1)], {0}), ([(0, 0), (1, 1), (3, 3), (2, 2)], {0, 2}), ([(2, 2), (2, 2)], {0, 1})],
 )
 def test_points_without_area_have_their_ends_for_a_hull(points, ends):
     found = set(hull(*np.array(points, dtype=float).T).tolist())

@@ -1,4 +1,5 @@
-"""Joules beside nats: a meter's readings reach the record and the front, and without a meter the record says so."""
+"""Joules beside nats: a meter's readings reach the record and the front, and without a meter the
+record says so."""
 
 import json
 import sys
@@ -16,7 +17,8 @@ matplotlib.use("Agg")
 
 
 class Counter:
-    """Stands in for Zeus's monitor: two devices whose counters advance by 1 J and 0.25 J at each look."""
+    """Stands in for Zeus's monitor: two devices whose counters advance by 1 J and 0.25 J at each
+    look."""
 
     gpu_indices, cpu_indices = (0,), (0,)
 
@@ -56,7 +58,9 @@ def record(path, steps=12, **options):
     x, y = torch.randn(30, 5), torch.arange(30) % 3
     model = torch.nn.Linear(5, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    with to.Recorder(path, model=model, optimizer=optimizer, probe=(x, y), every=3, **options) as recorder:
+    with to.Recorder(
+        path, model=model, optimizer=optimizer, probe=(x, y), every=3, **options
+    ) as recorder:
         for _ in range(steps):
             optimizer.zero_grad()
             loss = torch.nn.functional.cross_entropy(model(x), y)
@@ -79,9 +83,12 @@ def test_a_meter_counts_every_joule_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("monitor", "reason"), [(None, "pip install"), (Nothing, "no meter"), (Broken, "driver not loaded")]
+    ("monitor", "reason"),
+    [(None, "pip install"), (Nothing, "no meter"), (Broken, "driver not loaded")],
 )
-def test_without_a_meter_the_record_says_why_and_training_goes_on(monkeypatch, tmp_path, monitor, reason):
+def test_without_a_meter_the_record_says_why_and_training_goes_on(
+    monkeypatch, tmp_path, monitor, reason
+):
     install(monkeypatch, monitor)
     with pytest.warns(UserWarning, match=reason):
         record(tmp_path / "run", energy=True)

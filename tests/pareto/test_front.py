@@ -1,4 +1,5 @@
-"""Fronts of runs: universal frontier, invariance under removal of what is dominated, refusals, JSON, page and figure."""
+"""Fronts of runs: universal frontier, invariance under removal of what is dominated, refusals,
+JSON, page and figure."""
 
 import dataclasses
 import json
@@ -11,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import thermo_opt as to
-from thermo_opt.audit.start import Start
-from thermo_opt.audit.track import Track, read_track
 from thermo_opt.cli import main
+from thermo_opt.fronts.trajectory import Track, read_track
+from thermo_opt.manifold.start import Start
 from thermo_opt.runs import load_run
 
 matplotlib.use("Agg")
@@ -26,17 +27,21 @@ def _audits(runs):
 
 
 def straight(name, time, excess, p_y, group):
-    """A run of one interval from targets' probabilities ``p_y`` to loss 0.1, ``excess`` times above its frontier."""
+    """A run of one interval from targets' probabilities ``p_y`` to loss 0.1, ``excess`` times above
+    its frontier."""
     start = Start("categorical", len(p_y), np.log(p_y))
-    least = start.frontier(0.1) ** 2 / (2 * time)
+    least = start.least_distance(0.1) ** 2 / (2 * time)
     return Track(
-        name, name, group, "probe", "step", start, np.array([0, 9]), np.array([start.loss, 0.1]), np.array([0.0, time]),
+        name, name, group, "probe", "step", start, np.array([0, 9]),
+        np.array([start.loss, 0.1]), np.array([0.0, time]),
         np.array([0.0, excess * least]),
     )  # fmt: skip
 
 
 SYNTHETIC = st.lists(
-    st.tuples(st.floats(1, 50), st.floats(1, 9), st.floats(0.05, 0.4), st.sampled_from("AB")), min_size=2, max_size=9
+    st.tuples(st.floats(1, 50), st.floats(1, 9), st.floats(0.05, 0.4), st.sampled_from("AB")),
+    min_size=2,
+    max_size=9,
 )
 
 
@@ -55,13 +60,16 @@ def test_removing_a_dominated_run_never_changes_the_front(drawn):
         fewer = to.pareto([t for t in tracks if t is not track], target_loss=0.1)
         assert set(fewer.front()["run"]) == on_front
         assert fewer.hypervolume == whole.hypervolume
-        assert fewer.targets[0].frontier == whole.targets[0].frontier
+        assert fewer.targets[0].least_distance == whole.targets[0].least_distance
 
 
 @given(SYNTHETIC)
 @settings(max_examples=40)
 def test_the_excess_over_the_frontier_is_the_inverse_efficiency_whatever_the_start(drawn):
-    tracks = [straight(f"run{i}", t, excess, np.array([p, 0.3]), g) for i, (t, excess, p, g) in enumerate(drawn)]
+    tracks = [
+        straight(f"run{i}", t, excess, np.array([p, 0.3]), g)
+        for i, (t, excess, p, g) in enumerate(drawn)
+    ]
     front = to.pareto(tracks, target_loss=0.1)
     excess = np.array([row[1] for row in drawn])
     np.testing.assert_allclose(front.table["efficiency"], 1 / excess, rtol=1e-9)
@@ -89,7 +97,10 @@ def test_every_run_lies_on_or_above_its_frontier_on_every_clock(audits, x):
     reached = table[~table["censored"]]
     assert len(reached) >= 6
     assert (reached["efficiency"] <= 1 + 1e-12).all()
-    assert (reached["dissipation"] * reached["time"] >= 0.5 * reached["frontier"] ** 2 * (1 - 1e-12)).all()
+    assert (
+        reached["dissipation"] * reached["time"]
+        >= 0.5 * reached["least_distance"] ** 2 * (1 - 1e-12)
+    ).all()
 
 
 def test_the_table_has_a_row_a_run_and_target_and_says_who_never_got_there(audits):
@@ -102,7 +113,9 @@ def test_the_table_has_a_row_a_run_and_target_and_says_who_never_got_there(audit
     assert low.loc[low["censored"], ["time", "dissipation", "efficiency"]].isna().all(axis=None)
     assert not low.loc[low["censored"], "on_front"].any()
     assert low["duration"].tolist() == [24.0] * 6
-    assert low["dissipation_total"].tolist() == pytest.approx([a.summary["dissipation"] for a in audits], rel=1e-12)
+    assert low["dissipation_total"].tolist() == pytest.approx(
+        [a.summary["dissipation"] for a in audits], rel=1e-12
+    )
     assert low["group"].tolist() == [audit.optimizer for audit in audits]
     reached = ~low["censored"].to_numpy()
     assert (front.rows(1.2)["time"].to_numpy()[reached] < low["time"].to_numpy()[reached]).all()
@@ -112,7 +125,9 @@ def test_audits_and_quick_readings_give_one_front(audits, runs):
     quick = to.pareto([read_track(load_run(path)) for path in runs], target_loss=TARGETS)
     slow = to.pareto(audits, target_loss=TARGETS)
     np.testing.assert_allclose(
-        quick.table.select_dtypes("float").to_numpy(), slow.table.select_dtypes("float").to_numpy(), rtol=1e-12
+        quick.table.select_dtypes("float").to_numpy(),
+        slow.table.select_dtypes("float").to_numpy(),
+        rtol=1e-12,
     )
 
 
@@ -125,7 +140,9 @@ def test_equal_starts_leave_dissipation_as_it_is():
     p = np.array([0.2, 0.4])
     front = to.pareto([straight("a", 3, 2, p, "A"), straight("b", 6, 1.5, p, "B")], target_loss=0.1)
     assert front.targets[0].same_start
-    np.testing.assert_allclose(front.table["dissipation_scaled"], front.table["dissipation"], rtol=1e-15)
+    np.testing.assert_allclose(
+        front.table["dissipation_scaled"], front.table["dissipation"], rtol=1e-15
+    )
 
 
 def test_groups_and_corner_can_be_given(audits):
@@ -151,7 +168,9 @@ def test_hulls_hold_their_groups_points_on_logarithmic_axes(audits):
 
 def test_the_json_is_strict_and_holds_the_table(audits, tmp_path):
     front = to.pareto(audits, target_loss=TARGETS)
-    plain = json.loads(front.to_json(tmp_path / "front.json"), parse_constant=lambda name: pytest.fail(name))
+    plain = json.loads(
+        front.to_json(tmp_path / "front.json"), parse_constant=lambda name: pytest.fail(name)
+    )
     assert plain == json.loads((tmp_path / "front.json").read_text())
     assert [row["run"] for row in plain["runs"]] == front.table["run"].tolist()
     assert [row["time"] is None for row in plain["runs"]] == front.table["censored"].tolist()
@@ -174,12 +193,18 @@ def test_the_figure_shows_each_run_the_front_and_the_frontier(audits):
     front = to.pareto(audits, target_loss=1.2)
     ax = front.plot()
     drawn = np.vstack(
-        [c.get_offsets() for c in ax.collections if len(c.get_offsets()) and c.get_label() in front.groups]
+        [
+            c.get_offsets()
+            for c in ax.collections
+            if len(c.get_offsets()) and c.get_label() in front.groups
+        ]
     )
     reached = front.table.dropna(subset="time")
     np.testing.assert_allclose(np.sort(drawn[:, 0]), np.sort(reached["time"]))
     edge = next(line for line in ax.lines if line.get_label() == "no run can be below")
-    np.testing.assert_allclose(edge.get_xdata() * edge.get_ydata(), 0.5 * front.targets[0].frontier ** 2)
+    np.testing.assert_allclose(
+        edge.get_xdata() * edge.get_ydata(), 0.5 * front.targets[0].least_distance ** 2
+    )
     matplotlib.pyplot.close(ax.figure)
 
 
@@ -212,7 +237,9 @@ def test_runs_with_another_probe_are_refused_by_name(audits, tmp_path, write_run
 def test_runs_with_another_likelihood_are_refused_by_name(audits, tmp_path, write_run):
     tracks = [read_track(load_run(audit.path)) for audit in audits]
     other = dataclasses.replace(
-        tracks[0], run="bernoulli-run", start=dataclasses.replace(tracks[0].start, likelihood="bernoulli")
+        tracks[0],
+        run="bernoulli-run",
+        start=dataclasses.replace(tracks[0].start, likelihood="bernoulli"),
     )
     with pytest.raises(to.InputError, match=r"bernoulli-run .*differ in their likelihood"):
         to.pareto([*tracks, other])
@@ -252,11 +279,25 @@ def _adam_run_without_probe(tmp_path):
 
 
 def test_the_command_prints_one_object(runs, tmp_path, capsys):
-    arguments = ["pareto", *map(str, runs), "--target-loss", "1.2", "--target-loss", "0.9", "--x", "seconds", "--json"]
+    arguments = [
+        "pareto",
+        *map(str, runs),
+        "--target-loss",
+        "1.2",
+        "--target-loss",
+        "0.9",
+        "--x",
+        "seconds",
+        "--json",
+    ]
     assert main([*arguments, "--html", str(tmp_path / "p.html")]) == 0
     printed = json.loads(capsys.readouterr().out)
-    expected = to.pareto([to.audit(path, lens="outputs") for path in runs], target_loss=TARGETS, x="seconds")
-    assert [t["front"] for t in printed["targets"]] == [t["front"] for t in expected.to_dict()["targets"]]
+    expected = to.pareto(
+        [to.audit(path, lens="outputs") for path in runs], target_loss=TARGETS, x="seconds"
+    )
+    assert [t["front"] for t in printed["targets"]] == [
+        t["front"] for t in expected.to_dict()["targets"]
+    ]
     assert printed["clock"] == "wall"
     assert (tmp_path / "p.html").stat().st_size > 1e6
 

@@ -1,4 +1,5 @@
-"""A run's line in the speed-cost plane: the loss is convex along geodesics, so crossings lie on or above the frontier."""
+"""A run's line in the speed-cost plane: the loss is convex along geodesics, so crossings lie on or
+above the frontier."""
 
 import tempfile
 from pathlib import Path
@@ -11,12 +12,13 @@ from scipy.optimize import brentq
 from scipy.special import log_softmax, softmax
 
 import thermo_opt as to
-from thermo_opt.audit.track import read_track, track_of
+from thermo_opt.fronts.trajectory import read_track, track_of
 from thermo_opt.runs import load_run
 
 
 def along(p, q, s):
-    """Point at fraction s of the great circle between rows of amplitudes √p and √q, as probabilities."""
+    """Point at fraction s of the great circle between rows of amplitudes √p and √q, as
+    probabilities."""
     u, v = np.sqrt(p), np.sqrt(q)
     angle = np.arccos(np.clip((u * v).sum(-1, keepdims=True), -1, 1))
     return ((np.sin((1 - s) * angle) * u + np.sin(s * angle) * v) / np.sin(angle)) ** 2
@@ -48,11 +50,13 @@ def test_crossings_lie_on_or_above_the_frontier_and_not_before_the_geodesic_meet
         return
     target = loss[0] - depth * (loss[0] - loss.min())
     found = track.crossing(target)
-    least = to.frontier_distance(p[0, rows, y], target)
-    assert found.frontier == pytest.approx(least, rel=1e-9)
+    least = to.least_distance(p[0, rows, y], target)
+    assert found.least_distance == pytest.approx(least, rel=1e-9)
     assert found.dissipation * found.time >= 0.5 * least**2 * (1 - 1e-9)
     end = int(np.flatnonzero(loss <= target)[0])
-    meets = brentq(lambda s: -np.log(along(p[end - 1], p[end], s)[rows, y]).mean() - target, 0, 1, xtol=1e-14)
+    meets = brentq(
+        lambda s: -np.log(along(p[end - 1], p[end], s)[rows, y]).mean() - target, 0, 1, xtol=1e-14
+    )
     assert end - 1 + meets <= found.time + 1e-9
 
 
@@ -62,8 +66,10 @@ def test_the_straight_path_at_constant_speed_lies_on_the_frontier(tmp_path, writ
     track = read_track(load_run(write_run(tmp_path / "run", np.log(p), np.array([0]))))
     found = track.crossing(float(-2 * np.log(np.cos(phi[-1]))) * (1 + 1e-15))
     assert found.time == pytest.approx(9)
-    assert found.frontier == pytest.approx(2 * 0.9)
-    assert found.frontier**2 / (2 * found.time * found.dissipation) == pytest.approx(1, rel=1e-9)
+    assert found.least_distance == pytest.approx(2 * 0.9)
+    assert found.least_distance**2 / (2 * found.time * found.dissipation) == pytest.approx(
+        1, rel=1e-9
+    )
 
 
 def test_a_run_that_never_gets_there_has_no_crossing(runs):
@@ -72,7 +78,7 @@ def test_a_run_that_never_gets_there_has_no_crossing(runs):
     assert not found.reached
     assert np.isnan(found.time)
     assert np.isnan(found.dissipation)
-    assert found.frontier > 0
+    assert found.least_distance > 0
 
 
 def test_the_first_crossing_counts_not_the_last(tmp_path, write_run):
@@ -91,7 +97,10 @@ OUTPUTS = {
     ),
     "bernoulli": lambda rng: (rng.normal(size=(6, 7, 3)), rng.integers(0, 2, (7, 3))),
     "gaussian": lambda rng: (rng.normal(size=(6, 7, 3)), rng.normal(size=(7, 3))),
-    "masked": lambda rng: (np.where(np.arange(4) == 3, -np.inf, rng.normal(size=(6, 9, 4))), rng.integers(0, 3, 9)),
+    "masked": lambda rng: (
+        np.where(np.arange(4) == 3, -np.inf, rng.normal(size=(6, 9, 4))),
+        rng.integers(0, 3, 9),
+    ),
 }
 
 
@@ -106,18 +115,24 @@ def test_the_quick_reading_agrees_with_the_audit(tmp_path, write_run, kind, cloc
     for column in ("steps", "loss", "time", "dissipation"):
         np.testing.assert_allclose(getattr(quick, column), getattr(slow, column), rtol=1e-12)
     below = quick.loss[0] - 0.1
-    assert quick.start.frontier(below) == pytest.approx(slow.start.frontier(below), rel=1e-12)
+    assert quick.start.least_distance(below) == pytest.approx(
+        slow.start.least_distance(below), rel=1e-12
+    )
     assert quick.start.loss == pytest.approx(quick.loss[0], rel=1e-12)
 
 
-def test_predictions_that_stop_being_numbers_end_the_line(tmp_path, write_run, descent, monkeypatch):
+def test_predictions_that_stop_being_numbers_end_the_line(
+    tmp_path, write_run, descent, monkeypatch
+):
     z, y = descent(0)
     z[9, 3, 1] = np.nan
     path = write_run(tmp_path / "run", z, y)
     whole = read_track(load_run(path))
     assert whole.steps.tolist() == list(range(9))
-    monkeypatch.setattr("thermo_opt.audit.track._BLOCK_BYTES", 1)  # two snapshots at a time
-    np.testing.assert_allclose(read_track(load_run(path)).dissipation, whole.dissipation, rtol=1e-12)
+    monkeypatch.setattr("thermo_opt.fronts.trajectory._BLOCK_BYTES", 1)  # two snapshots at a time
+    np.testing.assert_allclose(
+        read_track(load_run(path)).dissipation, whole.dissipation, rtol=1e-12
+    )
 
 
 def test_a_run_that_is_never_a_number_twice_is_refused(tmp_path, write_run, descent):

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 
 from tests.synthetic_audits import make_audit
 from thermo_opt import plots
-from thermo_opt.audit import Audit
+from thermo_opt.audits import Audit
 from thermo_opt.plots.palette import look
 from thermo_opt.plots.series import log_ticks, thin
 
@@ -28,7 +28,10 @@ def _close() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def audits() -> list[Audit]:
-    return [make_audit("adam", parameters=True, state=True), make_audit("sgd $x$ <b>", noise=2, seed=1)]
+    return [
+        make_audit("adam", parameters=True, state=True),
+        make_audit("sgd $x$ <b>", noise=2, seed=1),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,9 @@ def test_bars_add_up_to_the_dissipation(audits: list[Audit]) -> None:
     ax = plots.decomposition_bars(audits)
     widths = [bar.get_width() for bar in ax.patches]
     for i, audit in enumerate(audits):
-        assert sum(widths[3 * i : 3 * i + 3]) == pytest.approx(audit.summary["dissipation"], rel=1e-12)
+        assert sum(widths[3 * i : 3 * i + 3]) == pytest.approx(
+            audit.summary["dissipation"], rel=1e-12
+        )
     assert "nats" in ax.get_xlabel()
 
 
@@ -80,7 +85,9 @@ def test_map_draws_each_run(audits: list[Audit]) -> None:
     ax = plots.trajectory_map(audits)
     paths = [line for line in ax.lines if len(line.get_xdata()) > 1]
     assert len(paths) == 2
-    np.testing.assert_allclose(paths[0].get_xydata()[0], paths[1].get_xydata()[0], atol=1e-6)  # the same start
+    np.testing.assert_allclose(
+        paths[0].get_xydata()[0], paths[1].get_xydata()[0], atol=1e-6
+    )  # the same start
 
 
 def test_heat_map_sums_to_the_dissipation(audits: list[Audit]) -> None:
@@ -96,7 +103,9 @@ def test_heat_map_sums_to_the_dissipation(audits: list[Audit]) -> None:
 def test_predicted_against_realised(audits: list[Audit]) -> None:
     ax = plots.predicted_vs_realised(audits)
     steps = audits[0].lenses["parameters"].steps
-    np.testing.assert_allclose(ax.collections[0].get_offsets(), np.c_[steps["a"] / 2, steps["kl_realised"]])
+    np.testing.assert_allclose(
+        ax.collections[0].get_offsets(), np.c_[steps["a"] / 2, steps["kl_realised"]]
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,14 +126,23 @@ def test_what_no_lens_knows_is_said(draw: Callable[..., plt.Axes], weights_only:
 
 
 def test_given_axes_are_used(audits: list[Audit]) -> None:
-    for draw in (plots.alignment, plots.decomposition_bars, plots.trajectory_map, plots.predicted_vs_realised):
+    for draw in (
+        plots.alignment,
+        plots.decomposition_bars,
+        plots.trajectory_map,
+        plots.predicted_vs_realised,
+    ):
         _, ax = plt.subplots()
         assert draw(audits, ax) is ax
 
 
 def test_overview_has_the_panels_the_lenses_allow(audits: list[Audit], weights_only: Audit) -> None:
     titles = {ax.get_title(loc="left") for ax in audits[0].plot().findobj(plt.Axes)}
-    assert {"Where the dissipation went", "Coarse-graining", "Which layers dissipated: adam"} <= titles
+    assert {
+        "Where the dissipation went",
+        "Coarse-graining",
+        "Which layers dissipated: adam",
+    } <= titles
     few = plots.overview(weights_only)
     assert {ax.get_title(loc="left") for ax in few.findobj(plt.Axes)} - {""} == {
         "Loss and dissipation",

@@ -1,4 +1,5 @@
-"""The report in a real browser: nothing on the console, nothing over the network, every figure drawn, numbers as in the JSON."""
+"""The report in a real browser: nothing on the console, nothing over the network, every figure
+drawn, numbers as in the JSON."""
 
 from __future__ import annotations
 
@@ -14,16 +15,21 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.synthetic_audits import make_audit
-from thermo_opt.audit import SUMMARY_KEYS, Audit, summaries_json
+from thermo_opt.audits import SUMMARY_KEYS, Audit, summaries_json
 from thermo_opt.report import write_report
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-HOSTILE = '<script>window.pwned=1</script>"\'</h2><img src=x onerror="window.pwned=1"> %{x} <b>b</b>'
+HOSTILE = (
+    '<script>window.pwned=1</script>"\'</h2><img src=x onerror="window.pwned=1"> %{x} <b>b</b>'
+)
 
 pytestmark = pytest.mark.skipif(
-    CHROMIUM is None and "CI" not in os.environ, reason="no Chromium on this machine (apt-get install chromium)"
+    CHROMIUM is None and "CI" not in os.environ,
+    reason="no Chromium on this machine (apt-get install chromium)",
 )
 
 LUMINANCE = """
@@ -31,7 +37,9 @@ const channels = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
 const luminance = (text) => channels(text).slice(0, 3)
   .map((c) => c / 255).map((c) => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
   .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-const contrast = (a, b) => { const [x, y] = [luminance(a), luminance(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); };
+const contrast = (a, b) => {
+  const [x, y] = [luminance(a), luminance(b)].sort((p, q) => q - p);
+  return (x + 0.05) / (y + 0.05); };
 const style = (element) => getComputedStyle(element);
 const page = style(document.body).backgroundColor;
 """
@@ -83,7 +91,11 @@ def desktop(browser: Browser, report: Path) -> Opened:
 
 @pytest.fixture(scope="module")
 def phone(browser: Browser, report: Path) -> Opened:
-    options: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+    options: dict[str, Any] = {
+        "viewport": {"width": 390, "height": 844},
+        "is_mobile": True,
+        "has_touch": True,
+    }
     return Opened(browser, report, **options)
 
 
@@ -96,7 +108,9 @@ def test_every_figure_is_drawn_with_its_data(desktop: Opened) -> None:
     drawn = desktop.page.evaluate(
         """() => [...document.querySelectorAll(".plot")].map((plot) => ({
              key: plot.id, traces: plot.data.length,
-             marks: plot.querySelectorAll(".scatterlayer .js-line, .scatterlayer .point, .bars .point path, .hm image").length,
+             marks: plot.querySelectorAll(
+                ".scatterlayer .js-line, .scatterlayer .point, " +
+                ".bars .point path, .hm image").length,
              points: plot.data.reduce((n, t) => n + (t.x || []).length, 0)}))"""
     )
     keys = [figure["key"] for figure in drawn]
@@ -133,9 +147,13 @@ def test_numbers_equal_the_json(desktop: Opened, audits: list[Audit]) -> None:
 
 def test_bars_show_the_json(desktop: Opened) -> None:
     embedded = json.loads(desktop.page.inner_text("#thermo-opt-summaries"))["runs"]
-    bars = desktop.page.evaluate("() => document.getElementById('decomposition').data.map((t) => t.x)")
+    bars = desktop.page.evaluate(
+        "() => document.getElementById('decomposition').data.map((t) => t.x)"
+    )
     outputs = [summary for summary in embedded if summary["lens"] == "outputs"]
-    assert bars == [[summary[part] for summary in outputs] for part in ("irreducible", "detour", "pacing")]
+    assert bars == [
+        [summary[part] for summary in outputs] for part in ("irreducible", "detour", "pacing")
+    ]
 
 
 def test_hostile_names_are_only_text(desktop: Opened) -> None:
@@ -153,9 +171,11 @@ def test_contrast(browser: Browser, report: Path, scheme: str) -> None:
         "() => {"
         + LUMINANCE
         + """
-        const texts = [...document.querySelectorAll("p, h1, h2, th, td, li, dt, dd, code, figcaption, footer, button")];
+        const texts = [...document.querySelectorAll(
+            "p, h1, h2, th, td, li, dt, dd, code, figcaption, footer, button")];
         const labels = [...document.querySelectorAll(".plot text")].filter((t) => t.textContent);
-        const lines = [...document.querySelectorAll(".scatterlayer .js-line")].filter((l) => style(l).strokeWidth !== "0px");
+        const lines = [...document.querySelectorAll(".scatterlayer .js-line")]
+            .filter((l) => style(l).strokeWidth !== "0px");
         return {
           text: Math.min(...texts.map((t) => contrast(style(t).color, page))),
           labels: Math.min(...labels.map((t) => contrast(style(t).fill, page))),
@@ -173,7 +193,8 @@ def test_contrast(browser: Browser, report: Path, scheme: str) -> None:
 def test_phone_has_no_sideways_scroll(phone: Opened) -> None:
     widest = phone.page.evaluate(
         """() => ({page: document.documentElement.scrollWidth,
-             plots: Math.max(...[...document.querySelectorAll(".plot .main-svg")].map((s) => s.getBoundingClientRect().right))})"""
+             plots: Math.max(...[...document.querySelectorAll(".plot .main-svg")]
+                .map((s) => s.getBoundingClientRect().right))})"""
     )
     assert widest["page"] <= 390
     assert widest["plots"] <= 390
@@ -181,12 +202,16 @@ def test_phone_has_no_sideways_scroll(phone: Opened) -> None:
 
 
 def test_phone_fingers_scroll_rather_than_zoom(phone: Opened) -> None:
-    modes = phone.page.evaluate("() => [...document.querySelectorAll('.plot')].map((p) => p._fullLayout.dragmode)")
+    modes = phone.page.evaluate(
+        "() => [...document.querySelectorAll('.plot')].map((p) => p._fullLayout.dragmode)"
+    )
     assert set(modes) == {False}
 
 
 def test_hiding_a_run_and_changing_to_dark_mode(browser: Browser, report: Path) -> None:
-    page = Opened(browser, report, viewport={"width": 1200, "height": 900}, color_scheme="light").page
+    page = Opened(
+        browser, report, viewport={"width": 1200, "height": 900}, color_scheme="light"
+    ).page
     button = page.locator("nav.toggle button").first
     visible = """() => document.getElementById("loss-and-dissipation").data
                    .filter((t) => t.meta.run === 0).every((t) => t.visible)"""
@@ -206,7 +231,9 @@ def test_hiding_a_run_and_changing_to_dark_mode(browser: Browser, report: Path) 
 def test_structure_for_readers_who_do_not_see_it(desktop: Opened) -> None:
     page = desktop.page
     assert page.locator("h1").count() == 1
-    levels = page.evaluate("() => [...document.querySelectorAll('h1, h2, h3')].map((h) => Number(h.tagName[1]))")
+    levels = page.evaluate(
+        "() => [...document.querySelectorAll('h1, h2, h3')].map((h) => Number(h.tagName[1]))"
+    )
     assert all(after - before <= 1 for before, after in pairwise(levels))
     assert page.locator("html").get_attribute("lang") == "en"
     for plot in page.locator(".plot").all():

@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 import pytest
 
 from tests.synthetic_audits import make_audit
-from thermo_opt.audit import Audit, summaries_json
+from thermo_opt.audits import Audit, summaries_json
 from thermo_opt.errors import InputError
 from thermo_opt.plots.palette import OKABE_ITO
 from thermo_opt.plots.series import MAX_LAYERS, heat
@@ -28,7 +28,11 @@ HOSTILE = "</script><script>alert(1)</script>"
 
 @pytest.fixture(scope="module")
 def audits() -> list[Audit]:
-    return [make_audit("adam", parameters=True), make_audit("sgd", noise=2, seed=1), make_audit(HOSTILE, state=True)]
+    return [
+        make_audit("adam", parameters=True),
+        make_audit("sgd", noise=2, seed=1),
+        make_audit(HOSTILE, state=True),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,11 @@ def test_plotly_accepts_every_figure(audits: list[Audit]) -> None:
 def test_every_axis_has_a_title_and_costs_have_units(audits: list[Audit]) -> None:
     for figure in figures(audits):
         for name, axis in figure.layout.items():
-            if re.fullmatch(r"[xy]axis\d*", name) and axis.get("visible", True) and figure.key != "dissipation-heatmap":
+            if (
+                re.fullmatch(r"[xy]axis\d*", name)
+                and axis.get("visible", True)
+                and figure.key != "dissipation-heatmap"
+            ):
                 assert axis["title"]["text"], (figure.key, name)
     text = json.dumps([figure.layout for figure in figures(audits)], ensure_ascii=False)
     assert "dissipation Q (nats)" in text
@@ -101,7 +109,9 @@ def test_absent_quantities_leave_no_empty_figure() -> None:
 def test_figures_hold_no_nan() -> None:
     audit = make_audit("gaps", parameters=True)
     audit.lenses["outputs"].steps.loc[3:6, ["loss", "alignment_lower"]] = np.nan
-    text = json.dumps([[f.data, f.layout] for f in figures([audit])], allow_nan=False)  # raises for NaN
+    text = json.dumps(
+        [[f.data, f.layout] for f in figures([audit])], allow_nan=False
+    )  # raises for NaN
     assert "NaN" not in text
 
 
@@ -123,14 +133,18 @@ def test_long_curves_are_thinned() -> None:
 def test_many_layers_are_merged_without_losing_any() -> None:
     audit = make_audit("shallow", parameters=True)
     lens = audit.lenses["parameters"]
-    table = pd.DataFrame({f"block{i}.weight": np.full(len(lens.steps), 1e-6 * (i + 1)) for i in range(100)})
+    table = pd.DataFrame(
+        {f"block{i}.weight": np.full(len(lens.steps), 1e-6 * (i + 1)) for i in range(100)}
+    )
     found = heat(replace(audit, lenses={"parameters": replace(lens, attribution=table)}))
     assert found is not None
     assert len(found.layers) == MAX_LAYERS
     np.testing.assert_allclose(found.values.sum(axis=0), table.sum(axis=1), rtol=1e-12)
 
 
-def test_written_whole_or_not_at_all(audits: list[Audit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_written_whole_or_not_at_all(
+    audits: list[Audit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "report.html"
     assert audits[0].to_html(target) == target
     before = target.read_bytes()

@@ -11,9 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.synthetic_audits import make_audit
-from thermo_opt.audit import SUMMARY_KEYS
-from thermo_opt.audit.quantities import QUANTITIES, cost_unit, number, percent
-from thermo_opt.audit.words import blind_spots, brief, comparison, explanation, headline, told
+from thermo_opt.audits import SUMMARY_KEYS
+from thermo_opt.describe.quantities import QUANTITIES, cost_unit, number, percent
+from thermo_opt.describe.sentences import (
+    blind_spots,
+    brief,
+    comparison,
+    explanation,
+    headline,
+    told,
+)
 
 
 def _summary(**known: Any) -> dict[str, Any]:
@@ -21,14 +28,21 @@ def _summary(**known: Any) -> dict[str, Any]:
 
 
 KNOWN = _summary(
-    dissipation=3.1, irreducible=0.372, detour=1.86, pacing=0.868, frontier=2.0, duration=10.0, efficiency=0.12
+    dissipation=3.1,
+    irreducible=0.372,
+    detour=1.86,
+    pacing=0.868,
+    least_distance=2.0,
+    duration=10.0,
+    efficiency=0.12,
 )
 
 
 def test_headline_says_where_it_went() -> None:
     said = headline(KNOWN).replace("\u00a0", " ")
     assert said == (
-        "Of the 3.10 nats this run dissipated, 12 % was unavoidable; 60 % went into detours and 28 % into uneven pacing."
+        "Of the 3.10 nats this run dissipated, 12 % was unavoidable; 60 % went into detours and 28 "
+        "% into uneven pacing."
     )
 
 
@@ -36,7 +50,9 @@ def test_explanation_gives_both_floors() -> None:
     said = " ".join(explanation(KNOWN)).replace("\u00a0", " ")
     assert "would have cost 0.372 nats" in said
     assert "can pay less than 0.200 nats, 6.5 % of what this run paid" in said  # D*²/2T = 4/20
-    assert "0.372 nats; no method reaches this loss in this time for less than 0.200" in " ".join(brief(KNOWN))
+    assert "0.372 nats; no method reaches this loss in this time for less than 0.200" in " ".join(
+        brief(KNOWN)
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,14 +71,22 @@ def test_unknowns_are_said(known: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("value", "lower", "upper", "words"),
     [
-        (0.35, 0.31, 0.39, "35 % of the dissipation lay along the natural gradient (certified between 31 % and 39 %)"),
+        (
+            0.35,
+            0.31,
+            0.39,
+            "35 % of the dissipation lay along the natural gradient (certified between 31 % and 39 "
+            "%)",
+        ),
         (0.5, 0.5, 0.5, "50 % of the dissipation lay along the natural gradient;"),
         (None, 0.12, None, "At least 12 %"),
         (None, 0.12, 1.0, "At least 12 %"),
         (-0.3, -0.4, -0.2, "against the natural gradient"),
     ],
 )
-def test_alignment_in_words(value: float | None, lower: float, upper: float | None, words: str) -> None:
+def test_alignment_in_words(
+    value: float | None, lower: float, upper: float | None, words: str
+) -> None:
     summary = _summary(alignment=value, alignment_lower=lower, alignment_upper=upper)
     assert words in " ".join(explanation(summary)).replace("\u00a0", " ")
 
@@ -105,7 +129,9 @@ def test_numbers_are_read_back_to_three_digits(value: float) -> None:
     digits = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
     text = number(value).replace("\u202f", "").replace("\u2009", "")
     mantissa, _, exponent = text.partition("×10")
-    assert float(mantissa) * 10.0 ** int(exponent.translate(digits) or 0) == pytest.approx(value, rel=5.001e-3)
+    assert float(mantissa) * 10.0 ** int(exponent.translate(digits) or 0) == pytest.approx(
+        value, rel=5.001e-3
+    )
 
 
 @given(st.floats(0, 1))

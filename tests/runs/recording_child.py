@@ -1,5 +1,5 @@
-"""Records as fast as it can in freshly forked children, each killed at a random moment: `python recording_child.py
-FOLDER COUNT SEED`.
+"""Records as fast as it can in freshly forked children, each killed at a random moment: `python
+recording_child.py FOLDER COUNT SEED`.
 """
 
 import os
@@ -20,7 +20,14 @@ def record(path: str, steps: float) -> None:
     model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 4))
     optimizer = torch.optim.Adam(model.parameters())
     x, y = torch.randn(64, 8), torch.randint(0, 4, (64,))
-    options = {"model": model, "optimizer": optimizer, "probe": (x, y), "params": True, "grads": True, "moments": True}
+    options = {
+        "model": model,
+        "optimizer": optimizer,
+        "probe": (x, y),
+        "params": True,
+        "grads": True,
+        "moments": True,
+    }
     with Recorder(path, **options) as recorder:
         while recorder.steps_done < steps:
             optimizer.zero_grad()
@@ -31,9 +38,12 @@ def record(path: str, steps: float) -> None:
 
 
 def main(folder: str, count: int, seed: int) -> None:
-    """Fork ``count`` recordings one after the other and kill each; its process has no chance to clean up."""
+    """Fork ``count`` recordings one after the other and kill each; its process has no chance to
+    clean up."""
     torch.set_num_threads(1)
-    record(f"{folder}/warm-up", 3)  # what torch imports on first use takes longer than a child lives
+    record(
+        f"{folder}/warm-up", 3
+    )  # what torch imports on first use takes longer than a child lives
     moments = random.Random(seed)
     for number in range(count):
         child = os.fork()

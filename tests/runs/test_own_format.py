@@ -30,7 +30,9 @@ def recorded(tmp_path_factory):
     network = model()
     optimizer = torch.optim.Adam(network.parameters())
     x, y = torch.randn(6, 4), torch.arange(6) % 3
-    with Recorder(path, model=network, optimizer=optimizer, probe=(x, y), params=True, moments=True) as recorder:
+    with Recorder(
+        path, model=network, optimizer=optimizer, probe=(x, y), params=True, moments=True
+    ) as recorder:
         for _ in range(4):
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(network(x), y)
@@ -47,18 +49,25 @@ def copy(recorded, tmp_path):
 
 def everything(path):
     run = load_run(path)
-    return [(s.step, s.moments_meta() if s.step else None, {n: s.load(n) for n in s.names()}) for s in run.snapshots]
+    return [
+        (s.step, s.moments_meta() if s.step else None, {n: s.load(n) for n in s.names()})
+        for s in run.snapshots
+    ]
 
 
 def same(a, b):
-    return a[:2] == b[:2] and a[2].keys() == b[2].keys() and all(torch.equal(a[2][n], b[2][n]) for n in a[2])
+    return (
+        a[:2] == b[:2]
+        and a[2].keys() == b[2].keys()
+        and all(torch.equal(a[2][n], b[2][n]) for n in a[2])
+    )
 
 
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_noticed_or_harmless(recorded, copy, position, bit):
-    """Any single flipped bit of a snapshot either raises InputError naming the file, or changes nothing that is
-    read.
+    """Any single flipped bit of a snapshot either raises InputError naming the file, or changes
+    nothing that is read.
     """
     name = "snapshots/00000002.safetensors"
     content = bytearray((recorded / name).read_bytes())
@@ -116,7 +125,9 @@ def test_a_tensor_in_pieces_is_the_tensor_and_its_damage_is_noticed(tmp_path, dt
     """Also of a file large enough to be mapped, and behind a tensor whose end isn't aligned."""
     path = tmp_path / "00000001.safetensors"
     tensor = torch.arange(size).remainder(127).to(dtype)
-    write_tensors(path, {"a": torch.ones(3, dtype=torch.uint8), "b": tensor, "c": torch.ones(70_000)})
+    write_tensors(
+        path, {"a": torch.ones(3, dtype=torch.uint8), "b": tensor, "c": torch.ones(70_000)}
+    )
     pieces = list(SafetensorsFile(path).pieces("b", 16_384))
     assert torch.equal(torch.cat(pieces), tensor)
     assert all(len(piece) == 16_384 for piece in pieces[:-1])
@@ -239,7 +250,9 @@ def test_a_folder_of_snapshots_that_may_not_be_read_is_named(copy, monkeypatch):
     def refused(folder):
         raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(type(copy), "iterdir", refused)  # the superuser may read whatever its permissions say
+    monkeypatch.setattr(
+        type(copy), "iterdir", refused
+    )  # the superuser may read whatever its permissions say
     with pytest.raises(InputError, match=r"snapshots can't be read \(Permission denied"):
         load_run(copy, format="thermo-opt")
 
@@ -252,12 +265,16 @@ def test_a_layout_that_changes_is_named(copy):
         write_tensors(path, {f"params/{name}": tensor.clone() for name, tensor in changed.items()})
         return load_run(copy).snapshots[3]
 
-    with pytest.raises(InputError, match=r"params/2\.weight has shape \(3, 5\) at step 3 but \(3, 4\) at step 0"):
+    with pytest.raises(
+        InputError, match=r"params/2\.weight has shape \(3, 5\) at step 3 but \(3, 4\) at step 0"
+    ):
         rewrite({**tensors, "2.weight": torch.zeros(3, 5)}).load_group("params")
     with pytest.raises(InputError, match=r"params/extra appears at step 3"):
         rewrite({**tensors, "extra": torch.zeros(2)}).load_group("params")
     with pytest.raises(InputError, match=r"params/0\.bias is gone at step 3"):
-        rewrite({name: tensor for name, tensor in tensors.items() if name != "0.bias"}).load_group("params")
+        rewrite({name: tensor for name, tensor in tensors.items() if name != "0.bias"}).load_group(
+            "params"
+        )
 
 
 def test_what_was_not_recorded_is_named_with_the_remedy(recorded):
@@ -271,7 +288,9 @@ def test_what_was_not_recorded_is_named_with_the_remedy(recorded):
 
 
 def test_another_probe_is_noticed(copy):
-    write_tensors(copy / "probe.safetensors", {"inputs": torch.zeros(6, 4), "targets": torch.arange(6) % 3})
+    write_tensors(
+        copy / "probe.safetensors", {"inputs": torch.zeros(6, 4), "targets": torch.arange(6) % 3}
+    )
     with pytest.raises(InputError, match=r"probe\.safetensors"):
         _ = load_run(copy).probe
 
@@ -285,7 +304,8 @@ def test_snapshots_travel_between_processes(recorded):
 
 
 def test_replay_gives_the_recorded_predictions(recorded):
-    """Weights and BatchNorm statistics of each snapshot, put into a fresh model, predict what was recorded."""
+    """Weights and BatchNorm statistics of each snapshot, put into a fresh model, predict what was
+    recorded."""
     run, network = load_run(recorded), model()
     for snapshot in run.snapshots:
         install(network, snapshot)
@@ -315,7 +335,11 @@ def test_clock_readings(copy):
     run = load_run(copy)
     with pytest.raises(InputError, match="step 3"):
         run.clock_readings("flow", [0, 5])
-    assert list(run.clock_readings("wall", [0, 2, 5])) == [0, 4, 25]  # seconds are needed at the snapshots alone
+    assert list(run.clock_readings("wall", [0, 2, 5])) == [
+        0,
+        4,
+        25,
+    ]  # seconds are needed at the snapshots alone
     with pytest.raises(InputError, match="step 3"):
         run.clock_readings("wall", [0, 3])
 

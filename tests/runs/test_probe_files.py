@@ -17,9 +17,9 @@ def write(path, arrays):
     if path.suffix == ".npz":
         np.savez(path, **arrays)
     elif path.suffix == ".parquet":
-        pd.DataFrame({name: list(array) if array.ndim > 1 else array for name, array in arrays.items()}).to_parquet(
-            path
-        )
+        pd.DataFrame(
+            {name: list(array) if array.ndim > 1 else array for name, array in arrays.items()}
+        ).to_parquet(path)
     else:
         save_file({name: torch.tensor(array) for name, array in arrays.items()}, path)
 
@@ -69,7 +69,9 @@ def test_probes_that_cannot_be_used(tmp_path, arrays, message):
 
 
 def test_pickled_arrays_and_unknown_kinds_are_refused(tmp_path):
-    np.savez(tmp_path / "probe.npz", inputs=np.array([{"a": 1}, None], dtype=object), targets=TARGETS[:2])
+    np.savez(
+        tmp_path / "probe.npz", inputs=np.array([{"a": 1}, None], dtype=object), targets=TARGETS[:2]
+    )
     with pytest.raises(InputError, match="without pickles"):
         load_probe(tmp_path / "probe.npz")
     (tmp_path / "probe.csv").write_text("inputs,targets\n1,2\n")
@@ -80,6 +82,8 @@ def test_pickled_arrays_and_unknown_kinds_are_refused(tmp_path):
 
 
 def test_ragged_parquet_rows_are_refused(tmp_path):
-    pd.DataFrame({"inputs": [[1.0, 2.0], [3.0]], "targets": [0, 1]}).to_parquet(tmp_path / "probe.parquet")
+    pd.DataFrame({"inputs": [[1.0, 2.0], [3.0]], "targets": [0, 1]}).to_parquet(
+        tmp_path / "probe.parquet"
+    )
     with pytest.raises(InputError, match="inputs"):
         load_probe(tmp_path / "probe.parquet")

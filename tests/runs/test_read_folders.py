@@ -42,7 +42,8 @@ def train(path, save, model=None, parameters=None, steps=3):
 
 
 @pytest.mark.parametrize(
-    "keys", [("model", "optimizer"), ("state_dict", "optimizer_state_dict"), ("model_state_dict", None)]
+    "keys",
+    [("model", "optimizer"), ("state_dict", "optimizer_state_dict"), ("model_state_dict", None)],
 )
 def test_torch_checkpoints(tmp_path, keys):
     def save(model, optimizer, step):
@@ -74,11 +75,16 @@ def test_torch_checkpoints(tmp_path, keys):
 @pytest.mark.parametrize("legacy", [False, True])
 def test_bare_state_dicts(tmp_path, legacy):
     def save(model, optimizer, step):
-        torch.save(model.state_dict(), tmp_path / f"{step}.pth", _use_new_zipfile_serialization=not legacy)
+        torch.save(
+            model.state_dict(), tmp_path / f"{step}.pth", _use_new_zipfile_serialization=not legacy
+        )
 
     model, _ = train(tmp_path, save)
     last = load_run(tmp_path).snapshots[-1]
-    assert all(torch.equal(last.load(f"params/{name}"), parameter) for name, parameter in model.named_parameters())
+    assert all(
+        torch.equal(last.load(f"params/{name}"), parameter)
+        for name, parameter in model.named_parameters()
+    )
 
 
 def save_both(path):
@@ -96,7 +102,9 @@ def test_moments_of_frozen_models_and_of_groups(tmp_path):
 
     model, optimizer = train(tmp_path / "frozen", save_both(tmp_path / "frozen"), parameters=frozen)
     last = load_run(tmp_path / "frozen").snapshots[-1]
-    assert set(last.load_group("exp_avg")) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert set(last.load_group("exp_avg")) == {
+        name for name, p in model.named_parameters() if p.requires_grad
+    }
     assert torch.equal(last.load("exp_avg/b.weight"), optimizer.state[model.b.weight]["exp_avg"])
 
     def one_of_two(model):
@@ -109,12 +117,17 @@ def test_moments_of_frozen_models_and_of_groups(tmp_path):
 
     def groups(model):
         matrices = [p for p in model.parameters() if p.ndim == 2]
-        return [{"params": matrices, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.ndim == 1]}]
+        return [
+            {"params": matrices, "weight_decay": 0.1},
+            {"params": [p for p in model.parameters() if p.ndim == 1]},
+        ]
 
     model, optimizer = train(tmp_path / "groups", save_both(tmp_path / "groups"), parameters=groups)
     last = load_run(tmp_path / "groups").snapshots[-1]
     for name, parameter in model.named_parameters():
-        assert torch.equal(last.load(f"exp_avg_sq/{name}"), optimizer.state[parameter]["exp_avg_sq"])
+        assert torch.equal(
+            last.load(f"exp_avg_sq/{name}"), optimizer.state[parameter]["exp_avg_sq"]
+        )
 
 
 def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path):
@@ -170,7 +183,9 @@ def test_safetensors_folder(tmp_path):
     }
     for step in (100, 5):
         save_file(weights, tmp_path / f"model-{step}.safetensors")
-    save_file({"inputs": torch.ones(2, 2), "targets": torch.zeros(2)}, tmp_path / "probe.safetensors")
+    save_file(
+        {"inputs": torch.ones(2, 2), "targets": torch.zeros(2)}, tmp_path / "probe.safetensors"
+    )
     run = load_run(tmp_path)
     assert run.format == "safetensors"
     assert [snapshot.step for snapshot in run.snapshots] == [5, 100]
@@ -178,7 +193,9 @@ def test_safetensors_folder(tmp_path):
     assert run.snapshots[0].load("params/w").dtype == torch.bfloat16
     assert set(run.snapshots[0].load_group("buffers")) == {"norm.running_mean", "steps", "mask"}
     assert run.probe.inputs.shape == (2, 2)
-    assert run.info.parameters == [{"name": "w", "shape": [3, 2], "dtype": "bfloat16", "trainable": None}]
+    assert run.info.parameters == [
+        {"name": "w", "shape": [3, 2], "dtype": "bfloat16", "trainable": None}
+    ]
 
 
 def test_weights_that_appear_vanish_or_change_shape(tmp_path):
@@ -189,7 +206,9 @@ def test_weights_that_appear_vanish_or_change_shape(tmp_path):
     assert first.load_group("params")["v"].shape == (3,)
     with pytest.raises(InputError, match="params/v is gone at step 2"):
         second.load_group("params")
-    with pytest.raises(InputError, match=r"params/v has shape \(4,\) at step 3 but \(3,\) at step 1"):
+    with pytest.raises(
+        InputError, match=r"params/v has shape \(4,\) at step 3 but \(3,\) at step 1"
+    ):
         third.load_group("params")
 
 
@@ -215,7 +234,12 @@ def test_opening_a_run_reads_no_weights(tmp_path):
 
 
 def test_a_tensor_of_another_group_is_not_a_weight_of_its_name(tmp_path):
-    train(tmp_path, lambda model, optimizer, step: torch.save({"model": model.state_dict()}, tmp_path / f"{step}.pt"))
+    train(
+        tmp_path,
+        lambda model, optimizer, step: torch.save(
+            {"model": model.state_dict()}, tmp_path / f"{step}.pt"
+        ),
+    )
     snapshot = load_run(tmp_path).snapshots[1]
     assert snapshot.load("params/a.weight").shape == (4, 4)
     assert snapshot.load("buffers/norm.running_mean").shape == (4,)

@@ -1,4 +1,5 @@
-"""The reader of Hugging Face output, on what the real `Trainer` writes (tiny models, from configs, no download)."""
+"""The reader of Hugging Face output, on what the real `Trainer` writes (tiny models, from configs,
+no download)."""
 
 import json
 import pickle
@@ -31,7 +32,8 @@ def gpt2():
 
 
 def llama_frozen_bf16():
-    """Untied, RMSNorm, bf16, one layer frozen: fewer parameters in the optimizer than in the model."""
+    """Untied, RMSNorm, bf16, one layer frozen: fewer parameters in the optimizer than in the
+    model."""
     config = LlamaConfig(
         **SMALL,
         pad_token_id=None,
@@ -84,7 +86,11 @@ def train(path, model, **arguments):
     return trainer
 
 
-@pytest.fixture(scope="module", params=[gpt2, llama_frozen_bf16, bert], ids=["gpt2", "llama-frozen-bf16", "bert"])
+@pytest.fixture(
+    scope="module",
+    params=[gpt2, llama_frozen_bf16, bert],
+    ids=["gpt2", "llama-frozen-bf16", "bert"],
+)
 def trained(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("hugging face") / "ausgabe ü"
     torch.manual_seed(0)
@@ -99,7 +105,11 @@ def test_weights_and_moments_are_those_of_the_trainer(trained):
     assert [snapshot.step for snapshot in run.snapshots] == [2, 4, 6]
     last = run.snapshots[-1]
     weights = last.load_group("params")
-    optimizer = trainer.optimizer.optimizer if hasattr(trainer.optimizer, "optimizer") else trainer.optimizer
+    optimizer = (
+        trainer.optimizer.optimizer
+        if hasattr(trainer.optimizer, "optimizer")
+        else trainer.optimizer
+    )
     for name, parameter in model.named_parameters():
         assert weights[name].dtype == parameter.dtype
         assert torch.equal(weights[name], parameter)
@@ -135,7 +145,9 @@ def test_replay_from_the_config(trained):
     replayed = model_from_config(run.info.hf_config_path).to(next(model.parameters()).dtype)
     install(replayed, run.snapshots[-1], run.info.tied)
     tokens = torch.arange(24).reshape(3, 8)
-    assert torch.equal(predict(replayed, {"input_ids": tokens}), predict(model, {"input_ids": tokens}))
+    assert torch.equal(
+        predict(replayed, {"input_ids": tokens}), predict(model, {"input_ids": tokens})
+    )
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +184,8 @@ def test_sharded_weights(copy):
 
 
 def test_pickles_are_never_run(copy, tmp_path):
-    """training_args.bin isn't opened at all; a poisoned optimizer.pt is refused by name without running."""
+    """training_args.bin isn't opened at all; a poisoned optimizer.pt is refused by name without
+    running."""
     mark = tmp_path / "ran"
 
     class Poison:
@@ -188,8 +201,8 @@ def test_pickles_are_never_run(copy, tmp_path):
 
 
 def test_moments_that_cannot_be_named(copy):
-    """Without the architecture the order of the moments is unknown; the weights are read, the moments refused with
-    the reason.
+    """Without the architecture the order of the moments is unknown; the weights are read, the
+    moments refused with the reason.
     """
     for folder in copy.glob("checkpoint-*"):
         (folder / "config.json").unlink()
@@ -208,7 +221,11 @@ def test_moments_that_cannot_be_named(copy):
 def test_code_in_a_checkpoint_is_not_run(copy, tmp_path):
     for folder in copy.glob("checkpoint-*"):
         config = json.loads((folder / "config.json").read_text())
-        config |= {"model_type": "own", "architectures": ["Own"], "auto_map": {"AutoModel": "own.Own"}}
+        config |= {
+            "model_type": "own",
+            "architectures": ["Own"],
+            "auto_map": {"AutoModel": "own.Own"},
+        }
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     run = load_run(copy)
@@ -253,7 +270,13 @@ def test_one_checkpoint_folder_is_not_a_run(copy, format):
 
 
 @pytest.mark.parametrize(
-    "change", [{"model_type": "no-such"}, {"architectures": [3]}, {"n_embd": "wide"}, {"n_embd": 33, "n_head": 2}]
+    "change",
+    [
+        {"model_type": "no-such"},
+        {"architectures": [3]},
+        {"n_embd": "wide"},
+        {"n_embd": 33, "n_head": 2},
+    ],
 )
 def test_a_config_that_builds_nothing_is_named(copy, change):
     for file in copy.glob("checkpoint-*/config.json"):
@@ -269,7 +292,11 @@ def test_a_log_without_numbers_is_named_and_tokens_are_counted_from_the_row_befo
     state.write_text(json.dumps({"log_history": [{"step": 1, "loss": "low"}]}))
     with pytest.raises(InputError, match=r"trainer_state\.json: 'loss'"):
         load_run(copy)
-    seen = [{"step": 1, "num_input_tokens_seen": 10}, {"step": 2}, {"step": 3, "num_input_tokens_seen": 40}]
+    seen = [
+        {"step": 1, "num_input_tokens_seen": 10},
+        {"step": 2},
+        {"step": 3, "num_input_tokens_seen": 40},
+    ]
     state.write_text(json.dumps({"log_history": seen}))
     assert load_run(copy).steps["tokens"].dropna().to_dict() == {1: 10.0, 3: 30.0}
 

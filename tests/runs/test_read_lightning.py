@@ -72,10 +72,14 @@ def test_weights_buffers_and_moments_are_those_of_the_trainer(trained):
     for name, parameter in module.named_parameters():
         assert torch.equal(last.load(f"params/{name}"), parameter)
         if parameter.requires_grad:
-            assert torch.equal(last.load(f"exp_avg_sq/{name}"), optimizer.state[parameter]["exp_avg_sq"])
+            assert torch.equal(
+                last.load(f"exp_avg_sq/{name}"), optimizer.state[parameter]["exp_avg_sq"]
+            )
     assert set(last.load_group("params")) == {name for name, _ in module.named_parameters()}
     assert set(last.load_group("buffers")) == {name for name, _ in module.named_buffers()}
-    assert set(last.load_group("exp_avg")) == {name for name, p in module.named_parameters() if p.requires_grad}
+    assert set(last.load_group("exp_avg")) == {
+        name for name, p in module.named_parameters() if p.requires_grad
+    }
     assert last.moments_meta() == {"step": 6, "betas": (0.9, 0.999)}
 
 

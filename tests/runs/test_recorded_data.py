@@ -1,4 +1,5 @@
-"""The runs in data/: whole, small, reproducible, and finely enough sampled that two ways to their dissipation agree."""
+"""The runs in data/: whole, small, reproducible, and finely enough sampled that two ways to their
+dissipation agree."""
 
 import hashlib
 import importlib.util
@@ -26,7 +27,9 @@ def script():
 
 
 def test_files_are_those_of_the_data_card():
-    expected = dict(reversed(line.split("  ")) for line in (DATA / "SHA256SUMS").read_text().splitlines())
+    expected = dict(
+        reversed(line.split("  ")) for line in (DATA / "SHA256SUMS").read_text().splitlines()
+    )
     files = [
         file
         for run in DATA.iterdir()
@@ -34,7 +37,10 @@ def test_files_are_those_of_the_data_card():
         for file in run.rglob("*")
         if file.is_file() and file.suffix != ".pyc"
     ]
-    found = {file.relative_to(DATA).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    found = {
+        file.relative_to(DATA).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
     assert found == expected
     assert sum(file.stat().st_size for file in files) < 15e6
 
@@ -60,13 +66,16 @@ def test_all_start_from_the_same_weights_and_share_the_probe():
 
 @pytest.mark.parametrize("name", DIGITS)
 def test_outputs_and_parameters_agree_on_the_dissipation(name):
-    """Σa and Σ√a (THEORY §4) from arcs between predictions, and from δᵀFδ at each step's start, within 5 %."""
+    """Σa and Σ√a (THEORY §4) from arcs between predictions, and from δᵀFδ at each step's start,
+    within 5 %."""
     run, model = load_run(DATA / name), digits_mlp().double()
     inputs = run.probe.inputs.double()
     outputs, parameters = [], []
     for before, after in zip(run.snapshots[:-1], run.snapshots[1:], strict=True):
         weights = {key: value.double() for key, value in before.load_group("params").items()}
-        step = {key: value.double() - weights[key] for key, value in after.load_group("params").items()}
+        step = {
+            key: value.double() - weights[key] for key, value in after.load_group("params").items()
+        }
         logits, change = jvp(lambda w: functional_call(model, w, (inputs,)), (weights,), (step,))
         p = logits.softmax(-1)
         parameters.append(float(((p * change**2).sum(-1) - (p * change).sum(-1) ** 2).mean()))
@@ -86,7 +95,11 @@ def test_the_text_run_replays_without_options(script):
         install(model, snapshot, run.info.tied)
         logits = predict(model, run.probe.inputs)
         losses.append(
-            float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), run.probe.targets.flatten().long()))
+            float(
+                torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), run.probe.targets.flatten().long()
+                )
+            )
         )
         assert snapshot.has_group("exp_avg")
     assert losses[1] < losses[0] < np.log(128)

@@ -1,4 +1,5 @@
-"""`Recorder`: what it writes, that it changes nothing in the training, and that nothing breaks it."""
+"""`Recorder`: what it writes, that it changes nothing in the training, and that nothing breaks
+it."""
 
 import json
 import os
@@ -21,11 +22,14 @@ from thermo_opt.runs import recorder as recorder_module
 
 
 class Noisy(nn.Module):
-    """Dropout, BatchNorm, a buffer that each forward changes, and draws from all three random number generators."""
+    """Dropout, BatchNorm, a buffer that each forward changes, and draws from all three random
+    number generators."""
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+        self.layers = nn.Sequential(
+            nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3)
+        )
         self.register_buffer("calls", torch.zeros(1))
         self.layers[1].eval()  # a submodule in another mode than the rest
         self.layers[1].weight.requires_grad_(False)
@@ -46,7 +50,14 @@ def data(seed=1):
     return torch.randn(20, 4, generator=generator), torch.randint(0, 3, (20,), generator=generator)
 
 
-def train(model, optimizer, steps, recorder=None, loss_of=nn.functional.cross_entropy, after=lambda k: None):
+def train(
+    model,
+    optimizer,
+    steps,
+    recorder=None,
+    loss_of=nn.functional.cross_entropy,
+    after=lambda k: None,
+):
     x, y = data()
     for k in range(steps):
         optimizer.zero_grad()
@@ -73,13 +84,21 @@ def test_recorded_training_is_bit_identical_to_unrecorded(tmp_path):
         np.random.seed(0)  # noqa: NPY002
         torch.manual_seed(0)
         model = Noisy()
-        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1, momentum=0.9)
+        optimizer = torch.optim.SGD(
+            (p for p in model.parameters() if p.requires_grad), lr=0.1, momentum=0.9
+        )
         trace = []
 
         def note(k):
             flags = [module.training for module in model.modules()]
             gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-            trace.append((flags, gradients, {key: value.clone() for key, value in model.state_dict().items()}))
+            trace.append(
+                (
+                    flags,
+                    gradients,
+                    {key: value.clone() for key, value in model.state_dict().items()},
+                )
+            )
 
         if path is None:
             train(model, optimizer, 6, after=note)
@@ -91,7 +110,9 @@ def test_recorded_training_is_bit_identical_to_unrecorded(tmp_path):
 
     (plain, drawn), (recorded, drawn_too) = trained(), trained(tmp_path / "run")
     assert drawn == drawn_too
-    for (flags, gradients, state), (flags_too, gradients_too, state_too) in zip(plain, recorded, strict=True):
+    for (flags, gradients, state), (flags_too, gradients_too, state_too) in zip(
+        plain, recorded, strict=True
+    ):
         assert flags == flags_too
         for a, b in zip(gradients, gradients_too, strict=True):
             assert (a is None) == (b is None)
@@ -109,23 +130,47 @@ def test_snapshots_hold_what_the_training_held(tmp_path):
         kept[k + 1] = (
             {name: p.detach().clone() for name, p in model.named_parameters()},
             {name: p.grad.clone() for name, p in model.named_parameters()},
-            {name: optimizer.state[p]["exp_avg_sq"].clone() for name, p in model.named_parameters()},
+            {
+                name: optimizer.state[p]["exp_avg_sq"].clone()
+                for name, p in model.named_parameters()
+            },
             model(x).detach().clone(),
         )
 
     with Recorder(
-        tmp_path / "r", model=model, optimizer=optimizer, probe=(x, y), every=2, params=True, grads=True, moments=True
+        tmp_path / "r",
+        model=model,
+        optimizer=optimizer,
+        probe=(x, y),
+        every=2,
+        params=True,
+        grads=True,
+        moments=True,
     ) as recorder:
         train(model, optimizer, 7, recorder, after=note)
     run = load_run(tmp_path / "r")
-    assert [snapshot.step for snapshot in run.snapshots] == [0, 2, 4, 6, 7]  # the last step too, though 7 is odd
+    assert [snapshot.step for snapshot in run.snapshots] == [
+        0,
+        2,
+        4,
+        6,
+        7,
+    ]  # the last step too, though 7 is odd
     assert not run.snapshots[0].has_group("grad")
     assert not run.snapshots[0].has_group("exp_avg")
     for snapshot in run.snapshots[1:]:
         params, grads, second, logits = kept[snapshot.step]
-        assert all(torch.equal(value, params[name]) for name, value in snapshot.load_group("params").items())
-        assert all(torch.equal(value, grads[name]) for name, value in snapshot.load_group("grad").items())
-        assert all(torch.equal(value, second[name]) for name, value in snapshot.load_group("exp_avg_sq").items())
+        assert all(
+            torch.equal(value, params[name])
+            for name, value in snapshot.load_group("params").items()
+        )
+        assert all(
+            torch.equal(value, grads[name]) for name, value in snapshot.load_group("grad").items()
+        )
+        assert all(
+            torch.equal(value, second[name])
+            for name, value in snapshot.load_group("exp_avg_sq").items()
+        )
         torch.testing.assert_close(snapshot.load("probe/logits"), logits)
         assert snapshot.moments_meta() == {"step": snapshot.step, "betas": (0.8, 0.95)}
         assert snapshot.optimizer_step == snapshot.step
@@ -134,14 +179,17 @@ def test_snapshots_hold_what_the_training_held(tmp_path):
     assert (np.diff(run.steps["wall"]) >= 0).all()
     assert run.info.optimizer == "Adam"
     assert run.info.betas == (0.8, 0.95)
-    assert [p["name"] for p in run.info.parameters] == [name for name, _ in model.named_parameters()]
+    assert [p["name"] for p in run.info.parameters] == [
+        name for name, _ in model.named_parameters()
+    ]
     assert torch.equal(run.probe.inputs, x)
     assert torch.equal(run.probe.targets, y)
     assert run.probe.fingerprint == run.info.probe_fingerprint
 
 
 def test_parameters_by_kind(tmp_path):
-    """Tied, frozen, bf16 and float64 parameters, and groups of the optimizer, are recorded as they are."""
+    """Tied, frozen, bf16 and float64 parameters, and groups of the optimizer, are recorded as they
+    are."""
 
     class Tied(nn.Module):
         def __init__(self):
@@ -156,9 +204,13 @@ def test_parameters_by_kind(tmp_path):
             return self.head(self.embed(tokens) * self.scale)
 
     model = Tied()
-    optimizer = torch.optim.AdamW([{"params": [model.embed.weight], "weight_decay": 0.1}, {"params": [model.scale]}])
+    optimizer = torch.optim.AdamW(
+        [{"params": [model.embed.weight], "weight_decay": 0.1}, {"params": [model.scale]}]
+    )
     tokens = torch.tensor([[1, 2, 3], [0, 4, 2]])
-    with Recorder(tmp_path / "r", model=model, optimizer=optimizer, probe=(tokens, tokens), params=True):
+    with Recorder(
+        tmp_path / "r", model=model, optimizer=optimizer, probe=(tokens, tokens), params=True
+    ):
         pass
     run = load_run(tmp_path / "r")
     (snapshot,) = run.snapshots
@@ -167,11 +219,14 @@ def test_parameters_by_kind(tmp_path):
     assert snapshot.load("buffers/count").item() == 3
     assert snapshot.load("probe/logits").shape == (2, 3, 5)
     assert run.info.tied == {"head.weight": "embed.weight"}
-    assert {p["name"]: p["trainable"] for p in run.info.parameters} == {"embed.weight": True, "scale": False}
+    assert {p["name"]: p["trainable"] for p in run.info.parameters} == {
+        "embed.weight": True,
+        "scale": False,
+    }
     assert run.info.settings["groups"] == [{"weight_decay": 0.1}, {"weight_decay": 0.01}]
-    assert record(tmp_path / "d", model=mlp(dtype=torch.float64), probe=(data()[0].double(), data()[1])).snapshots[
-        0
-    ].load("probe/logits").dtype == (torch.float64)
+    assert record(
+        tmp_path / "d", model=mlp(dtype=torch.float64), probe=(data()[0].double(), data()[1])
+    ).snapshots[0].load("probe/logits").dtype == (torch.float64)
 
 
 @pytest.mark.parametrize("kind", ["object", "tuple", "dict"])
@@ -183,7 +238,11 @@ def test_inputs_and_outputs_of_any_kind(tmp_path, kind):
 
         def forward(self, a, b):
             logits = self.layer(a + b)
-            return {"object": SimpleNamespace(logits=logits), "tuple": (logits, None), "dict": {"logits": logits}}[kind]
+            return {
+                "object": SimpleNamespace(logits=logits),
+                "tuple": (logits, None),
+                "dict": {"logits": logits},
+            }[kind]
 
     model, (x, y) = Model(), data()
     inputs = {"a": x, "b": 2 * x} if kind == "dict" else (x, 2 * x)
@@ -201,15 +260,24 @@ def test_inputs_and_outputs_of_any_kind(tmp_path, kind):
 
 
 def test_log_rows(tmp_path):
-    """Not-a-number is valid JSON; counts, extra scalars and the optimizer's own diagnostics are logged by name."""
+    """Not-a-number is valid JSON; counts, extra scalars and the optimizer's own diagnostics are
+    logged by name."""
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    optimizer.last_step = {"dissipation": 0.25, "delta": torch.tensor(2.0), "basis": [1, 2], "step": 77}
-    with Recorder(tmp_path / "r", model=model, optimizer=optimizer, probe=data(), batch_size=20) as recorder:
+    optimizer.last_step = {
+        "dissipation": 0.25,
+        "delta": torch.tensor(2.0),
+        "basis": [1, 2],
+        "step": 77,
+    }
+    with Recorder(
+        tmp_path / "r", model=model, optimizer=optimizer, probe=data(), batch_size=20
+    ) as recorder:
         recorder.step(loss=torch.tensor(float("nan")), examples=20, tokens=7)
         recorder.step(loss=float("inf"), lr=0.1, examples=20, tokens=9, accuracy=0.5)
     lines = [
-        json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "r/steps.jsonl").read_text().splitlines()
+        json.loads(line, parse_constant=pytest.fail)
+        for line in (tmp_path / "r/steps.jsonl").read_text().splitlines()
     ]
     assert lines[0]["loss"] is None
     run = load_run(tmp_path / "r")
@@ -230,7 +298,9 @@ def test_exceptions_of_the_training_pass_untouched(tmp_path):
 
     error = Own("mine")
     model = mlp()
-    recorder = Recorder(tmp_path / "r", model=model, optimizer=torch.optim.SGD(model.parameters()), probe=data())
+    recorder = Recorder(
+        tmp_path / "r", model=model, optimizer=torch.optim.SGD(model.parameters()), probe=data()
+    )
     with pytest.raises(Own) as caught, recorder:  # noqa: PT012
         recorder.step(loss=1.0)
         raise error
@@ -263,7 +333,9 @@ def test_a_full_disk_stops_the_recording_but_not_the_training(tmp_path):
                 train(model, optimizer, 30, recorder)
                 recorder.close()  # the queue is emptied while the disk is still full
     train(reference, torch.optim.SGD(reference.parameters(), lr=0.1), 32)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True)
+    )
     (warning,) = [w for w in caught if "recording" in str(w.message)]
     assert "stopped" in str(warning.message)
     run = load_run(tmp_path / "r")
@@ -277,7 +349,8 @@ def test_no_room_at_the_start_is_said_at_once(tmp_path):
 
 
 def test_training_waits_when_the_disk_is_slow(tmp_path, monkeypatch):
-    """The queue is bounded: with the disk stuck, training stops after a few snapshots instead of filling the memory."""
+    """The queue is bounded: with the disk stuck, training stops after a few snapshots instead of
+    filling the memory."""
     gate, write = threading.Event(), recorder_module.write_tensors
 
     def slow(path, *rest):
@@ -287,7 +360,9 @@ def test_training_waits_when_the_disk_is_slow(tmp_path, monkeypatch):
 
     monkeypatch.setattr(recorder_module, "write_tensors", slow)
     model = mlp()
-    recorder = Recorder(tmp_path / "r", model=model, optimizer=torch.optim.SGD(model.parameters()), probe=data())
+    recorder = Recorder(
+        tmp_path / "r", model=model, optimizer=torch.optim.SGD(model.parameters()), probe=data()
+    )
 
     def work():
         with recorder:
@@ -311,7 +386,10 @@ def test_taken_folders_are_refused_and_left_alone(tmp_path):
         record(tmp_path / "r")
     with pytest.raises(InputError, match="no run to resume"):
         record(tmp_path / "r", resume=True)
-    assert sorted(file.name for file in (tmp_path / "r").iterdir()) == ["film.partial", "thesis.txt"]
+    assert sorted(file.name for file in (tmp_path / "r").iterdir()) == [
+        "film.partial",
+        "thesis.txt",
+    ]
     with pytest.raises(InputError, match="is a file"):
         record(tmp_path / "r/thesis.txt")
     assert (tmp_path / "r/thesis.txt").read_text() == "mine"
@@ -373,7 +451,9 @@ def test_resuming_refuses_what_is_not_the_same_run(tmp_path):
         record(tmp_path / "r", model=model, resume=2)
     with pytest.raises(InputError, match="5 recorded steps"):
         record(tmp_path / "r", model=model, resume=6)
-    assert before == {file: file.read_bytes() for file in (tmp_path / "r").rglob("*") if file.is_file()}
+    assert before == {
+        file: file.read_bytes() for file in (tmp_path / "r").rglob("*") if file.is_file()
+    }
 
 
 def test_resuming_at_an_earlier_step_removes_what_came_later(tmp_path):
@@ -400,18 +480,26 @@ def test_a_folder_left_by_a_kill_before_the_first_file_can_be_used(tmp_path):
 def test_moments_that_an_optimizer_lacks(tmp_path):
     model = mlp()
     with pytest.warns(UserWarning, match="keeps no exp_avg"):
-        run = record(tmp_path / "r", model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), moments=True)
+        run = record(
+            tmp_path / "r",
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            moments=True,
+        )
     assert not any(snapshot.has_group("exp_avg") for snapshot in run.snapshots)
     with pytest.raises(InputError, match="no optimizer moments"):
         run.snapshots[-1].moments_meta()
 
 
 def test_a_parameter_trained_later_has_no_moments_until_it_has_caught_up(tmp_path):
-    """Its bias correction would be another step's, so its moments are left out rather than misread."""
+    """Its bias correction would be another step's, so its moments are left out rather than
+    misread."""
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     model[2].bias.requires_grad_(False)
-    with Recorder(tmp_path / "r", model=model, optimizer=optimizer, probe=None, moments=True) as recorder:
+    with Recorder(
+        tmp_path / "r", model=model, optimizer=optimizer, probe=None, moments=True
+    ) as recorder:
         train(model, optimizer, 2, recorder)
         model[2].bias.requires_grad_(True)
         train(model, optimizer, 2, recorder)
@@ -426,7 +514,10 @@ def test_a_parameter_trained_later_has_no_moments_until_it_has_caught_up(tmp_pat
         ({"every": 0}, "every is 0"),
         ({"every": 1.5}, "every is 1.5"),
         ({"every": "2"}, "every is '2'"),
-        ({"model": len, "optimizer": torch.optim.SGD([torch.zeros(1)])}, "model is of type builtin"),
+        (
+            {"model": len, "optimizer": torch.optim.SGD([torch.zeros(1)])},
+            "model is of type builtin",
+        ),
         ({"optimizer": "adam"}, "optimizer is of type str"),
         ({"batch_size": "20"}, "batch_size is '20'; give a whole number"),
         ({"probe_batch_size": 2.0}, "probe_batch_size is 2.0; give a whole number"),
@@ -434,7 +525,10 @@ def test_a_parameter_trained_later_has_no_moments_until_it_has_caught_up(tmp_pat
         ({"resume": "yes"}, "resume is 'yes'; give a whole number"),
         ({"name": 3}, "name is 3; give text"),
         ({"notes": ["x"]}, "notes is of type list"),
-        ({"probe": (data()[0].numpy(), data()[1])}, "probe: inputs are of type ndarray; give a tensor"),
+        (
+            {"probe": (data()[0].numpy(), data()[1])},
+            "probe: inputs are of type ndarray; give a tensor",
+        ),
         ({"probe": (data()[0], [0] * 20)}, "probe: targets are of type list; give a tensor"),
         ({"likelihood": "poisson"}, "likelihood"),
         ({"clock": "moon"}, "clock"),
@@ -465,9 +559,13 @@ def test_arguments_that_do_not_fit(tmp_path, change, message):
 
 def test_gaussian_and_bernoulli_probes(tmp_path):
     x, _ = data()
-    gaussian = record(tmp_path / "g", steps=0, likelihood="gaussian", sigma2=0.5, probe=(x, torch.zeros(20, 3)))
+    gaussian = record(
+        tmp_path / "g", steps=0, likelihood="gaussian", sigma2=0.5, probe=(x, torch.zeros(20, 3))
+    )
     assert (gaussian.info.likelihood, gaussian.info.sigma2) == ("gaussian", 0.5)
-    bernoulli = record(tmp_path / "b", steps=0, likelihood="bernoulli", probe=(x, torch.ones(20, 3)))
+    bernoulli = record(
+        tmp_path / "b", steps=0, likelihood="bernoulli", probe=(x, torch.ones(20, 3))
+    )
     assert bernoulli.info.likelihood == "bernoulli"
     assert len(bernoulli.snapshots) == 1
 
@@ -503,7 +601,9 @@ def test_a_failing_probe_midway_stops_the_recording_alone(tmp_path):
 
 def test_step_needs_the_with_block(tmp_path):
     model = mlp()
-    recorder = Recorder(tmp_path / "r", model=model, optimizer=torch.optim.SGD(model.parameters()), probe=data())
+    recorder = Recorder(
+        tmp_path / "r", model=model, optimizer=torch.optim.SGD(model.parameters()), probe=data()
+    )
     with pytest.raises(InputError, match="with"):
         recorder.step(loss=1.0)
     with recorder:

@@ -1,4 +1,5 @@
-"""Sweeps run, are killed, resume without repeating anything, and end with the table of one that never was."""
+"""Sweeps run, are killed, resume without repeating anything, and end with the table of one that
+never was."""
 
 import os
 import signal
@@ -88,7 +89,11 @@ def test_a_killed_sweep_resumes_without_repeating_and_ends_with_the_same_table(w
     )
     output = tmp_path / "sweep"
     deadline = time.monotonic() + 120
-    while len(list(output.glob("*-seed=*"))) < 3 and time.monotonic() < deadline and process.poll() is None:
+    while (
+        len(list(output.glob("*-seed=*"))) < 3
+        and time.monotonic() < deadline
+        and process.poll() is None
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -109,7 +114,9 @@ def test_a_finished_sweep_trains_nothing(whole):
 
 
 def test_a_changed_configuration_is_refused_and_a_longer_list_is_not(tmp_path):
-    config = write(tmp_path, steps=30, text=CONFIG.replace("[0.9, 0.6]", "1.1").replace("[0, 1]", "[0]"))
+    config = write(
+        tmp_path, steps=30, text=CONFIG.replace("[0.9, 0.6]", "1.1").replace("[0, 1]", "[0]")
+    )
     assert run_sweep(read_config(config)).trained == 4
     text = config.read_text()
     config.write_text(text.replace("seeds = [0]", "seeds = [0, 1]"))
@@ -143,8 +150,12 @@ IMPOSSIBLE = [
 ]
 
 
-@pytest.mark.parametrize(("old", "new", "sentence"), IMPOSSIBLE, ids=[new for _, new, _ in IMPOSSIBLE])
-def test_impossible_values_are_refused_before_anything_is_trained(tmp_path, capsys, old, new, sentence):
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"), IMPOSSIBLE, ids=[new for _, new, _ in IMPOSSIBLE]
+)
+def test_impossible_values_are_refused_before_anything_is_trained(
+    tmp_path, capsys, old, new, sentence
+):
     config = write(tmp_path, text=CONFIG.replace(old, new))
     with pytest.raises(to.InputError, match=sentence):
         run_sweep(read_config(config))
@@ -204,10 +215,14 @@ def test_a_task_and_an_optimizer_of_ones_own_and_runs_that_diverge(tmp_path, mon
     table = outcome.front.table
     assert table["censored"].tolist()[:2] == [False, False]
     # what diverged ended early: either never at the target, or without two finite predictions
-    diverged = {trial.name for trial in read_config(config).trials() if trial.settings["lr"] == 1e30}
+    diverged = {
+        trial.name for trial in read_config(config).trials() if trial.settings["lr"] == 1e30
+    }
     assert diverged == set(outcome.left_out) | set(table.loc[table["censored"], "run"])
     assert all(len(to.load_run(tmp_path / "out" / name).steps) < 60 for name in diverged)
-    config.write_text(OWN_CONFIG.format(module=module).replace(":line", ":shifting").replace('"out"', '"other"'))
+    config.write_text(
+        OWN_CONFIG.format(module=module).replace(":line", ":shifting").replace('"out"', '"other"')
+    )
     with pytest.raises(to.InputError, match="probe changes with the seed"):
         run_sweep(read_config(config))
 
@@ -215,8 +230,13 @@ def test_a_task_and_an_optimizer_of_ones_own_and_runs_that_diverge(tmp_path, mon
 def test_every_method_sees_the_same_data_in_the_same_order():
     trials = read_config(ROOT / "analysis" / "sweep_digits.toml").trials()
     x, y = torch.arange(300.0)[:, None], torch.arange(300)
-    first, other = (next(t for t in trials if t.method == m and t.seed == 1) for m in ("Adam", "NGD-T"))
-    seen = [torch.cat([y for _, (_, y) in zip(range(5), batches((x, y), t), strict=False)]) for t in (first, other)]
+    first, other = (
+        next(t for t in trials if t.method == m and t.seed == 1) for m in ("Adam", "NGD-T")
+    )
+    seen = [
+        torch.cat([y for _, (_, y) in zip(range(5), batches((x, y), t), strict=False)])
+        for t in (first, other)
+    ]
     assert torch.equal(*seen)
     assert len(set(seen[0][: 2 * 128].tolist())) == 256  # a pass repeats nothing
     another_seed = next(t for t in trials if t.method == "Adam" and t.seed == 2)

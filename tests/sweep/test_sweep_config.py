@@ -16,7 +16,11 @@ GOOD = {
     "training": {"steps": 5, "batch_size": 16, "seeds": [0, 1]},
     "pareto": {"target_loss": 0.5},
     "method": [
-        {"optimizer": "Adam", "settings": {"eps": 1e-6}, "grid": {"lr": [0.1, 0.2], "weight_decay": [0.0, 1.0]}},
+        {
+            "optimizer": "Adam",
+            "settings": {"eps": 1e-6},
+            "grid": {"lr": [0.1, 0.2], "weight_decay": [0.0, 1.0]},
+        },
         {"name": "plain", "optimizer": "SGD", "settings": {"lr": 1.0}},
     ],
 }
@@ -94,7 +98,9 @@ def test_what_is_missing_is_named():
 
 def test_two_runs_of_one_name_are_refused():
     with pytest.raises(InputError, match="two runs would be named"):
-        parse_config(changed("method.1.name", "PLAIN") | {"method": [GOOD["method"][1], GOOD["method"][1]]}).trials()
+        parse_config(
+            changed("method.1.name", "PLAIN") | {"method": [GOOD["method"][1], GOOD["method"][1]]}
+        ).trials()
 
 
 @pytest.mark.parametrize("text", ["output = ", "\x00"])

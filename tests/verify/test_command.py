@@ -8,11 +8,11 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from thermo_opt.cli.verify import verify
 from thermo_opt.errors import InputError
 from thermo_opt.optim import NGDT
-from thermo_opt.verify import claims, scorecard
-from thermo_opt.verify.command import verify
-from thermo_opt.verify.verdict import equal
+from thermo_opt.theory.verify import claims, scorecard
+from thermo_opt.theory.verify.verdict import equal
 
 app = typer.Typer()
 app.command()(verify)
@@ -34,7 +34,9 @@ def test_json_is_one_object_and_nothing_else():
     assert found["seed"] == 5
     assert {v["claim"] for v in found["verdicts"]} == {"one-step"}
     assert set(found["verdicts"][0]) == {
-        "claim", "problem", "statement", "predicted", "relation", "measured", "tolerance", "verdict", "seed", "seconds",
+        "claim", "problem", "statement", "predicted", "relation", "measured", "tolerance",
+        "verdict",
+        "seed", "seconds",
     }  # fmt: skip
 
 
@@ -53,7 +55,9 @@ def test_overview_has_a_row_a_claim_and_details_what_fails():
     only = {name: claims.CLAIMS[name] for name in ("one-step", "decomposition")}
     only["false"] = lambda use, rng: [equal("p", "two is three", 3.0, 2.0, 0.1)]
     only["false"].__doc__ = "Two is three."
-    with mock.patch.dict(claims.CLAIMS, only, clear=True):  # puts them back in their order, unlike monkeypatch
+    with mock.patch.dict(
+        claims.CLAIMS, only, clear=True
+    ):  # puts them back in their order, unlike monkeypatch
         result = call()
     assert result.exit_code == 1
     assert "two is three" in result.stdout
@@ -62,7 +66,9 @@ def test_overview_has_a_row_a_claim_and_details_what_fails():
 
 
 def test_a_failing_claim_exits_with_one(monkeypatch):
-    monkeypatch.setitem(claims.CLAIMS, "one-step", lambda use, rng: [equal("p", "two is three", 3.0, 2.0, 0.1)])
+    monkeypatch.setitem(
+        claims.CLAIMS, "one-step", lambda use, rng: [equal("p", "two is three", 3.0, 2.0, 0.1)]
+    )
     result = call("one-step")
     assert result.exit_code == 1
     assert "fails" in result.stdout
@@ -75,14 +81,18 @@ def test_mutants():
 
 
 def test_a_surviving_mutant_exits_with_one(monkeypatch):
-    monkeypatch.setitem(claims.CLAIMS, "one-step", lambda use, rng: [equal("p", "one is one", 1.0, 1.0, 0.1)])
+    monkeypatch.setitem(
+        claims.CLAIMS, "one-step", lambda use, rng: [equal("p", "one is one", 1.0, 1.0, 0.1)]
+    )
     result = call("one-step", "--mutants")
     assert result.exit_code == 1
     assert "survives" in result.stdout
 
 
 def test_scorecard_tells_natural_gradient_from_the_rest():
-    ours, sgd, adam, ngdt = scorecard(lambda model: NGDT(model, 1e-3, metric="exact", momentum=0.0), seed=2, steps=25)
+    ours, sgd, adam, ngdt = scorecard(
+        lambda model: NGDT(model, 1e-3, metric="exact", momentum=0.0), seed=2, steps=25
+    )
     for score in (ours, sgd, adam, ngdt):
         assert score.bound <= 1 + 1e-9  # Cauchy–Schwarz, whatever the optimizer
     for score in (ours, ngdt):
@@ -101,7 +111,12 @@ def test_scorecard_tells_natural_gradient_from_the_rest():
 def test_scorecard_by_name():
     result = call("--optimizer", "torch.optim:Adagrad", "--json")
     assert result.exit_code == 0
-    assert [s["optimizer"] for s in json.loads(result.stdout)["scorecard"]] == ["Adagrad", "SGD", "Adam", "NGD-T"]
+    assert [s["optimizer"] for s in json.loads(result.stdout)["scorecard"]] == [
+        "Adagrad",
+        "SGD",
+        "Adam",
+        "NGD-T",
+    ]
 
 
 def test_a_diverging_optimizer_gets_blanks_not_numbers():
@@ -125,7 +140,10 @@ def test_optimizers_that_need_a_closure_are_run():
         ("torch.nn:Linear", "no torch Optimizer"),
         ("builtins:id", "returned int"),
         ("builtins:range", "no torch Optimizer"),
-        (lambda model: torch.optim.SGD(model.parameters(), lr=-1.0), "factory failed .*learning rate"),
+        (
+            lambda model: torch.optim.SGD(model.parameters(), lr=-1.0),
+            "factory failed .*learning rate",
+        ),
         (lambda model: Clumsy(model.parameters(), {}), "step failed .*left hands"),
     ],
 )

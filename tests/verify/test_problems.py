@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from thermo_opt.errors import InputError
-from thermo_opt.manifold import families as fam
-from thermo_opt.verify import problems as pb
+from thermo_opt.theory import families as fam
+from thermo_opt.theory.verify import problems as pb
 
 PROBLEMS = {p.name: p for p in [*pb.all_problems(), *pb.family_problems()]}
 NOT_A_FISHER = ("quadratic", "null gradient", "trap stiffness", "trap position")
@@ -41,13 +41,21 @@ def test_minimum_and_constants(name):
         if problem.strength is not None:
             g = problem.gradient(theta)
             delta = g @ np.linalg.pinv(problem.fisher(theta)) @ g
-            assert delta >= 2 * problem.strength * (problem.loss(theta) - problem.loss_min) * (1 - 1e-9)
+            assert delta >= 2 * problem.strength * (problem.loss(theta) - problem.loss_min) * (
+                1 - 1e-9
+            )
             step = rng.standard_normal(len(theta))
-            bound = problem.loss(theta) + g @ step + problem.smoothness / 2 * step @ problem.fisher(theta) @ step
+            bound = (
+                problem.loss(theta)
+                + g @ step
+                + problem.smoothness / 2 * step @ problem.fisher(theta) @ step
+            )
             assert problem.loss(theta + step) <= bound + 1e-9
 
 
-@pytest.mark.parametrize("name", ["linear regression", "logistic regression", "over-parameterised regression"])
+@pytest.mark.parametrize(
+    "name", ["linear regression", "logistic regression", "over-parameterised regression"]
+)
 def test_generalised_linear_models_have_the_fisher_as_hessian(name):
     problem = PROBLEMS[name]
     theta = problem.sample(np.random.default_rng(2))
@@ -60,13 +68,23 @@ def test_families_and_mixture_have_the_fisher_as_hessian_at_their_minimum():
         theta = problem.minimum
         hessian = np.stack([slope(problem.gradient, theta, i) for i in range(len(theta))])
         scale = np.abs(hessian).max()
-        np.testing.assert_allclose(problem.fisher(theta), hessian, rtol=1e-5, atol=1e-6 * scale, err_msg=problem.name)
+        np.testing.assert_allclose(
+            problem.fisher(theta), hessian, rtol=1e-5, atol=1e-6 * scale, err_msg=problem.name
+        )
 
 
 def test_ranks():
-    assert np.linalg.matrix_rank(PROBLEMS["deep linear network"].fisher(PROBLEMS["deep linear network"].start)) == 2
+    assert (
+        np.linalg.matrix_rank(
+            PROBLEMS["deep linear network"].fisher(PROBLEMS["deep linear network"].start)
+        )
+        == 2
+    )
     assert np.linalg.matrix_rank(PROBLEMS["over-parameterised regression"].fisher(np.zeros(7))) == 4
-    assert np.linalg.matrix_rank(PROBLEMS["softmax table"].fisher(PROBLEMS["softmax table"].start)) == 18
+    assert (
+        np.linalg.matrix_rank(PROBLEMS["softmax table"].fisher(PROBLEMS["softmax table"].start))
+        == 18
+    )
     degenerate = PROBLEMS["mixture"].fisher(np.array([0.5, 0.0]))
     np.testing.assert_allclose(degenerate, np.diag([0.0, 0.25]), atol=1e-12)
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from thermo_opt.errors import InputError
-from thermo_opt.flow import NotConverged
-from thermo_opt.verify import claim_names, claims, describe, run_claims, run_mutants, runner
-from thermo_opt.verify.mutants import MUTANTS
-from thermo_opt.verify.verdict import Check, Verdict, at_least, at_most, equal
+from thermo_opt.theory.flow import NotConverged
+from thermo_opt.theory.verify import claim_names, claims, describe, run_claims, run_mutants, runner
+from thermo_opt.theory.verify.mutants import MUTANTS
+from thermo_opt.theory.verify.verdict import Check, Verdict, at_least, at_most, equal
 
 
 @pytest.mark.parametrize("name", claim_names())
@@ -62,7 +62,11 @@ def test_a_solver_that_gives_up_establishes_nothing(monkeypatch):
 
     monkeypatch.setitem(claims.CLAIMS, "one-step", gives_up)
     (verdict,) = run_claims(["one-step"])
-    assert (verdict.verdict, verdict.measured, verdict.statement) == ("not established", None, "no luck")
+    assert (verdict.verdict, verdict.measured, verdict.statement) == (
+        "not established",
+        None,
+        "no luck",
+    )
     rejections = run_mutants(["one-step"])
     assert not any(r.rejected for r in rejections)
 

@@ -1,7 +1,8 @@
 """The Fisher metric of a model on a batch, as an operator (THEORY §1, §3, §5, §7).
 
     metric = thermo_opt.fisher.make("exact", model, (x, y), likelihood="categorical", damping=1e-3)
-    metric.matvec(v); metric.quadratic(v); metric.solve(g); metric.dual_norm(g); metric.split(g); metric.diagnostics()
+    metric.matvec(v); metric.quadratic(v); metric.solve(g); metric.dual_norm(g); metric.split(g);
+    metric.diagnostics()
 
 v and g are lists of tensors aligned with the model's trainable parameters.
 """
@@ -28,9 +29,21 @@ KINDS: dict[str, str] = {
     "ekfac": "thermo_opt.fisher.kronecker.metric:ekfac",
     "optimizer-state": "thermo_opt.fisher.optimizer_state:optimizer_state",
 }
-"""Every kind of metric and where its builder lives, called as builder(model, batch, likelihood=…, damping=…, **options)."""
+"""Every kind of metric and where its builder lives, called as builder(model, batch, likelihood=…,
+damping=…, **options)."""
 
-__all__ = ["KINDS", "Batch", "Bracket", "Likelihood", "Metric", "Predictor", "gradient", "kl", "loss", "make"]
+__all__ = [
+    "KINDS",
+    "Batch",
+    "Bracket",
+    "Likelihood",
+    "Metric",
+    "Predictor",
+    "gradient",
+    "kl",
+    "loss",
+    "make",
+]
 
 
 def make(
@@ -41,12 +54,13 @@ def make(
     damping: float = 0.0,
     **options: Any,
 ) -> Metric:
-    """A metric of this kind (a key of `KINDS`) at the model's parameters on ``batch`` = (inputs, targets).
+    """A metric of this kind (a key of `KINDS`) at the model's parameters on ``batch`` = (inputs,
+    targets).
 
-    ``damping`` is λ of F_λ = F + λI, used alike in every method. Options shared by the kinds that differentiate the model:
-    ``parameters`` (a mapping name → tensor: evaluate at these recorded weights), ``sigma2`` (Gaussian variance) and
-    ``microbatch`` (most examples processed at once). Raises `InputError` for an unknown kind and for a batch that
-    disagrees with the likelihood.
+    ``damping`` is λ of F_λ = F + λI, used alike in every method. Options shared by the kinds that
+    differentiate the model: ``parameters`` (a mapping name → tensor: evaluate at these recorded
+    weights), ``sigma2`` (Gaussian variance) and ``microbatch`` (most examples processed at once).
+    Raises `InputError` for an unknown kind and for a batch that disagrees with the likelihood.
     """
     if kind not in KINDS:
         raise InputError(f"metric kind {kind!r} is not one of {', '.join(KINDS)}")

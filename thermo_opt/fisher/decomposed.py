@@ -1,4 +1,5 @@
-"""A Fisher known by its spectral decomposition: F = Σ_j σ_j v_j v_jᵀ, everything else the null space (THEORY §7)."""
+"""A Fisher known by its spectral decomposition: F = Σ_j σ_j v_j v_jᵀ, everything else the null
+space (THEORY §7)."""
 
 from __future__ import annotations
 
@@ -15,12 +16,18 @@ from thermo_opt.fisher.predictor import Predictor
 class DecomposedMetric(Metric):
     """F from eigenvalues (r,) ≥ 0 and orthonormal eigenvectors as rows (r, P), both float64.
 
-    Eigenvalues ≤ ``threshold`` belong to the null space in `split` and, when λ = 0, in `solve` and `dual_norm`. Every product
-    costs O(rP) and is computed in float64 whatever the model's dtype; `dual_norm` is a single point.
+    Eigenvalues ≤ ``threshold`` belong to the null space in `split` and, when λ = 0, in `solve` and
+    `dual_norm`. Every product costs O(rP) and is computed in float64 whatever the model's dtype;
+    `dual_norm` is a single point.
     """
 
     def __init__(
-        self, predictor: Predictor, eigenvalues: Tensor, vectors: Tensor, threshold: float, damping: float = 0.0
+        self,
+        predictor: Predictor,
+        eigenvalues: Tensor,
+        vectors: Tensor,
+        threshold: float,
+        damping: float = 0.0,
     ) -> None:
         super().__init__(predictor.names, predictor.values, damping)
         self.predictor = predictor
@@ -30,7 +37,9 @@ class DecomposedMetric(Metric):
 
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
         x = self._flat(v)
-        return self._lists(self.vectors.T @ (self.eigenvalues * (self.vectors @ x)) + self.damping * x)
+        return self._lists(
+            self.vectors.T @ (self.eigenvalues * (self.vectors @ x)) + self.damping * x
+        )
 
     def quadratic(self, v: Sequence[Tensor]) -> float:
         x = self._flat(v)
@@ -42,7 +51,9 @@ class DecomposedMetric(Metric):
         if self.damping == 0:
             return self._lists(self.vectors.T @ torch.where(self._kept, along / self._safe, 0.0))
         outside = x - self.vectors.T @ along
-        return self._lists(self.vectors.T @ (along / (self.eigenvalues + self.damping)) + outside / self.damping)
+        return self._lists(
+            self.vectors.T @ (along / (self.eigenvalues + self.damping)) + outside / self.damping
+        )
 
     def dual_norm(self, g: Sequence[Tensor]) -> Bracket:
         x = self._flat(g)
@@ -51,7 +62,10 @@ class DecomposedMetric(Metric):
             value = float(torch.where(self._kept, along**2 / self._safe, 0.0).sum())
         else:
             outside = x - self.vectors.T @ along
-            value = float((along**2 / (self.eigenvalues + self.damping)).sum() + (outside @ outside) / self.damping)
+            value = float(
+                (along**2 / (self.eigenvalues + self.damping)).sum()
+                + (outside @ outside) / self.damping
+            )
         return Bracket(value, value)
 
     def split(self, g: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -72,7 +86,9 @@ class DecomposedMetric(Metric):
             "rank": int(kept.numel()),
             "condition": float(kept.max() / kept.min()) if kept.numel() else None,
             "trace": float(self.eigenvalues.sum()),
-            "reason": None if kept.numel() else "F = 0 on this batch, so its condition number is undefined",
+            "reason": None
+            if kept.numel()
+            else "F = 0 on this batch, so its condition number is undefined",
         }
 
     @property

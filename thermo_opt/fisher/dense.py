@@ -28,10 +28,12 @@ def dense(
     atol: float = 0.0,
     **options: Any,
 ) -> DecomposedMetric:
-    """F = SᵀS/n summed over the batch in float64, then its eigendecomposition. ``metric.matrix`` is F, (P, P).
+    """F = SᵀS/n summed over the batch in float64, then its eigendecomposition. ``metric.matrix`` is
+    F, (P, P).
 
-    ``targets`` as for kind "low-rank". Eigenvalues ≤ max(rtol·σ_max, atol) count as zero; ``rtol`` defaults to P·machine
-    epsilon of the model's dtype. Cost O(n·c·P² + P³) time, 16·P² bytes; raises `InputError` beyond `DENSE_LIMIT`.
+    ``targets`` as for kind "low-rank". Eigenvalues ≤ max(rtol·σ_max, atol) count as zero; ``rtol``
+    defaults to P·machine epsilon of the model's dtype. Cost O(n·c·P² + P³) time, 16·P² bytes;
+    raises `InputError` beyond `DENSE_LIMIT`.
     """
     predictor = Predictor(model, batch, likelihood, **options)
     check_targets(predictor, targets)
@@ -50,7 +52,12 @@ class DenseMetric(DecomposedMetric):
     kind = "dense"
 
     def __init__(
-        self, predictor: Predictor, matrix: Tensor, damping: float, rtol: float | None = None, atol: float = 0.0
+        self,
+        predictor: Predictor,
+        matrix: Tensor,
+        damping: float,
+        rtol: float | None = None,
+        atol: float = 0.0,
     ) -> None:
         spectrum = eigh(matrix)
         relative = default_rtol(matrix.shape[0], predictor.dtype) if rtol is None else float(rtol)
@@ -61,4 +68,6 @@ class DenseMetric(DecomposedMetric):
             predictor.note(spectrum.note)
 
     def dense(self) -> Tensor:
-        return self.matrix + self.damping * torch.eye(self.size, dtype=torch.float64, device=self.device)
+        return self.matrix + self.damping * torch.eye(
+            self.size, dtype=torch.float64, device=self.device
+        )

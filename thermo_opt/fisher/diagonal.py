@@ -1,4 +1,5 @@
-"""The diagonal of the Fisher as a metric: F ≈ diag(mean_i Σ_m s_im²), s the score rows (THEORY §1)."""
+"""The diagonal of the Fisher as a metric: F ≈ diag(mean_i Σ_m s_im²), s the score rows (THEORY
+§1)."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from thermo_opt.fisher.scores import Targets, check_targets, score_rows
 
 
 class DiagonalMetric(Metric):
-    """diag(f) for one non-negative tensor a parameter; entries ≤ ``threshold`` are its null space."""
+    """diag(f) for one non-negative tensor a parameter; entries ≤ ``threshold`` are its null
+    space."""
 
     kind = "diagonal"
 
@@ -63,7 +65,9 @@ class DiagonalMetric(Metric):
             "rank": int(kept.numel()),
             "condition": float(kept.max() / kept.min()) if kept.numel() else None,
             "trace": float(entries.sum()),
-            "reason": None if kept.numel() else "F = 0 on this batch, so its condition number is undefined",
+            "reason": None
+            if kept.numel()
+            else "F = 0 on this batch, so its condition number is undefined",
         }
 
     def _inverse(self, d: Tensor) -> Tensor:
@@ -73,7 +77,9 @@ class DiagonalMetric(Metric):
         return torch.where(kept, 1.0 / torch.where(kept, d, 1.0), 0.0)
 
     def _pairs(self, v: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        return [(d, t.double()) for d, t in zip(self.diagonal, self.vector(v, cast=False), strict=True)]
+        return [
+            (d, t.double()) for d, t in zip(self.diagonal, self.vector(v, cast=False), strict=True)
+        ]
 
 
 def diagonal(
@@ -89,12 +95,15 @@ def diagonal(
 ) -> DiagonalMetric:
     """The exact diagonal of the Fisher on the batch, from per-example score rows summed in float64.
 
-    ``targets``: "exact" (true Fisher, all classes: c backward passes per prediction), "sampled" (``samples`` draws from the
-    model, unbiased, cheaper) or "empirical" (the data's targets). Memory O(P) beside one block of rows.
+    ``targets``: "exact" (true Fisher, all classes: c backward passes per prediction), "sampled"
+    (``samples`` draws from the model, unbiased, cheaper) or "empirical" (the data's targets).
+    Memory O(P) beside one block of rows.
     """
     predictor = Predictor(model, batch, likelihood, **options)
     check_targets(predictor, targets)
-    total = torch.zeros(sum(p.numel() for p in predictor.values), dtype=torch.float64, device=predictor.device)
+    total = torch.zeros(
+        sum(p.numel() for p in predictor.values), dtype=torch.float64, device=predictor.device
+    )
     for block in score_rows(predictor, targets, samples, seed):
         total += block.double().square().sum(0)
     parts = unflatten(total / predictor.count, predictor.shapes)

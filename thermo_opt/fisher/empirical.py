@@ -1,7 +1,9 @@
-"""The empirical Fisher, (1/n) Σ s_i s_iᵀ with s_i = ∇ log p_θ(y_i | x_i) at the data's targets (THEORY §1).
+"""The empirical Fisher, (1/n) Σ s_i s_iᵀ with s_i = ∇ log p_θ(y_i | x_i) at the data's targets
+(THEORY §1).
 
-It is JᵀΛJ with Λ_i = r_i r_iᵀ, r_i the residual of prediction i, so it shares the exact Fisher's products: no per-example
-gradient is ever stored, and it is never the square of the batch-mean gradient.
+It is JᵀΛJ with Λ_i = r_i r_iᵀ, r_i the residual of prediction i, so it shares the exact Fisher's
+products: no per-example gradient is ever stored, and it is never the square of the batch-mean
+gradient.
 """
 
 from __future__ import annotations
@@ -24,5 +26,8 @@ def empirical(
     cache: bool = True,
     **options: Any,
 ) -> JacobianMetric:
-    """The empirical Fisher as a matrix-free operator; options and costs as for kind "exact". The batch needs targets."""
-    return JacobianMetric(Predictor(model, batch, likelihood, **options), "empirical", damping, cache=cache)
+    """The empirical Fisher as a matrix-free operator; options and costs as for kind "exact". The
+    batch needs targets."""
+    return JacobianMetric(
+        Predictor(model, batch, likelihood, **options), "empirical", damping, cache=cache
+    )

@@ -2,17 +2,19 @@
 
 Two ways to multiply by J, chosen by how often the same point is asked:
 
-- *Forward mode*, no state kept: J v rides along one forward pass (2–4 forward passes in all), Jᵀu costs a forward and a
-  backward pass. Used for the first quadratic forms and whenever the batch is split, so memory doesn't grow with n.
-- *Linearised*: the graph of u ↦ Jᵀu is recorded once, and its own transpose gives J v (Jᵀu is linear in u, so its derivative
-  in direction v is v ↦ J v). From then on neither product runs the model again: about two forward passes for J v, two for Jᵀu.
+- *Forward mode*, no state kept: J v rides along one forward pass (2–4 forward passes in all), Jᵀu
+  costs a forward and a backward pass. Used for the first quadratic forms and whenever the batch is
+  split, so memory doesn't grow with n.
+- *Linearised*: the graph of u ↦ Jᵀu is recorded once, and its own transpose gives J v (Jᵀu is
+  linear in u, so its derivative in direction v is v ↦ J v). From then on neither product runs the
+  model again: about two forward passes for J v, two for Jᵀu.
 
-Forward mode needs no double-backward and vice versa, so each stands in for the other where a model's operations lack one.
+Forward mode needs no double-backward and vice versa, so each stands in for the other where a
+model's operations lack one.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
@@ -20,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from thermo_opt.errors import InputError
-from thermo_opt.fisher.certificate import gradient_brackets
 from thermo_opt.fisher.decomposed import DecomposedMetric
 from thermo_opt.fisher.krylov import Shifted, bracket, conjugate_gradient, preconditioned
 from thermo_opt.fisher.likelihoods import Likelihood
@@ -31,7 +32,8 @@ from thermo_opt.fisher.scores import Targets, score_rows
 from thermo_opt.fisher.slopes import FixedSlopes
 
 LINEARISE_AT = 3
-"""The product, counted per metric, at which recording a linearisation (worth two products) starts to pay."""
+"""The product, counted per metric, at which recording a linearisation (worth two products) starts
+to pay."""
 
 SPECTRUM_WORK = 2e10
 """Most operations that `diagnostics` spends on a decomposition (a few seconds)."""
@@ -50,7 +52,8 @@ class Preconditioner(Protocol):
 
 
 class Linearization:
-    """J and Jᵀ of one microbatch at fixed parameters, from one recorded graph. Memory: about that of two training steps."""
+    """J and Jᵀ of one microbatch at fixed parameters, from one recorded graph. Memory: about that
+    of two training steps."""
 
     def __init__(self, predictor: Predictor, part: Part) -> None:
         with FixedSlopes():
@@ -58,7 +61,9 @@ class Linearization:
         self._outputs = outputs
         self._u = torch.zeros_like(outputs, requires_grad=True)
         with torch.enable_grad(), predictor.evaluation():
-            pulled = torch.autograd.grad(outputs, self._leaves, self._u, create_graph=True, allow_unused=True)
+            pulled = torch.autograd.grad(
+                outputs, self._leaves, self._u, create_graph=True, allow_unused=True
+            )
         self._used = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
         self._pulled = [pulled[i] for i in self._used]
         self.outputs = outputs.detach()
@@ -71,29 +76,43 @@ class Linearization:
         return torch.zeros_like(self._u) if out is None else out.detach()
 
     def verified_jvp(self, v: Sequence[Tensor]) -> Tensor:
-        """J v, having checked uᵀ(Jv) = (Jᵀu)ᵀv for a random u; `NotImplementedError` where that fails.
+        """J v, having checked uᵀ(Jv) = (Jᵀu)ᵀv for a random u; `NotImplementedError` where that
+        fails.
 
-        A backward marked once-differentiable, or written outside autograd's sight, drops out of J v without an error.
+        A backward marked once-differentiable, or written outside autograd's sight, drops out of J v
+        without an error.
         """
         out = self.jvp(v)
-        u = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype).to(out.device)
+        u = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype).to(
+            out.device
+        )
         direct, adjoint = dot([u], [out]), dot(self.vjp(u), v)
         size = float(torch.linalg.vector_norm(u)) * float(torch.linalg.vector_norm(out))
         if abs(direct - adjoint) > torch.finfo(out.dtype).eps ** 0.5 * max(size, abs(adjoint)):
-            raise NotImplementedError("the backward pass of one of its operations can't be differentiated again")
+            raise NotImplementedError(
+                "the backward pass of one of its operations can't be differentiated again"
+            )
         return out
 
     def vjp(self, u: Tensor) -> list[Tensor]:
         """Jᵀu, one tensor a parameter."""
-        gradients = torch.autograd.grad(self._outputs, self._leaves, u, retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(
+            self._outputs, self._leaves, u, retain_graph=True, allow_unused=True
+        )
         return materialise(gradients, self._leaves)
 
 
 class JacobianMetric(Metric):
-    """Products with F = (1/n) Σ JᵀΛJ for the true Λ, or Λ = r rᵀ with the data's residual r (empirical Fisher)."""
+    """Products with F = (1/n) Σ JᵀΛJ for the true Λ, or Λ = r rᵀ with the data's residual r
+    (empirical Fisher)."""
 
     def __init__(
-        self, predictor: Predictor, curvature: Curvature = "true", damping: float = 0.0, *, cache: bool = True
+        self,
+        predictor: Predictor,
+        curvature: Curvature = "true",
+        damping: float = 0.0,
+        *,
+        cache: bool = True,
     ) -> None:
         super().__init__(predictor.names, predictor.values, damping)
         if curvature == "empirical":
@@ -119,7 +138,8 @@ class JacobianMetric(Metric):
         return out if part.mask is None else out * part.mask.unsqueeze(-1)
 
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
-        """F_λ v. Cost: forward + backward + J v per microbatch; once linearised, about four forward passes in all."""
+        """F_λ v. Cost: forward + backward + J v per microbatch; once linearised, about four forward
+        passes in all."""
         v = self.vector(v)
         return axpy(self.damping, v, self._undamped(v)) if self.damping else self._undamped(v)
 
@@ -133,18 +153,24 @@ class JacobianMetric(Metric):
         return total
 
     def push(self, part: Part, v: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """(f, Jv) of one microbatch, linearised from the third product on where the batch is processed whole."""
+        """(f, Jv) of one microbatch, linearised from the third product on where the batch is
+        processed whole."""
         self._asked += 1
         if self._linear is None and self._cache and self._asked >= LINEARISE_AT:
             self._linearise(part, v)
-        return self._jvp(part, v) if self._linear is None else (self._linear.outputs, self._linear.jvp(v))
+        return (
+            self._jvp(part, v)
+            if self._linear is None
+            else (self._linear.outputs, self._linear.jvp(v))
+        )
 
     def pull(self, part: Part, u: Tensor) -> list[Tensor]:
         """Jᵀu of one microbatch."""
         return self.predictor.pull_back(part, u) if self._linear is None else self._linear.vjp(u)
 
     def quadratic(self, v: Sequence[Tensor]) -> float:
-        """vᵀF_λv = mean (Jv)ᵀΛ(Jv) + λ|v|²: half the work of a matvec, never negative, summed in float64."""
+        """vᵀF_λv = mean (Jv)ᵀΛ(Jv) + λ|v|²: half the work of a matvec, never negative, summed in
+        float64."""
         v = self.vector(v)
         total = 0.0
         for part in self.predictor.parts:
@@ -163,7 +189,8 @@ class JacobianMetric(Metric):
                 raise
             self._cache = False
             self.predictor.note(
-                f"no second derivative for this model ({_first_line(error)}): forward mode used throughout"
+                f"no second derivative for this model ({_first_line(error)}): forward mode used "
+                "throughout"
             )
 
     def _jvp(self, part: Part, v: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -175,7 +202,8 @@ class JacobianMetric(Metric):
                     raise
                 self._forward = False
                 self.predictor.note(
-                    f"no forward-mode derivative for this model ({_first_line(error)}): double-backward used"
+                    f"no forward-mode derivative for this model ({_first_line(error)}): "
+                    "double-backward used"
                 )
         try:
             linear = Linearization(self.predictor, part)
@@ -184,22 +212,31 @@ class JacobianMetric(Metric):
             if not _unsupported(error):
                 raise
             raise InputError(
-                f"the model can be differentiated neither in forward mode nor twice ({_first_line(error)}); "
+                "the model can be differentiated neither in forward mode nor twice "
+                f"({_first_line(error)}); "
                 "use kind 'low-rank' or 'kfac', which need one backward pass only"
             ) from error
 
-    def solve(self, g: Sequence[Tensor], rtol: float = 1e-10, max_iterations: int = 10_000) -> list[Tensor]:
-        """F_λ⁻¹g by conjugate gradients in float64 to a certified relative error ``rtol`` (or what rounding allows: see
-        ``notes``); with λ = 0, F⁺g through the score matrix, which raises `InputError` where that is too large."""
+    def solve(
+        self, g: Sequence[Tensor], rtol: float = 1e-10, max_iterations: int = 10_000
+    ) -> list[Tensor]:
+        """F_λ⁻¹g by conjugate gradients in float64 to a certified relative error ``rtol`` (or what
+        rounding allows: see ``notes``); with λ = 0, F⁺g through the score matrix, which raises
+        `InputError` where that is too large."""
         if self.damping == 0:
             return self._decomposed("the pseudo-inverse").solve(g)
         precise = self.precise()
         x, error = conjugate_gradient(
-            precise._flat_product, self._flat(g), self.damping, rtol=rtol, max_iterations=max_iterations
+            precise._flat_product,
+            self._flat(g),
+            self.damping,
+            rtol=rtol,
+            max_iterations=max_iterations,
         )
         if error > rtol:
             self.predictor.note(
-                f"solve stopped at relative error ≤ {error:.1e} (asked for {rtol:.1e}); use more damping"
+                f"solve stopped at relative error ≤ {error:.1e} (asked for {rtol:.1e}); use more "
+                "damping"
             )
         return unflatten(x.to(self.dtype), self.shapes)
 
@@ -210,11 +247,13 @@ class JacobianMetric(Metric):
         max_iterations: int = 100,
         preconditioner: Preconditioner | None = None,
     ) -> Bracket:
-        """A certified bracket of gᵀF_λ⁻¹g of relative width ≤ ``rtol``, or the tightest in ``max_iterations`` products.
+        """A certified bracket of gᵀF_λ⁻¹g of relative width ≤ ``rtol``, or the tightest in
+        ``max_iterations`` products.
 
-        Lanczos in float64 (THEORY §5, `thermo_opt.fisher.krylov`), whatever the model's dtype, because λ is often below
-        float32's resolution of F. ``preconditioner``: a K-FAC or other metric M of the same damping, offering ``inverse_root``
-        and ``largest``; the bracket stays certified. With λ = 0: the point gᵀF⁺g through the score matrix.
+        Lanczos in float64 (THEORY §5, `thermo_opt.fisher.krylov`), whatever the model's dtype,
+        because λ is often below float32's resolution of F. ``preconditioner``: a K-FAC or other
+        metric M of the same damping, offering ``inverse_root`` and ``largest``; the bracket stays
+        certified. With λ = 0: the point gᵀF⁺g through the score matrix.
         """
         if self.damping == 0:
             return self._decomposed("the undamped dual norm").dual_norm(g)
@@ -224,9 +263,13 @@ class JacobianMetric(Metric):
             approximate = preconditioner
 
             def root(x: Tensor) -> Tensor:
-                return flatten([t.double() for t in approximate.inverse_root(unflatten(x, self.shapes))])
+                return flatten(
+                    [t.double() for t in approximate.inverse_root(unflatten(x, self.shapes))]
+                )
 
-            problem = preconditioned(precise._flat_product, self.damping, root, approximate.largest())
+            problem = preconditioned(
+                precise._flat_product, self.damping, root, approximate.largest()
+            )
             b = root(b)
         return bracket(
             problem.operator,
@@ -238,27 +281,14 @@ class JacobianMetric(Metric):
             amplification=problem.amplification,
         )
 
-    def gradient_norm(self, rtol: float = 0.1, max_iterations: int = 100, known: int | None = None) -> Bracket:
-        """A certified bracket of Δ_λ = gᵀF_λ⁻¹g for g = ∇L of the metric's own batch, tighter than `dual_norm` can be.
-
-        Works in the space of outputs, where g is the image of the residuals and their χ² is known (THEORY §5): see
-        `thermo_opt.fisher.certificate`, also for ``known``, the number of examples whose score rows are formed to save
-        products (None: as many as pay). Needs targets. With λ = 0: the point gᵀF⁺g through the score matrix.
-        """
-        if self.damping == 0:
-            return self.dual_norm(self.predictor.loss_and_gradient()[1])
-        best = Bracket(0.0, math.inf)
-        for best in gradient_brackets(self.precise(), max_iterations, known):
-            if best.relative_width <= rtol:
-                break
-        return best
-
     def split(self, g: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Range and null components through the score matrix; `InputError` where that is too large."""
+        """Range and null components through the score matrix; `InputError` where that is too
+        large."""
         return self._decomposed("the null space").split(g)
 
     def diagnostics(self) -> dict[str, Any]:
-        """``trace`` of F exactly, from the score rows; ``rank`` and ``condition`` where the score matrix is small enough."""
+        """``trace`` of F exactly, from the score rows; ``rank`` and ``condition`` where the score
+        matrix is small enough."""
         rows = row_count(self.predictor, self._targets)
         if self._dual is not None or rows * self.size * min(rows, self.size) <= SPECTRUM_WORK:
             return self._decomposed("the spectrum").diagnostics()
@@ -268,7 +298,10 @@ class JacobianMetric(Metric):
             "rank": None,
             "condition": None,
             "trace": trace,
-            "reason": "rank and condition need a decomposition; the score matrix is large for this batch (kind 'low-rank' does it)",
+            "reason": (
+                "rank and condition need a decomposition; the score matrix is large "
+                "for this batch (kind 'low-rank' does it)"
+            ),
         }
 
     @property
@@ -283,23 +316,28 @@ class JacobianMetric(Metric):
             if not self._small():
                 raise InputError(
                     f"{what} of a matrix-free Fisher needs its score matrix, too large here "
-                    f"({row_count(self.predictor, self._targets)} × {self.size}); give damping > 0 or a smaller batch"
+                    f"({row_count(self.predictor, self._targets)} × {self.size}); give damping > 0 "
+                    "or a smaller batch"
                 )
             self._dual = decompose(self.predictor, self.damping, self._targets)
         return self._dual
 
     def precise(self) -> JacobianMetric:
-        """This metric in float64 for many products, or itself where it already is or the model can't run in float64."""
+        """This metric in float64 for many products, or itself where it already is or the model
+        can't run in float64."""
         if self._double is None:
             self._double = self
             if self.dtype != torch.float64:
-                double = JacobianMetric(self.predictor.double(), self.curvature, self.damping, cache=self._cacheable)
+                double = JacobianMetric(
+                    self.predictor.double(), self.curvature, self.damping, cache=self._cacheable
+                )
                 try:
                     double.matvec(self.zeros())
                     self._double = double
                 except RuntimeError as error:
                     self.predictor.note(
-                        f"the model doesn't run in float64 ({_first_line(error)}): {self.dtype} products used"
+                        f"the model doesn't run in float64 ({_first_line(error)}): {self.dtype} "
+                        "products used"
                     )
         self._double._asked = LINEARISE_AT  # a Krylov method is about to ask for many
         return self._double
@@ -347,7 +385,10 @@ def exact(
 ) -> JacobianMetric:
     """The exact true Fisher as a matrix-free operator, for any number of parameters.
 
-    ``cache``: keep the linearisation of a batch that is processed whole (about the memory of two training steps), so that
-    further products don't run the model. With ``microbatch`` < n nothing is kept and memory doesn't depend on n.
+    ``cache``: keep the linearisation of a batch that is processed whole (about the memory of two
+    training steps), so that further products don't run the model. With ``microbatch`` < n nothing
+    is kept and memory doesn't depend on n.
     """
-    return JacobianMetric(Predictor(model, batch, likelihood, **options), "true", damping, cache=cache)
+    return JacobianMetric(
+        Predictor(model, batch, likelihood, **options), "true", damping, cache=cache
+    )

@@ -1,8 +1,10 @@
-"""Forward-mode rules with fewer passes over memory than the framework's own, for the operations of a transformer that need it.
+"""Forward-mode rules with fewer passes over memory than the framework's own, for the operations of
+a transformer that need it.
 
-The tangent of a linear layer, ẋWᵀ + xẆᵀ + ḃ, is accumulated in one array instead of three arrays that are then added; that of
-attention, whose rows are never masked out entirely here, needs none of the framework's guards for rows that are; that of a layer
-normalisation is one kernel instead of twenty.
+The tangent of a linear layer, ẋWᵀ + xẆᵀ + ḃ, is accumulated in one array instead of three arrays
+that are then added; that of attention, whose rows are never masked out entirely here, needs none of
+the framework's guards for rows that are; that of a layer normalisation is one kernel instead of
+twenty.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from thermo_opt.fisher.slopes import layer_norm_tangent, plain
 
 
 class FusedTangents(TorchFunctionMode):
-    """Within `forward_ad.dual_level`, and without gradients recorded: `linear`, `layer_norm` and causal or unmasked attention by these rules."""
+    """Within `forward_ad.dual_level`, and without gradients recorded: `linear`, `layer_norm` and
+    causal or unmasked attention by these rules."""
 
     def __torch_function__(
         self,
@@ -53,7 +56,11 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         if tangent is None:
             tangent = functional.linear(x, w_dot, b_dot)
         else:
-            tangent = tangent.reshape(-1, len(w)).addmm_(x.reshape(-1, x.shape[-1]), w_dot.mT).view(out.shape)
+            tangent = (
+                tangent.reshape(-1, len(w))
+                .addmm_(x.reshape(-1, x.shape[-1]), w_dot.mT)
+                .view(out.shape)
+            )
     elif tangent is None and b_dot is not None:
         tangent = b_dot.expand_as(out)
     return out if tangent is None else forward_ad.make_dual(out, tangent)
@@ -68,7 +75,9 @@ def _layer_norm(
 ) -> Tensor:
     if not plain(input, weight, bias):
         return functional.layer_norm(input, normalized_shape, weight, bias, eps)
-    pairs = [(None, None) if t is None else forward_ad.unpack_dual(t) for t in (input, weight, bias)]
+    pairs = [
+        (None, None) if t is None else forward_ad.unpack_dual(t) for t in (input, weight, bias)
+    ]
     (x, x_dot), (w, w_dot), (b, b_dot) = pairs
     assert x is not None
     x = x.contiguous()
@@ -84,8 +93,12 @@ def _attention(
 ) -> Tensor:
     pairs = [forward_ad.unpack_dual(t) for t in (query, key, value)]
     if all(tangent is None for _, tangent in pairs):
-        return functional.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
-    (q, q_dot), (k, k_dot), (v, v_dot) = ((t, torch.zeros_like(t) if dot is None else dot) for t, dot in pairs)
+        return functional.scaled_dot_product_attention(
+            query, key, value, is_causal=is_causal, scale=scale
+        )
+    (q, q_dot), (k, k_dot), (v, v_dot) = (
+        (t, torch.zeros_like(t) if dot is None else dot) for t, dot in pairs
+    )
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     q, q_dot = q * factor, q_dot * factor
     scores = q @ k.mT

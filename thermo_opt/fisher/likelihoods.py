@@ -1,7 +1,9 @@
-"""Output distributions p(y | f): their negative log-likelihood and Fisher matrix Λ in the outputs f (THEORY §1).
+"""Output distributions p(y | f): their negative log-likelihood and Fisher matrix Λ in the outputs f
+(THEORY §1).
 
-Outputs f are (n, c) or, for sequences, (n, t, c): one *prediction* per leading index, the distribution's parameters along
-the last axis; (n,) is read as (n, 1) where a single number describes the distribution. All results are in nats per prediction.
+Outputs f are (n, c) or, for sequences, (n, t, c): one *prediction* per leading index, the
+distribution's parameters along the last axis; (n,) is read as (n, 1) where a single number
+describes the distribution. All results are in nats per prediction.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ from torch.nn import functional
 from thermo_opt.errors import InputError
 
 IGNORED = -100
-"""Target value that marks a prediction as not counted (categorical outputs), as in ``torch.nn.functional.cross_entropy``."""
+"""Target value that marks a prediction as not counted (categorical outputs), as in
+``torch.nn.functional.cross_entropy``."""
 
 
 class Likelihood(ABC):
-    """One output family. Methods act prediction by prediction; none divides by the number of predictions."""
+    """One output family. Methods act prediction by prediction; none divides by the number of
+    predictions."""
 
     name: str = ""
 
@@ -28,7 +32,8 @@ class Likelihood(ABC):
         """Outputs as (..., c); raises `InputError` for shapes this family can't read."""
         if f.dim() == 0 or not f.is_floating_point():
             raise InputError(
-                f"the {self.name} likelihood needs floating-point outputs (n, c) or (n, t, c), got {_what(f)}"
+                f"the {self.name} likelihood needs floating-point outputs (n, c) or (n, t, c), got "
+                f"{_what(f)}"
             )
         return f.unsqueeze(-1) if f.dim() == 1 else f
 
@@ -38,7 +43,8 @@ class Likelihood(ABC):
             y = y.unsqueeze(-1)
         if y.shape != f.shape:
             raise InputError(
-                f"the {self.name} likelihood needs targets of the outputs' shape {tuple(f.shape)}, got {tuple(y.shape)}"
+                f"the {self.name} likelihood needs targets of the outputs' shape {tuple(f.shape)}, "
+                f"got {tuple(y.shape)}"
             )
         return self._support(y.to(f.dtype))
 
@@ -77,7 +83,8 @@ class Likelihood(ABC):
 
     @abstractmethod
     def whitened(self, f: Tensor, y: Tensor) -> Tensor:
-        """z = B⁺r, shape of f: the shortest z with B z = r, the residual; 0 where the prediction isn't counted."""
+        """z = B⁺r, shape of f: the shortest z with B z = r, the residual; 0 where the prediction
+        isn't counted."""
 
     def factor(self, f: Tensor) -> Tensor:
         """B(f) as a matrix, (..., c, c)."""
@@ -85,7 +92,8 @@ class Likelihood(ABC):
         return torch.stack([self.root(f, e.expand_as(f)) for e in units], dim=-1)
 
     def chi_squared(self, f: Tensor, y: Tensor) -> Tensor:
-        """rᵀΛ⁺r = |z|², leading shape: its mean bounds Δ = gᵀF⁺g from above on the same batch (THEORY §5)."""
+        """rᵀΛ⁺r = |z|², leading shape: its mean bounds Δ = gᵀF⁺g from above on the same batch
+        (THEORY §5)."""
         return (self.whitened(f, y) ** 2).sum(-1)
 
     @abstractmethod
@@ -101,25 +109,32 @@ class Likelihood(ABC):
 
 
 class Categorical(Likelihood):
-    """Softmax over the last axis; f are logits, y class indices (leading shape), `IGNORED` not counted. Λ = diag(p) − ppᵀ."""
+    """Softmax over the last axis; f are logits, y class indices (leading shape), `IGNORED` not
+    counted. Λ = diag(p) − ppᵀ."""
 
     name = "categorical"
 
     def outputs(self, f: Tensor) -> Tensor:
         if f.dim() < 2 or not f.is_floating_point():
-            raise InputError(f"the categorical likelihood needs logits (n, c) or (n, t, c), got {_what(f)}")
+            raise InputError(
+                f"the categorical likelihood needs logits (n, c) or (n, t, c), got {_what(f)}"
+            )
         if f.shape[-1] < 2:
             raise InputError(
-                "the categorical likelihood needs at least two classes; for one logit use likelihood='bernoulli'"
+                "the categorical likelihood needs at least two classes; for one logit use "
+                "likelihood='bernoulli'"
             )
         return f
 
     def targets(self, f: Tensor, y: Tensor) -> Tensor:
         if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-            raise InputError(f"the categorical likelihood needs integer class targets, got {y.dtype}")
+            raise InputError(
+                f"the categorical likelihood needs integer class targets, got {y.dtype}"
+            )
         if y.shape != f.shape[:-1]:
             raise InputError(
-                f"class targets must have shape {tuple(f.shape[:-1])} for outputs {tuple(f.shape)}, got {tuple(y.shape)}"
+                f"class targets must have shape {tuple(f.shape[:-1])} for outputs "
+                f"{tuple(f.shape)}, got {tuple(y.shape)}"
             )
         y = y.long()
         low, high = (int(end) for end in y.aminmax()) if y.numel() else (IGNORED, IGNORED)
@@ -129,7 +144,9 @@ class Categorical(Likelihood):
                 raise InputError("every target is ignored (−100): there is nothing to predict")
             low, high = (int(end) for end in counted.aminmax())
         if low < 0 or high >= f.shape[-1]:
-            raise InputError(f"class targets must lie in 0 … {f.shape[-1] - 1} (or be −100), got {low} … {high}")
+            raise InputError(
+                f"class targets must lie in 0 … {f.shape[-1] - 1} (or be −100), got {low} … {high}"
+            )
         return y
 
     def suspicious(self, f: Tensor) -> bool:
@@ -154,7 +171,8 @@ class Categorical(Likelihood):
         return pu - p * pu.sum(-1, keepdim=True)
 
     def root(self, f: Tensor, u: Tensor) -> Tensor:
-        # B = diag(√p) − p√pᵀ: its column y is √p_y (e_y − p), the score of class y weighted by √p_y.
+        # B = diag(√p) − p√pᵀ: its column y is √p_y (e_y − p), the score of class y weighted by
+        # √p_y.
         p = _softmax(f)
         su = p.sqrt() * u
         return su - p * su.sum(-1, keepdim=True)
@@ -172,7 +190,9 @@ class Categorical(Likelihood):
 
     def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
         p = _softmax(f.detach())
-        return torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).view(p.shape[:-1])
+        return torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).view(
+            p.shape[:-1]
+        )
 
     def kl(self, f: Tensor, other: Tensor) -> Tensor:
         log_p, log_q = f.log_softmax(-1), other.log_softmax(-1)
@@ -180,7 +200,8 @@ class Categorical(Likelihood):
 
 
 class Bernoulli(Likelihood):
-    """Independent binary outcomes; f are logits (..., c), y in [0, 1] of the same shape. Λ = diag(p(1−p))."""
+    """Independent binary outcomes; f are logits (..., c), y in [0, 1] of the same shape. Λ =
+    diag(p(1−p))."""
 
     name = "bernoulli"
 
@@ -291,7 +312,11 @@ def likelihood(name: str | Likelihood, sigma2: float | None = None) -> Likelihoo
         return name
     if name == "gaussian":
         return Gaussian(1.0 if sigma2 is None else sigma2)
-    families: dict[str, type[Likelihood]] = {"categorical": Categorical, "bernoulli": Bernoulli, "poisson": Poisson}
+    families: dict[str, type[Likelihood]] = {
+        "categorical": Categorical,
+        "bernoulli": Bernoulli,
+        "poisson": Poisson,
+    }
     if name not in families:
         raise InputError(f"likelihood {name!r} is not one of {', '.join(NAMES)}")
     return families[name]()
@@ -299,7 +324,8 @@ def likelihood(name: str | Likelihood, sigma2: float | None = None) -> Likelihoo
 
 def _softmax(f: Tensor) -> Tensor:
     """Softmax over the last axis."""
-    # Few classes go column by column: the framework doesn't vectorise over rows shorter than a register.
+    # Few classes go column by column: the framework doesn't vectorise over rows shorter than a
+    # register.
     return f.softmax(-1) if f.shape[-1] >= 16 else f.movedim(-1, 0).softmax(0).movedim(0, -1)
 
 

@@ -1,7 +1,9 @@
-"""The Fisher from the singular value decomposition of its score matrix, without ever forming F (THEORY §7).
+"""The Fisher from the singular value decomposition of its score matrix, without ever forming F
+(THEORY §7).
 
-F = SᵀS/n with S (n·c × P), so F's eigenvalues are the squared singular values of S/√n. Working on S rather than on F halves
-the digits lost to conditioning: eigenvalues down to (machine epsilon)² of the largest are told from zero, not epsilon.
+F = SᵀS/n with S (n·c × P), so F's eigenvalues are the squared singular values of S/√n. Working on S
+rather than on F halves the digits lost to conditioning: eigenvalues down to (machine epsilon)² of
+the largest are told from zero, not epsilon.
 """
 
 from __future__ import annotations
@@ -33,11 +35,13 @@ def low_rank(
     rtol: float | None = None,
     **options: Any,
 ) -> DecomposedMetric:
-    """F on the batch by the SVD of S/√n, in float64. Meant for n·c < P; right, but no cheaper than 'dense', beyond.
+    """F on the batch by the SVD of S/√n, in float64. Meant for n·c < P; right, but no cheaper than
+    'dense', beyond.
 
-    ``targets``: "exact" (true Fisher, all classes), "sampled" (``samples`` draws a prediction, ``seed``) or "empirical".
-    ``rtol``: singular values of S at most rtol·s_max count as zero (default max(shape)·machine epsilon of the model's dtype).
-    Cost O(r²P) time with r = min(n·c, P), 8·r·P bytes; raises `InputError` beyond `ENTRIES_LIMIT` numbers.
+    ``targets``: "exact" (true Fisher, all classes), "sampled" (``samples`` draws a prediction,
+    ``seed``) or "empirical". ``rtol``: singular values of S at most rtol·s_max count as zero
+    (default max(shape)·machine epsilon of the model's dtype). Cost O(r²P) time with r = min(n·c,
+    P), 8·r·P bytes; raises `InputError` beyond `ENTRIES_LIMIT` numbers.
     """
     predictor = Predictor(model, batch, likelihood, **options)
     check_targets(predictor, targets)
@@ -56,14 +60,17 @@ def decompose(
     rows, size = row_count(predictor, targets, samples), sum(p.numel() for p in predictor.values)
     if rows * size > ENTRIES_LIMIT:
         raise InputError(
-            f"the score matrix would be {rows} × {size}, {8e-9 * rows * size:.1f} GB; use a smaller batch, targets='sampled' "
+            f"the score matrix would be {rows} × {size}, {8e-9 * rows * size:.1f} GB; use a "
+            "smaller batch, targets='sampled' "
             "or kind 'exact' with damping > 0"
         )
     scores = torch.cat([block.double() for block in score_rows(predictor, targets, samples, seed)])
     singular, vectors = _svd(scores / predictor.count**0.5)
     relative = max(scores.shape) * torch.finfo(predictor.dtype).eps if rtol is None else float(rtol)
     largest = float(singular.max()) if singular.numel() else 0.0
-    metric = DecomposedMetric(predictor, singular**2, vectors, max((relative * largest) ** 2, 1e-300), damping)
+    metric = DecomposedMetric(
+        predictor, singular**2, vectors, max((relative * largest) ** 2, 1e-300), damping
+    )
     metric.kind = "low-rank"
     return metric
 
@@ -80,7 +87,9 @@ def row_count(predictor: Predictor, targets: Targets, samples: int = 1) -> int:
 def _svd(scores: Tensor) -> tuple[Tensor, Tensor]:
     try:
         _, singular, vectors = torch.linalg.svd(scores, full_matrices=False)
-    except RuntimeError:  # divide and conquer failed to converge: QR first, whose small factor is better behaved
+    except (
+        RuntimeError
+    ):  # divide and conquer failed to converge: QR first, whose small factor is better behaved
         q, r = torch.linalg.qr(scores.T)
         left, singular, _ = torch.linalg.svd(r, full_matrices=False)
         vectors = (q @ left).T

@@ -17,25 +17,29 @@ DENSE_LIMIT = 20_000
 
 
 class Bracket(NamedTuple):
-    """An interval certain to hold a number, such as Δ_λ = gᵀ(F+λI)⁻¹g (THEORY §5). ``upper`` may be infinite."""
+    """An interval certain to hold a number, such as Δ_λ = gᵀ(F+λI)⁻¹g (THEORY §5). ``upper`` may be
+    infinite."""
 
     lower: float
     upper: float
 
     @property
     def relative_width(self) -> float:
-        """(upper − lower)/upper: 0 for an exactly known number (zero included), 1 where nothing but the upper end is known."""
+        """(upper − lower)/upper: 0 for an exactly known number (zero included), 1 where nothing but
+        the upper end is known."""
         if self.upper == self.lower:
             return 0.0
         return 1.0 if math.isinf(self.upper) else (self.upper - self.lower) / self.upper
 
 
 class Metric(ABC):
-    """A Riemannian metric F_λ = F + λI on a model's trainable parameters, as an operator (THEORY §1, §3).
+    """A Riemannian metric F_λ = F + λI on a model's trainable parameters, as an operator (THEORY
+    §1, §3).
 
-    Vectors v and g are lists of tensors aligned with the trainable parameters (``names``, ``shapes``), tied weights once.
-    ``damping`` is λ and enters every method alike, so that alignments computed with one metric lie in [−1, 1].
-    ``notes`` says in sentences what was approximated or fell back.
+    Vectors v and g are lists of tensors aligned with the trainable parameters (``names``,
+    ``shapes``), tied weights once. ``damping`` is λ and enters every method alike, so that
+    alignments computed with one metric lie in [−1, 1]. ``notes`` says in sentences what was
+    approximated or fell back.
     """
 
     kind: str = ""
@@ -67,21 +71,25 @@ class Metric(ABC):
         """F_λ⁻¹ g; with λ = 0 the spectral pseudo-inverse F⁺g (THEORY §7)."""
 
     def dual_norm(self, g: Sequence[Tensor]) -> Bracket:
-        """A bracket of Δ_λ = gᵀF_λ⁻¹g (with λ = 0: gᵀF⁺g); (0, 0) for g = 0. One point where F is decomposed."""
+        """A bracket of Δ_λ = gᵀF_λ⁻¹g (with λ = 0: gᵀF⁺g); (0, 0) for g = 0. One point where F is
+        decomposed."""
         g = self.vector(g, "g")
         value = max(dot(g, self.solve(g)), 0.0)
         return Bracket(value, value)
 
     @abstractmethod
     def split(self, g: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """g = range part + null part (P₀g) with respect to F itself, whatever the damping (THEORY §3, §7)."""
+        """g = range part + null part (P₀g) with respect to F itself, whatever the damping (THEORY
+        §3, §7)."""
 
     @abstractmethod
     def diagnostics(self) -> dict[str, Any]:
-        """``rank``, ``condition`` (σ_max over the least kept σ), ``trace`` of F; None where unknown, with ``reason``."""
+        """``rank``, ``condition`` (σ_max over the least kept σ), ``trace`` of F; None where
+        unknown, with ``reason``."""
 
     def dense(self) -> Tensor:
-        """F_λ as a (P, P) float64 matrix, column by column; for P ≤ `DENSE_LIMIT`. Cost: P matvecs."""
+        """F_λ as a (P, P) float64 matrix, column by column; for P ≤ `DENSE_LIMIT`. Cost: P
+        matvecs."""
         check_dense(self.size)
         columns = []
         for j in range(self.size):
@@ -91,13 +99,20 @@ class Metric(ABC):
         return torch.stack(columns, dim=1)
 
     def vector(self, v: Sequence[Tensor], name: str = "v", cast: bool = True) -> list[Tensor]:
-        """``v`` checked against the parameters' shapes and brought to their device and, with ``cast``, their dtype."""
+        """``v`` checked against the parameters' shapes and brought to their device and, with
+        ``cast``, their dtype."""
         v = list(v)
         if len(v) != len(self.shapes):
-            raise InputError(f"{name} has {len(v)} tensors but the model has {len(self.shapes)} trainable parameters")
+            raise InputError(
+                f"{name} has {len(v)} tensors but the model has {len(self.shapes)} trainable "
+                "parameters"
+            )
         for tensor, shape, label in zip(v, self.shapes, self.names, strict=True):
             if tuple(tensor.shape) != shape:
-                raise InputError(f"{name} has shape {tuple(tensor.shape)} for parameter {label!r}; it must be {shape}")
+                raise InputError(
+                    f"{name} has shape {tuple(tensor.shape)} for parameter {label!r}; it must be "
+                    f"{shape}"
+                )
         return [t.detach().to(dtype=self.dtype if cast else t.dtype, device=self.device) for t in v]
 
     def zeros(self) -> list[Tensor]:
@@ -105,7 +120,10 @@ class Metric(ABC):
         return [torch.zeros(shape, dtype=self.dtype, device=self.device) for shape in self.shapes]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(kind={self.kind!r}, parameters={self.size}, damping={self.damping:g})"
+        return (
+            f"{type(self).__name__}(kind={self.kind!r}, parameters={self.size}, "
+            f"damping={self.damping:g})"
+        )
 
 
 def check_damping(damping: float) -> float:
@@ -120,14 +138,16 @@ def check_dense(size: int) -> None:
     """Refuse to form a P × P matrix beyond `DENSE_LIMIT`."""
     if size > DENSE_LIMIT:
         raise InputError(
-            f"a dense Fisher of {size} parameters needs {8e-9 * size**2:.0f} GB; use kind 'exact' or 'low-rank' instead"
+            f"a dense Fisher of {size} parameters needs {8e-9 * size**2:.0f} GB; use kind 'exact' "
+            "or 'low-rank' instead"
         )
 
 
 def dot(u: Sequence[Tensor], v: Sequence[Tensor]) -> float:
     """uᵀv over lists of tensors, accumulated in float64."""
     return math.fsum(
-        float(torch.dot(a.reshape(-1).double(), b.reshape(-1).double())) for a, b in zip(u, v, strict=True)
+        float(torch.dot(a.reshape(-1).double(), b.reshape(-1).double()))
+        for a, b in zip(u, v, strict=True)
     )
 
 

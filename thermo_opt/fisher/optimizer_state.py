@@ -1,9 +1,9 @@
 """The metric an Adam-like optimizer carries in its own state, without data (THEORY §9).
 
-Adam's bias-corrected averages are ``m̂ ≈ E[g_B]`` and ``v̂ ≈ E[g_B²]`` over minibatches of B examples. The
-per-example variance is about ``B(v̂ − m̂²)``, so ``F ≈ diag(B(v̂ − m̂²) + m̂²)``. With B unknown the metric is
-``diag(v̂)``: a metric up to scale, so alignment, straightness and steadiness mean the same and a, Q, ℒ, D are not in
-nats.
+Adam's bias-corrected averages are ``m̂ ≈ E[g_B]`` and ``v̂ ≈ E[g_B²]`` over minibatches of B
+examples. The per-example variance is about ``B(v̂ − m̂²)``, so ``F ≈ diag(B(v̂ − m̂²) + m̂²)``.
+With B unknown the metric is ``diag(v̂)``: a metric up to scale, so alignment, straightness and
+steadiness mean the same and a, Q, ℒ, D are not in nats.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from thermo_opt.errors import InputError
 from thermo_opt.fisher.diagonal import DiagonalMetric
 
 CHUNK = 65_536
-"""Elements handled at a time: with its few work arrays a chunk stays in the processor's second-level cache."""
+"""Elements handled at a time: with its few work arrays a chunk stays in the processor's
+second-level cache."""
 
 
 class StepScalars(NamedTuple):
-    """Sums over some parameters, in the metric F of the optimizer's state; add those of several tensors with `total`.
+    """Sums over some parameters, in the metric F of the optimizer's state; add those of several
+    tensors with `total`.
 
-    ``a`` = Σ F δ², ``d`` = −Σ m̂ δ over all parameters, ``delta`` = Σ m̂²/F where F > 0, and ``null_decrease`` = the
-    part of d where F = 0 (free motion, of which the bound d² ≤ aΔ does not speak).
+    ``a`` = Σ F δ², ``d`` = −Σ m̂ δ over all parameters, ``delta`` = Σ m̂²/F where F > 0, and
+    ``null_decrease`` = the part of d where F = 0 (free motion, of which the bound d² ≤ aΔ does not
+    speak).
     """
 
     a: float
@@ -41,10 +44,12 @@ def total(parts: Sequence[StepScalars]) -> StepScalars:
 
 
 def adam_alignment(m: Sequence[Tensor], v: Sequence[Tensor]) -> float | None:
-    """Alignment of Adam's own direction m/√v with the natural gradient of diag(v): ``(Σ m²/√v)² / (Σ m² · Σ m²/v)``.
+    """Alignment of Adam's own direction m/√v with the natural gradient of diag(v): ``(Σ m²/√v)² /
+    (Σ m² · Σ m²/v)``.
 
-    ``m``, ``v``: lists of Adam's averages, raw or bias-corrected: the ratio is the same. In [0, 1]; None for m = 0.
-    Parameters with v = 0 have no direction and are left out of all but Σ m². THEORY §9.
+    ``m``, ``v``: lists of Adam's averages, raw or bias-corrected: the ratio is the same. In [0, 1];
+    None for m = 0. Parameters with v = 0 have no direction and are left out of all but Σ m². THEORY
+    §9.
     """
     cross = squares = dual = 0.0
     for mean, second in zip(m, v, strict=True):
@@ -56,11 +61,13 @@ def adam_alignment(m: Sequence[Tensor], v: Sequence[Tensor]) -> float | None:
     return cross**2 / (squares * dual) if squares * dual > 0 else None
 
 
-def diagonal_fisher(m: Tensor, v: Tensor, *, bias1: float, bias2: float, batch_size: int | None) -> Tensor:
+def diagonal_fisher(
+    m: Tensor, v: Tensor, *, bias1: float, bias2: float, batch_size: int | None
+) -> Tensor:
     """``B(v̂ − m̂²) + m̂²`` elementwise, or v̂ when ``batch_size`` is None, for raw averages m, v.
 
-    ``bias1 = 1 − β₁ᵗ``, ``bias2 = 1 − β₂ᵗ`` (1 for averages already corrected). A negative variance estimate,
-    possible because the two averages have different memories, counts as zero.
+    ``bias1 = 1 − β₁ᵗ``, ``bias2 = 1 − β₂ᵗ`` (1 for averages already corrected). A negative variance
+    estimate, possible because the two averages have different memories, counts as zero.
     """
     second = v / bias2
     if batch_size is None:
@@ -70,7 +77,8 @@ def diagonal_fisher(m: Tensor, v: Tensor, *, bias1: float, bias2: float, batch_s
 
 
 class Step(NamedTuple):
-    """A step as `path_scalars` takes it: where it led and Adam's raw averages there, in pieces of `CHUNK` elements.
+    """A step as `path_scalars` takes it: where it led and Adam's raw averages there, in pieces of
+    `CHUNK` elements.
 
     ``pieces``: of (θ, m, v), flat and in order. ``bias1``, ``bias2``: as in `diagonal_fisher`.
     """
@@ -81,15 +89,21 @@ class Step(NamedTuple):
 
 
 def path_scalars(
-    start: Iterator[Tensor], steps: Sequence[Step], *, batch_size: int | None = None, developed: Tensor | None = None
+    start: Iterator[Tensor],
+    steps: Sequence[Step],
+    *,
+    batch_size: int | None = None,
+    developed: Tensor | None = None,
 ) -> list[StepScalars]:
-    """The scalars (a, d, Δ) of successive steps in the metric of Adam's averages, for one parameter tensor.
+    """The scalars (a, d, Δ) of successive steps in the metric of Adam's averages, for one parameter
+    tensor.
 
-    ``start``: where the first step begins, in pieces as the steps'. ``developed``: a contiguous tensor of the step's
-    precision that gains Σ √F∘δ in place; over a run its norm D is the straight line beside the length ℒ = Σ√a, and
-    D ≤ ℒ. CPU tensors. Relative error about 1e-7 (of Σ|m̂δ| for d): chunks in the tensors' precision, their sums in
-    float64. Each chunk is taken through all steps while it is in the processor's cache: one pass over the pieces, and
-    one over ``developed`` whatever the number of steps. No allocation of the tensor's size. Additive over slices and
+    ``start``: where the first step begins, in pieces as the steps'. ``developed``: a contiguous
+    tensor of the step's precision that gains Σ √F∘δ in place; over a run its norm D is the straight
+    line beside the length ℒ = Σ√a, and D ≤ ℒ. CPU tensors. Relative error about 1e-7 (of Σ|m̂δ| for
+    d): chunks in the tensors' precision, their sums in float64. Each chunk is taken through all
+    steps while it is in the processor's cache: one pass over the pieces, and one over ``developed``
+    whatever the number of steps. No allocation of the tensor's size. Additive over slices and
     tensors, and safe to call from several threads.
     """
     for step in steps:
@@ -127,7 +141,8 @@ def step_scalars(
 ) -> StepScalars:
     """`path_scalars` of the one step δ = θ₁ − θ₀, from whole tensors.
 
-    ``m``, ``v``: raw averages, with bias corrections as in `diagonal_fisher`. ``developed`` gains √F∘δ in place.
+    ``m``, ``v``: raw averages, with bias corrections as in `diagonal_fisher`. ``developed`` gains
+    √F∘δ in place.
     """
     _check_shapes(theta0, theta1, m, v, developed)
     start, *ends = (t.detach().reshape(-1).split(CHUNK) for t in (theta0, theta1, m, v))
@@ -136,7 +151,8 @@ def step_scalars(
 
 
 class _Sums:
-    """One step's sums over chunks, in the fewest passes: what is the same for all elements is put in at the end."""
+    """One step's sums over chunks, in the fewest passes: what is the same for all elements is put
+    in at the end."""
 
     def __init__(self, bias1: float, bias2: float, batch_size: int | None) -> None:
         # F = scale · (max(v − signal·m², 0) + floor·m²)
@@ -146,7 +162,9 @@ class _Sums:
         self._bias1 = bias1
         self._a = self._d = self._delta = self._null = 0.0
 
-    def add(self, x0: Tensor, x1: Tensor, m: Tensor, v: Tensor, buffers: Tensor, path: Tensor | None) -> None:
+    def add(
+        self, x0: Tensor, x1: Tensor, m: Tensor, v: Tensor, buffers: Tensor, path: Tensor | None
+    ) -> None:
         """Count a chunk; ``path`` gains √F∘δ. ``buffers``: room for two chunks."""
         root, step = buffers
         tiny = torch.finfo(root.dtype).tiny
@@ -159,7 +177,9 @@ class _Sums:
         torch.sub(x1, x0, out=step)
         self._d -= torch.dot(m, step).item()
         free = None
-        if not self._known and v.numel() and float(v.min()) == 0:  # free motion; with B known F ≥ m̂², so there is none
+        if (
+            not self._known and v.numel() and float(v.min()) == 0
+        ):  # free motion; with B known F ≥ m̂², so there is none
             free = v == 0
             self._null -= torch.dot(m[free], step[free]).item()
         step.mul_(root)
@@ -185,18 +205,30 @@ def _precision(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def _check_shapes(theta0: Tensor, theta1: Tensor, m: Tensor, v: Tensor, developed: Tensor | None) -> None:
+def _check_shapes(
+    theta0: Tensor, theta1: Tensor, m: Tensor, v: Tensor, developed: Tensor | None
+) -> None:
     for name, t in (("theta1", theta1), ("m", m), ("v", v), ("developed", developed)):
         if t is not None and t.shape != theta0.shape:
-            raise InputError(f"{name} has shape {tuple(t.shape)} but theta0 has {tuple(theta0.shape)}")
-    if developed is not None and not (developed.is_contiguous() and developed.dtype == _precision(theta0)):
-        raise InputError("developed must be a contiguous tensor of the step's precision, for it is updated in place")
+            raise InputError(
+                f"{name} has shape {tuple(t.shape)} but theta0 has {tuple(theta0.shape)}"
+            )
+    if developed is not None and not (
+        developed.is_contiguous() and developed.dtype == _precision(theta0)
+    ):
+        raise InputError(
+            "developed must be a contiguous tensor of the step's precision, for it is updated in "
+            "place"
+        )
 
 
 def _check_biases(bias1: float, bias2: float, batch_size: int | None) -> None:
     for name, bias in (("bias1", bias1), ("bias2", bias2)):
         if not 0 < bias <= 1:
-            raise InputError(f"{name} must be 1 − βᵗ in (0, 1], got {bias!r}; at step 0 there are no averages yet")
+            raise InputError(
+                f"{name} must be 1 − βᵗ in (0, 1], got {bias!r}; at step 0 there are no averages "
+                "yet"
+            )
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size!r}")
 
@@ -206,11 +238,15 @@ class OptimizerStateMetric(DiagonalMetric):
 
     kind = "optimizer-state"
 
-    def __init__(self, names: Sequence[str], diagonal: Sequence[Tensor], damping: float, in_nats: bool) -> None:
+    def __init__(
+        self, names: Sequence[str], diagonal: Sequence[Tensor], damping: float, in_nats: bool
+    ) -> None:
         super().__init__(names, diagonal, damping)
         self.in_nats = in_nats
         if not in_nats:
-            self.notes.append("batch size unknown: the metric is known up to a factor, so a and Q are not in nats")
+            self.notes.append(
+                "batch size unknown: the metric is known up to a factor, so a and Q are not in nats"
+            )
 
     def diagnostics(self) -> dict[str, Any]:
         return {**super().diagnostics(), "in_nats": self.in_nats}
@@ -225,11 +261,12 @@ def optimizer_state(
     damping: float = 0.0,
     likelihood: Any = None,
 ) -> OptimizerStateMetric:
-    """The metric in the state of an Adam-like ``optimizer`` of ``model`` (``exp_avg``, ``exp_avg_sq``, ``step``); no
-    data.
+    """The metric in the state of an Adam-like ``optimizer`` of ``model`` (``exp_avg``,
+    ``exp_avg_sq``, ``step``); no data.
 
-    ``batch``, ``likelihood``: unused, part of every kind's signature. ``batch_size``: B, examples a step; None: up
-    to scale. Raises `InputError` for an optimizer without these averages, and before its first step.
+    ``batch``, ``likelihood``: unused, part of every kind's signature. ``batch_size``: B, examples a
+    step; None: up to scale. Raises `InputError` for an optimizer without these averages, and before
+    its first step.
     """
     names, diagonals = [], []
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -255,5 +292,7 @@ def optimizer_state(
             ).to(p.dtype)
         )
     if not names:
-        raise InputError("the model has no trainable parameters (requires_grad is False everywhere)")
+        raise InputError(
+            "the model has no trainable parameters (requires_grad is False everywhere)"
+        )
     return OptimizerStateMetric(names, diagonals, damping, batch_size is not None)

@@ -1,7 +1,9 @@
-"""A model at fixed parameter values on one batch: outputs, loss, gradient, and the checks every metric needs.
+"""A model at fixed parameter values on one batch: outputs, loss, gradient, and the checks every
+metric needs.
 
-The model is called functionally (its own parameters are never written to), with every module in evaluation mode for the
-duration of the call, because Dropout and training-mode BatchNorm don't define one predictive distribution per example.
+The model is called functionally (its own parameters are never written to), with every module in
+evaluation mode for the duration of the call, because Dropout and training-mode BatchNorm don't
+define one predictive distribution per example.
 """
 
 from __future__ import annotations
@@ -30,29 +32,37 @@ _STOCHASTIC = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs (a tensor, a tuple of tensors or a mapping of tensors, examples along dimension 0) and targets, if known."""
+    """Model inputs (a tensor, a tuple of tensors or a mapping of tensors, examples along dimension
+    0) and targets, if known."""
 
     inputs: Any
     targets: Tensor | None = None
 
     @staticmethod
     def of(batch: Any) -> Batch:
-        """A `Batch` from a `Batch`, a pair (inputs, targets), or bare inputs (tensor or mapping)."""
+        """A `Batch` from a `Batch`, a pair (inputs, targets), or bare inputs (tensor or
+        mapping)."""
         if isinstance(batch, Batch):
             return batch
         if isinstance(batch, tuple | list) and len(batch) == 2:
             inputs, targets = batch
             if targets is not None and not isinstance(targets, Tensor):
-                raise InputError(f"the batch's targets must be a tensor, got {type(targets).__name__}")
+                raise InputError(
+                    f"the batch's targets must be a tensor, got {type(targets).__name__}"
+                )
             return Batch(inputs, targets)
         if isinstance(batch, Tensor | Mapping):
             return Batch(batch)
-        raise InputError("batch must be (inputs, targets), a tensor, a mapping of tensors or thermo_opt.fisher.Batch")
+        raise InputError(
+            "batch must be (inputs, targets), a tensor, a mapping of tensors or "
+            "thermo_opt.fisher.Batch"
+        )
 
 
 @dataclass(frozen=True)
 class Part:
-    """A microbatch: its inputs, its targets in the likelihood's form (or None) and which predictions count (None: all)."""
+    """A microbatch: its inputs, its targets in the likelihood's form (or None) and which
+    predictions count (None: all)."""
 
     inputs: Any
     targets: Tensor | None
@@ -62,10 +72,11 @@ class Part:
 class Predictor:
     """f_θ on a batch under a likelihood.
 
-    ``parameters``: None for the model's present values, or a mapping name → tensor that overrides some of its parameters and
-    buffers (recorded weights; no model is copied). Values are copied, so later training doesn't move the metric.
-    ``copied``: False leaves that out, for a predictor that is used up before anything else happens to the model.
-    ``microbatch``: most examples processed at once (None: the whole batch). ``count`` is n, the number of counted predictions.
+    ``parameters``: None for the model's present values, or a mapping name → tensor that overrides
+    some of its parameters and buffers (recorded weights; no model is copied). Values are copied, so
+    later training doesn't move the metric. ``copied``: False leaves that out, for a predictor that
+    is used up before anything else happens to the model. ``microbatch``: most examples processed at
+    once (None: the whole batch). ``count`` is n, the number of counted predictions.
     """
 
     def __init__(
@@ -83,16 +94,21 @@ class Predictor:
         self.likelihood = named_likelihood(likelihood, sigma2)
         self.notes: list[str] = []
         state, self.modules, self._tied = _state(model)
-        trainable = {name: p for name, p in state.items() if p.requires_grad and isinstance(p, nn.Parameter)}
+        trainable = {
+            name: p for name, p in state.items() if p.requires_grad and isinstance(p, nn.Parameter)
+        }
         if not trainable:
-            raise InputError("the model has no trainable parameters (requires_grad is False everywhere)")
+            raise InputError(
+                "the model has no trainable parameters (requires_grad is False everywhere)"
+            )
         given = dict(parameters or {})
         for name, value in given.items():
             if name not in state:
                 raise InputError(f"parameters: the model has no parameter or buffer {name!r}")
             if value.shape != state[name].shape:
                 raise InputError(
-                    f"parameters: {name!r} has shape {tuple(value.shape)}; the model's is {tuple(state[name].shape)}"
+                    f"parameters: {name!r} has shape {tuple(value.shape)}; the model's is "
+                    f"{tuple(state[name].shape)}"
                 )
         self.names = tuple(trainable)
         # The model's own parameters and their versions, while these are the values asked for.
@@ -106,9 +122,14 @@ class Predictor:
         if microbatch is not None and microbatch < 1:
             raise InputError(f"microbatch must be at least 1, got {microbatch}")
         self.microbatch = min(microbatch or self.examples, self.examples)
-        frozen = sorted({type(m).__name__ for _, m in self.modules if isinstance(m, _STOCHASTIC) and m.training})
+        frozen = sorted(
+            {type(m).__name__ for _, m in self.modules if isinstance(m, _STOCHASTIC) and m.training}
+        )
         if frozen:
-            self.note(f"{', '.join(frozen)} evaluated in evaluation mode; the model's own mode is left as it was")
+            self.note(
+                f"{', '.join(frozen)} evaluated in evaluation mode; the model's own mode is left "
+                "as it was"
+            )
         self.vmappable = True  # until the model is found not to be
         self._parts: list[Part] | None = None
         self._count = 0
@@ -120,13 +141,15 @@ class Predictor:
 
     @property
     def parts(self) -> list[Part]:
-        """The microbatches, checked against the likelihood on first use (one forward pass without gradients)."""
+        """The microbatches, checked against the likelihood on first use (one forward pass without
+        gradients)."""
         if self._parts is None:
             self._parts = list(self._checked())
         return self._parts
 
     def graphs(self, once: bool = False) -> Iterator[tuple[Part, Tensor, list[Tensor]]]:
-        """(part, f, leaves) of every microbatch in turn, as `graph` gives them; on first use that pass checks the batch too."""
+        """(part, f, leaves) of every microbatch in turn, as `graph` gives them; on first use that
+        pass checks the batch too."""
         if self._parts is not None:
             for part in self._parts:
                 yield part, *self.graph(part, once)
@@ -154,7 +177,8 @@ class Predictor:
     def _check(self, start: int, inputs: Any, f: Tensor) -> Part:
         if f.shape[0] != min(self.microbatch, self.examples - start):
             raise InputError(
-                f"the model's outputs have {f.shape[0]} rows for {min(self.microbatch, self.examples - start)} examples; "
+                f"the model's outputs have {f.shape[0]} rows for "
+                f"{min(self.microbatch, self.examples - start)} examples; "
                 "the first dimension of inputs and outputs must be the examples"
             )
         # A finite sum has finite terms; one that isn't may have overflowed.
@@ -162,19 +186,23 @@ class Predictor:
             raise InputError(self._blame(inputs))
         if start == 0 and self.likelihood.suspicious(f):
             self.note(
-                "the outputs look like probabilities (non-negative rows that sum to one); give logits: drop the softmax"
+                "the outputs look like probabilities (non-negative rows that sum to one); give "
+                "logits: drop the softmax"
             )
         y, mask = self.batch.targets, None
         if y is not None:
             if y.shape[:1] != (self.examples,):
-                raise InputError(f"the batch has {self.examples} inputs but targets of shape {tuple(y.shape)}")
+                raise InputError(
+                    f"the batch has {self.examples} inputs but targets of shape {tuple(y.shape)}"
+                )
             y = self.likelihood.targets(f, y[start : start + self.microbatch])
             mask = self.likelihood.mask(y)
         return Part(inputs, y, mask)
 
     @property
     def count(self) -> int:
-        """n, the number of counted predictions (positions of sequences; not those with an ignored target)."""
+        """n, the number of counted predictions (positions of sequences; not those with an ignored
+        target)."""
         return self._count if self.parts else 0
 
     def note(self, text: str) -> None:
@@ -192,17 +220,25 @@ class Predictor:
         parts = self.parts  # before the copy: finding them counts the predictions
         twin = copy.copy(self)
         state = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        rest = {name: t.detach() for name, t in state.items() if name not in self.names} | self._fixed
+        rest = {
+            name: t.detach() for name, t in state.items() if name not in self.names
+        } | self._fixed
         twin._fixed = {name: widen(t) for name, t in rest.items()}
         twin.values, twin.dtype, twin._own = [v.double() for v in self.values], torch.float64, None
         twin.batch = map_batch(self.batch, widen)
         twin._parts = [
-            Part(map_tensors(p.inputs, widen), None if p.targets is None else widen(p.targets), p.mask) for p in parts
+            Part(
+                map_tensors(p.inputs, widen),
+                None if p.targets is None else widen(p.targets),
+                p.mask,
+            )
+            for p in parts
         ]
         return twin
 
     def subset(self, examples: Tensor) -> Predictor:
-        """The same predictor on some of the batch's examples (their numbers, ascending), as many microbatches as they touch."""
+        """The same predictor on some of the batch's examples (their numbers, ascending), as many
+        microbatches as they touch."""
         parts = self.parts
         twin = copy.copy(self)
         twin._parts, start = [], 0
@@ -215,21 +251,25 @@ class Predictor:
                 def pick(t: Tensor, chosen: Tensor = chosen, size: int = size) -> Tensor:
                     return t[chosen] if is_batched(t, size) else t
 
-                targets, mask = (None if t is None else t[chosen] for t in (part.targets, part.mask))
+                targets, mask = (
+                    None if t is None else t[chosen] for t in (part.targets, part.mask)
+                )
                 twin._parts.append(Part(map_tensors(part.inputs, pick), targets, mask))
         twin.examples = int(examples.numel())
         return twin
 
     @contextlib.contextmanager
     def evaluation(self, once: bool = False) -> Iterator[None]:
-        """Every module in evaluation mode, attention by kernels that can be differentiated in every way, unless only ``once``
-        and backwards is enough; the model's flags are restored on leaving."""
+        """Every module in evaluation mode, attention by kernels that can be differentiated in every
+        way, unless only ``once`` and backwards is enough; the model's flags are restored on
+        leaving."""
         training = [m for _, m in self.modules if m.training]
         fastpath = torch.backends.mha.get_fastpath_enabled()
         _set_training(training, False)
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            # Fused attention kernels have neither forward-mode nor second derivatives, nor batched backward passes.
+            # Fused attention kernels have neither forward-mode nor second derivatives, nor batched
+            # backward passes.
             with contextlib.nullcontext() if once else sdpa_kernel(SDPBackend.MATH):
                 yield
         finally:
@@ -252,11 +292,16 @@ class Predictor:
         return f, torch.zeros_like(f) if tangent is None else tangent
 
     def graph(self, part: Part, once: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """(f, leaves): outputs with the autograd graph back to fresh leaves at the parameter values.
+        """(f, leaves): outputs with the autograd graph back to fresh leaves at the parameter
+        values.
 
         ``once``: for plain backward passes only, which lets attention use its fused kernels.
         """
-        if once and self._own is not None and all(p._version == version for p, version in self._own):
+        if (
+            once
+            and self._own is not None
+            and all(p._version == version for p, version in self._own)
+        ):
             # The model as it is: nothing to substitute, and nobody adds to the parameters' grad.
             leaves: list[Tensor] = [p for p, _ in self._own]
             args, kwargs = _arguments(part.inputs)
@@ -267,7 +312,9 @@ class Predictor:
             with torch.enable_grad(), self.evaluation(once):
                 f = self.call(leaves, part.inputs)
         if not f.requires_grad:
-            raise InputError("the model's outputs don't depend on its trainable parameters through autograd")
+            raise InputError(
+                "the model's outputs don't depend on its trainable parameters through autograd"
+            )
         return f, leaves
 
     def pull_back(self, part: Part, u: Tensor) -> list[Tensor]:
@@ -287,11 +334,16 @@ class Predictor:
         for part in self.parts:
             assert part.targets is not None
             with torch.no_grad(), self.evaluation():
-                total += float(self.likelihood.nll(self.call(self.values, part.inputs), part.targets).double().sum())
+                total += float(
+                    self.likelihood.nll(self.call(self.values, part.inputs), part.targets)
+                    .double()
+                    .sum()
+                )
         return total / self.count
 
     def loss_and_gradient(self) -> tuple[float, list[Tensor]]:
-        """(L, g = ∇L) with respect to the trainable parameters, one forward and one backward pass per microbatch."""
+        """(L, g = ∇L) with respect to the trainable parameters, one forward and one backward pass
+        per microbatch."""
         self.require_targets("the gradient")
         total, gradient = 0.0, [torch.zeros_like(p) for p in self.values]
         for part in self.parts:
@@ -299,7 +351,9 @@ class Predictor:
             f, leaves = self.graph(part)
             nll = self.likelihood.nll(f, part.targets)
             total += float(nll.detach().double().sum())
-            for g, extra in zip(gradient, torch.autograd.grad(nll.sum(), leaves, allow_unused=True), strict=True):
+            for g, extra in zip(
+                gradient, torch.autograd.grad(nll.sum(), leaves, allow_unused=True), strict=True
+            ):
                 if extra is not None:
                     g.add_(extra, alpha=1.0 / self.count)
         return total / self.count, gradient
@@ -313,7 +367,8 @@ class Predictor:
         return torch.cat(chunks)
 
     def mean(self, per_prediction: Sequence[Tensor]) -> float:
-        """Mean over counted predictions of one tensor a microbatch (leading shapes), summed in float64."""
+        """Mean over counted predictions of one tensor a microbatch (leading shapes), summed in
+        float64."""
         total = 0.0
         for part, values in zip(self.parts, per_prediction, strict=True):
             kept = values.double() if part.mask is None else values.double()[part.mask]
@@ -323,14 +378,22 @@ class Predictor:
     def _blame(self, inputs: Any) -> str:
         for name, value in zip(self.names, self.values, strict=True):
             if not bool(torch.isfinite(value).all()):
-                return f"parameter {name!r} holds NaN or infinity; audit an earlier snapshot or lower the learning rate"
-        if not all(bool(torch.isfinite(t).all()) for t in _tensors(inputs) if t.is_floating_point()):
+                return (
+                    f"parameter {name!r} holds NaN or infinity; audit an earlier "
+                    "snapshot or lower the learning rate"
+                )
+        if not all(
+            bool(torch.isfinite(t).all()) for t in _tensors(inputs) if t.is_floating_point()
+        ):
             return "the batch's inputs hold NaN or infinity; remove those examples"
         found: list[str] = []
 
         def look(name: str) -> Any:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                bad = any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in _tensors(output))
+                bad = any(
+                    t.is_floating_point() and not bool(torch.isfinite(t).all())
+                    for t in _tensors(output)
+                )
                 if bad and not found:
                     found.append(f"{name or 'the model itself'!s} ({type(module).__name__})")
 
@@ -344,7 +407,10 @@ class Predictor:
             for handle in handles:
                 handle.remove()
         where = found[0] if found else "the outputs"
-        return f"non-finite activations first appear in module {where}; check the weights and the scale of the inputs"
+        return (
+            f"non-finite activations first appear in module {where}; check the weights "
+            "and the scale of the inputs"
+        )
 
 
 def _counted(part: Part, f: Tensor) -> int:
@@ -359,11 +425,14 @@ def materialise(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> l
 def gradient(
     model: nn.Module, batch: Any, likelihood: str | Likelihood = "categorical", **options: Any
 ) -> list[Tensor]:
-    """g = ∇L on the batch (THEORY §2), aligned with the trainable parameters. Options: those of `Predictor`."""
+    """g = ∇L on the batch (THEORY §2), aligned with the trainable parameters. Options: those of
+    `Predictor`."""
     return Predictor(model, batch, likelihood, **options).loss_and_gradient()[1]
 
 
-def loss(model: nn.Module, batch: Any, likelihood: str | Likelihood = "categorical", **options: Any) -> float:
+def loss(
+    model: nn.Module, batch: Any, likelihood: str | Likelihood = "categorical", **options: Any
+) -> float:
     """L on the batch, nats per prediction. Options: those of `Predictor`."""
     return Predictor(model, batch, likelihood, **options).loss()
 
@@ -376,7 +445,8 @@ def kl(
     likelihood: str | Likelihood = "categorical",
     **options: Any,
 ) -> float:
-    """Mean over the batch of KL(p_θ ‖ p_θ') in nats, θ from ``parameters`` and θ' from ``other`` (None: the model's own).
+    """Mean over the batch of KL(p_θ ‖ p_θ') in nats, θ from ``parameters`` and θ' from ``other``
+    (None: the model's own).
 
     To second order ½(θ'−θ)ᵀF(θ)(θ'−θ) (THEORY §1). Cost: two forward passes.
     """
@@ -391,7 +461,8 @@ def kl(
 
 
 def _state(model: nn.Module) -> tuple[dict[str, Tensor], list[tuple[str, nn.Module]], bool]:
-    """Parameters and buffers by name, each once; the modules; whether some tensors stand in several places. One walk."""
+    """Parameters and buffers by name, each once; the modules; whether some tensors stand in several
+    places. One walk."""
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
     modules = []
@@ -411,7 +482,8 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], list[tuple[str, nn.Modu
 
 
 def _set_training(modules: Sequence[nn.Module], mode: bool) -> None:
-    """The modules' own flags, not their children's, and past the checks of ``nn.Module.__setattr__``, which take ten times as long."""
+    """The modules' own flags, not their children's, and past the checks of
+    ``nn.Module.__setattr__``, which take ten times as long."""
     for module in modules:
         if "training" in vars(module):
             vars(module)["training"] = mode
@@ -421,18 +493,25 @@ def _set_training(modules: Sequence[nn.Module], mode: bool) -> None:
 
 def _value(value: Tensor, like: Tensor, copied: bool) -> Tensor:
     same = value is like and not copied
-    return value.detach() if same else value.detach().to(dtype=like.dtype, device=like.device, copy=copied)
+    return (
+        value.detach()
+        if same
+        else value.detach().to(dtype=like.dtype, device=like.device, copy=copied)
+    )
 
 
 def _logits(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    logits = (
+        output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    )
     if logits is None and isinstance(output, tuple | list) and output:
         logits = output[0]
     if not isinstance(logits, Tensor):
         raise InputError(
-            f"the model returned {type(output).__name__}; it must return a tensor, a tuple that starts with one, or .logits"
+            f"the model returned {type(output).__name__}; it must return a tensor, a tuple that "
+            "starts with one, or .logits"
         )
     return logits
 
@@ -446,7 +525,13 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _tensors(tree: Any) -> list[Tensor]:
     if isinstance(tree, Tensor):
         return [tree]
-    children = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, tuple | list) else ()
+    children = (
+        tree.values()
+        if isinstance(tree, Mapping)
+        else tree
+        if isinstance(tree, tuple | list)
+        else ()
+    )
     return [t for child in children for t in _tensors(child)]
 
 
@@ -456,7 +541,11 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
         return function(tree)
     if isinstance(tree, Mapping):
         return {key: map_tensors(value, function) for key, value in tree.items()}
-    return type(tree)(map_tensors(value, function) for value in tree) if isinstance(tree, tuple | list) else tree
+    return (
+        type(tree)(map_tensors(value, function) for value in tree)
+        if isinstance(tree, tuple | list)
+        else tree
+    )
 
 
 def _examples(inputs: Any) -> int:
@@ -469,7 +558,8 @@ def _examples(inputs: Any) -> int:
 
 
 def is_batched(tensor: Tensor, examples: int) -> bool:
-    """Whether the tensor's first dimension counts the examples; other tensors are passed whole to every microbatch."""
+    """Whether the tensor's first dimension counts the examples; other tensors are passed whole to
+    every microbatch."""
     return tensor.dim() > 0 and tensor.shape[0] == examples
 
 

@@ -1,20 +1,24 @@
-"""Certified brackets of how much of ρ a ridge regression on S explains, from products with S and Sᵀ (THEORY §5).
+"""Certified brackets of how much of ρ a ridge regression on S explains, from products with S and Sᵀ
+(THEORY §5).
 
     Δ_λ = χ² − min_v φ(v),      φ(v) = |ρ − Sv|² + λ|v|²,      χ² = |ρ|².
 
-Any v gives a lower bound, χ² − φ(v), and any x in the space of ρ the upper bound ψ(x) = |ρ − x|² + |Sᵀx|²/λ; at the optimum,
-v = Sᵀx/λ and x = ρ − Sv, they meet (Fenchel duality). So the ends are *values at points*, and how those points were found
-cannot make them wrong, only loose. They are found by conjugate gradients for the dual, (SSᵀ + λ)x = λρ, whose x minimises ψ;
-v is the combination of v's met so far with the least φ, two at a time (residual smoothing: Zhou & Walker, SIAM J. Sci. Comput.
-15, 1994).
+Any v gives a lower bound, χ² − φ(v), and any x in the space of ρ the upper bound ψ(x) = |ρ − x|² +
+|Sᵀx|²/λ; at the optimum, v = Sᵀx/λ and x = ρ − Sv, they meet (Fenchel duality). So the ends are
+*values at points*, and how those points were found cannot make them wrong, only loose. They are
+found by conjugate gradients for the dual, (SSᵀ + λ)x = λρ, whose x minimises ψ; v is the
+combination of v's met so far with the least φ, two at a time (residual smoothing: Zhou & Walker,
+SIAM J. Sci. Comput. 15, 1994).
 
-Known rows. Where some rows S_m are held as a matrix, their share x_m is eliminated exactly by a Cholesky factor of
-S_mS_mᵀ + λ. What remains is (I + S_r N⁻¹S_rᵀ) x_r = ρ_r − S_r N⁻¹S_mᵀρ_m with N = S_mᵀS_m + λ ≼ SᵀS + λ: the conjugate
-gradients then see SᵀS + λ preconditioned by its part on the subset, with smallest eigenvalue at least 1. This changes no formula above.
+Known rows. Where some rows S_m are held as a matrix, their share x_m is eliminated exactly by a
+Cholesky factor of S_mS_mᵀ + λ. What remains is (I + S_r N⁻¹S_rᵀ) x_r = ρ_r − S_r N⁻¹S_mᵀρ_m with N
+= S_mᵀS_m + λ ≼ SᵀS + λ: the conjugate gradients then see SᵀS + λ preconditioned by its part on the
+subset, with smallest eigenvalue at least 1. This changes no formula above.
 
-Rounding. A product is off by at most 16 u ‖S‖ times its argument's length. Summed along the iteration, this bounds how far the
-running v is from Sᵀx/λ and the running Sv from S times v, and both are added to the ends. The effect on Δ_λ is of the order
-u ‖S‖/√λ: the square root of the condition number only.
+Rounding. A product is off by at most 16 u ‖S‖ times its argument's length. Summed along the
+iteration, this bounds how far the running v is from Sᵀx/λ and the running Sv from S times v, and
+both are added to the ends. The effect on Δ_λ is of the order u ‖S‖/√λ: the square root of the
+condition number only.
 """
 
 from __future__ import annotations
@@ -33,16 +37,19 @@ _EPS = torch.finfo(torch.float64).eps
 
 
 class KnownRows:
-    """S_m, some rows of S (r, P) in float64, where they stand (a mask of ρ's length), and the factor of S_mS_mᵀ + λ.
+    """S_m, some rows of S (r, P) in float64, where they stand (a mask of ρ's length), and the
+    factor of S_mS_mᵀ + λ.
 
-    Cost r²P for the Gram matrix and r³/3 for the factor; memory 8·r·(P + 2r) bytes. `ValueError` where λ is lost in the
-    rounding of the Gram matrix.
+    Cost r²P for the Gram matrix and r³/3 for the factor; memory 8·r·(P + 2r) bytes. `ValueError`
+    where λ is lost in the rounding of the Gram matrix.
     """
 
     def __init__(self, rows: Tensor, where: Tensor, damping: float) -> None:
         self.rows, self.where, self.rest = rows, where, ~where
         gram = rows @ rows.T
-        self.norm = math.sqrt(float(gram.abs().sum(1).max())) if len(rows) else 0.0  # at least ‖S_m‖
+        self.norm = (
+            math.sqrt(float(gram.abs().sum(1).max())) if len(rows) else 0.0
+        )  # at least ‖S_m‖
         gram.diagonal().add_(damping)
         self._factor, failed = torch.linalg.cholesky_ex(gram)
         if int(failed):
@@ -63,10 +70,12 @@ def brackets(
     max_iterations: int = 100,
     roundoff: float = _EPS,
 ) -> Iterator[Bracket]:
-    """Ever tighter brackets of Δ_λ, one a product (``push`` = S and ``pull`` = Sᵀ) with relative rounding ``roundoff``.
+    """Ever tighter brackets of Δ_λ, one a product (``push`` = S and ``pull`` = Sᵀ) with relative
+    rounding ``roundoff``.
 
-    ``rho`` (N,) float64; ``damping`` λ > 0. The first bracket, (0, χ²), costs no product; with ``known`` rows the second costs
-    one ``push``, and is exact where all are known. Memory 8·(k·N + 7P) bytes after k products.
+    ``rho`` (N,) float64; ``damping`` λ > 0. The first bracket, (0, χ²), costs no product; with
+    ``known`` rows the second costs one ``push``, and is exact where all are known. Memory 8·(k·N +
+    7P) bytes after k products.
     """
     chi = float(rho @ rho)
     slack = 16 * _EPS * chi  # of χ² and of sums of squares that are at most about χ²
@@ -111,7 +120,8 @@ def brackets(
         lower, upper = max(lower, chi - fit.value(point) - slack), min(upper, point.dual() + slack)
         yield Bracket(min(lower, upper), upper)
 
-        # Residuals are orthogonal in exact arithmetic; kept so, convergence isn't delayed by rounding.
+        # Residuals are orthogonal in exact arithmetic; kept so, convergence isn't delayed by
+        # rounding.
         residual = residual - step * applied
         kept = basis[: k + 1]
         residual = residual - kept.T @ (kept @ residual)
@@ -132,7 +142,9 @@ class _Point:
         """x += step·d, v += step·w with w = Sᵀd/λ, Sv += step·Sw."""
         length_d, length_w, length_image = map(_length, (d, w, image))
         if length_d and length_w:
-            self.largest = max(self.largest, self.damping * length_w / length_d, length_image / length_w)
+            self.largest = max(
+                self.largest, self.damping * length_w / length_d, length_image / length_w
+            )
         self.x, self.v, self.image = self.x + step * d, self.v + step * w, self.image + step * image
         self._travel_x += abs(step) * length_d + _length(self.x)
         self._travel_v += abs(step) * length_w + _length(self.v)
@@ -150,7 +162,8 @@ class _Point:
 
 
 class _Fit:
-    """The v with the least φ among combinations of those considered, its Sv, and the rounding of the latter."""
+    """The v with the least φ among combinations of those considered, its Sv, and the rounding of
+    the latter."""
 
     def __init__(self) -> None:
         self.v: Tensor = torch.zeros(())
@@ -170,7 +183,8 @@ class _Fit:
 
     def value(self, point: _Point) -> float:
         """φ(v) from above."""
-        # The sums above round too; each by less than the unit that the products' error is counted in.
+        # The sums above round too; each by less than the unit that the products' error is counted
+        # in.
         error = self.error + point.unit * (point.largest * _length(self.v) + _length(self.image))
         return (_length(point.rho - self.image) + error) ** 2 + point.damping * _length(self.v) ** 2
 
@@ -181,7 +195,9 @@ def _length(t: Tensor) -> float:
 
 def _finite(product: Tensor) -> Tensor:
     if not bool(torch.isfinite(product).all()):
-        raise InputError("a product with the metric is not finite; check the model's weights and the batch")
+        raise InputError(
+            "a product with the metric is not finite; check the model's weights and the batch"
+        )
     return product
 
 

@@ -1,7 +1,8 @@
 """Score rows: the matrix S whose Gram matrix is the Fisher, F = SᵀS/n (THEORY §7).
 
-A prediction contributes rows BᵀJ_i, where the columns of B (c × m) satisfy B Bᵀ = Λ_i ("exact": all classes, m = c), or are the
-residual of the data's target ("empirical", m = 1) or of m targets drawn from the model ("sampled", divided by √m).
+A prediction contributes rows BᵀJ_i, where the columns of B (c × m) satisfy B Bᵀ = Λ_i ("exact": all
+classes, m = c), or are the residual of the data's target ("empirical", m = 1) or of m targets drawn
+from the model ("sampled", divided by √m).
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from torch.func import vjp, vmap
 
 from thermo_opt.errors import InputError
 from thermo_opt.fisher.metric import flatten
-from thermo_opt.fisher.predictor import Part, Predictor, is_batched, map_tensors, materialise, slice_inputs
+from thermo_opt.fisher.predictor import (
+    Part,
+    Predictor,
+    is_batched,
+    map_tensors,
+    materialise,
+    slice_inputs,
+)
 
 Targets = Literal["exact", "empirical", "sampled"]
 
@@ -24,7 +32,8 @@ ENTRIES = 2**25
 
 
 def check_targets(predictor: Predictor, targets: str) -> None:
-    """Raise `InputError` for an unknown kind of targets, and for the empirical Fisher of a batch without targets."""
+    """Raise `InputError` for an unknown kind of targets, and for the empirical Fisher of a batch
+    without targets."""
     if targets not in get_args(Targets):
         raise InputError(f"targets must be one of {', '.join(get_args(Targets))}, got {targets!r}")
     if targets == "empirical":
@@ -32,7 +41,12 @@ def check_targets(predictor: Predictor, targets: str) -> None:
 
 
 def cotangents(
-    predictor: Predictor, part: Part, f: Tensor, targets: Targets, samples: int, generator: torch.Generator | None
+    predictor: Predictor,
+    part: Part,
+    f: Tensor,
+    targets: Targets,
+    samples: int,
+    generator: torch.Generator | None,
 ) -> Tensor:
     """The columns B of every prediction, shape (…, c, m); zero where a prediction isn't counted."""
     family = predictor.likelihood
@@ -50,10 +64,12 @@ def cotangents(
 def score_rows(
     predictor: Predictor, targets: Targets = "exact", samples: int = 1, seed: int | None = None
 ) -> Iterator[Tensor]:
-    """Blocks (rows, P) of S, in order, examples × positions × columns; rows of uncounted predictions are zero.
+    """Blocks (rows, P) of S, in order, examples × positions × columns; rows of uncounted
+    predictions are zero.
 
-    Per-example gradients by ``vmap`` over ``vjp``; where the model can't be traced by ``torch.func`` (control flow that
-    depends on the data), by one backward pass a row, which a note says. Cost: c·m backward passes per example at most.
+    Per-example gradients by ``vmap`` over ``vjp``; where the model can't be traced by
+    ``torch.func`` (control flow that depends on the data), by one backward pass a row, which a note
+    says. Cost: c·m backward passes per example at most.
     """
     generator = None if seed is None else torch.Generator(device=predictor.device).manual_seed(seed)
     size = sum(p.numel() for p in predictor.values)
@@ -73,9 +89,14 @@ def score_rows(
                 except RuntimeError as error:
                     predictor.vmappable = False
                     reason = (str(error).strip().splitlines() or ["unknown reason"])[0][:160]
-                    predictor.note(f"torch.func can't vectorise this model ({reason}): one backward pass a row used")
+                    predictor.note(
+                        f"torch.func can't vectorise this model ({reason}): one backward pass a "
+                        "row used"
+                    )
             for i in range(start, stop):
-                one = Part(*(_example(t, i, examples) for t in (part.inputs, part.targets, part.mask)))
+                one = Part(
+                    *(_example(t, i, examples) for t in (part.inputs, part.targets, part.mask))
+                )
                 yield _looped(predictor, one, targets, samples, generator)
 
 
@@ -84,7 +105,8 @@ def _example(tree: Any, i: int, examples: int) -> Any:
 
 
 def _spread(columns: Tensor) -> Tensor:
-    """Cotangents of one example's whole output, (examples, rows, …, c), from per-prediction columns (examples, …, c, m)."""
+    """Cotangents of one example's whole output, (examples, rows, …, c), from per-prediction columns
+    (examples, …, c, m)."""
     examples, m = columns.shape[0], columns.shape[-1]
     flat = columns.reshape(examples, -1, *columns.shape[-2:])  # examples, positions, c, m
     positions, c = flat.shape[1], flat.shape[2]
@@ -94,12 +116,18 @@ def _spread(columns: Tensor) -> Tensor:
 
 
 def _looped(
-    predictor: Predictor, part: Part, targets: Targets, samples: int, generator: torch.Generator | None
+    predictor: Predictor,
+    part: Part,
+    targets: Targets,
+    samples: int,
+    generator: torch.Generator | None,
 ) -> Tensor:
     f, leaves = predictor.graph(part)
     rows = []
     for u in _spread(cotangents(predictor, part, f.detach(), targets, samples, generator))[0]:
-        gradients = torch.autograd.grad(f, leaves, u.unsqueeze(0), retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(
+            f, leaves, u.unsqueeze(0), retain_graph=True, allow_unused=True
+        )
         rows.append(flatten(materialise(gradients, leaves)))
     return torch.stack(rows)
 
@@ -112,7 +140,9 @@ def _vmapped(predictor: Predictor, inputs: Any, spread: Tensor) -> Tensor:
 
     def one(tensors: tuple[Tensor, ...], u: Tensor) -> tuple[Tensor, ...]:
         queue = iter(tensors)
-        single = map_tensors(inputs, lambda t: next(queue).unsqueeze(0) if is_batched(t, examples) else t)
+        single = map_tensors(
+            inputs, lambda t: next(queue).unsqueeze(0) if is_batched(t, examples) else t
+        )
         pull = vjp(lambda *p: predictor.call(p, single)[0], *values)[1]
         return vmap(pull)(u)
 

@@ -1,8 +1,10 @@
-"""Operations whose derivative is dear to take twice, recorded as what it is at one point: a fixed linear map.
+"""Operations whose derivative is dear to take twice, recorded as what it is at one point: a fixed
+linear map.
 
-Autograd evaluates the slope φ'(x) of an activation anew in every backward pass, which for the exact GELU costs several times its forward
-pass, and writes the second derivative of a layer normalisation as thirty operations. Products with J and Jᵀ at one point need φ'(x)
-and the normalisation's mean and deviation only as constants, and no second derivative.
+Autograd evaluates the slope φ'(x) of an activation anew in every backward pass, which for the exact
+GELU costs several times its forward pass, and writes the second derivative of a layer normalisation
+as thirty operations. Products with J and Jᵀ at one point need φ'(x) and the normalisation's mean
+and deviation only as constants, and no second derivative.
 """
 
 from __future__ import annotations
@@ -39,9 +41,11 @@ def layer_norm_tangent(
     weight_dot: Tensor | None,
     bias_dot: Tensor | None,
 ) -> Tensor:
-    """Tangent γ ∘ dx̂ + γ̇ ∘ x̂ + β̇ of a layer normalisation γ ∘ x̂ + β at x, with x̂ = (x − mean)/σ; a missing velocity is zero.
+    """Tangent γ ∘ dx̂ + γ̇ ∘ x̂ + β̇ of a layer normalisation γ ∘ x̂ + β at x, with x̂ = (x −
+    mean)/σ; a missing velocity is zero.
 
-    dx̂ = (ẋ − mean ẋ − x̂ mean(x̂ẋ))/σ is a symmetric map of ẋ, so autograd's backward kernel computes it.
+    dx̂ = (ẋ − mean ẋ − x̂ mean(x̂ẋ))/σ is a symmetric map of ẋ, so autograd's backward kernel
+    computes it.
     """
     if x_dot is None:
         out = torch.zeros_like(x)
@@ -62,7 +66,12 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int], eps: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        shape: Sequence[int],
+        eps: float,
     ) -> Tensor:
         x = x.contiguous()
         y, mean, rstd = torch.native_layer_norm(x, list(shape), weight, bias, eps)
@@ -109,12 +118,16 @@ class _Pull(torch.autograd.Function):
 
 
 class FixedSlopes(TorchFunctionMode):
-    """While active, GELU, SiLU, Mish and layer normalisation record fixed derivatives. Only first derivatives are right.
+    """While active, GELU, SiLU, Mish and layer normalisation record fixed derivatives. Only first
+    derivatives are right.
 
-    Checkpointed layers are left to the framework: they run anew outside of this mode and must save what they saved the first time.
+    Checkpointed layers are left to the framework: they run anew outside of this mode and must save
+    what they saved the first time.
     """
 
-    functions: frozenset[Callable[..., Any]] = frozenset({functional.gelu, functional.silu, functional.mish})
+    functions: frozenset[Callable[..., Any]] = frozenset(
+        {functional.gelu, functional.silu, functional.mish}
+    )
 
     def __torch_function__(
         self,
@@ -129,7 +142,13 @@ class FixedSlopes(TorchFunctionMode):
         if func is functional.layer_norm:
             return _layer_norm(*args, **options)
         in_place = options.get("inplace", False) or len(args) > 1
-        if func not in self.functions or in_place or not args or not args[0].requires_grad or not plain(args[0]):
+        if (
+            func not in self.functions
+            or in_place
+            or not args
+            or not args[0].requires_grad
+            or not plain(args[0])
+        ):
             return func(*args, **options)
         x = args[0].detach().requires_grad_()
         y = func(x, **options)
@@ -138,8 +157,8 @@ class FixedSlopes(TorchFunctionMode):
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether these rules cover tensors: all in one dtype, not half precision (whose statistics are kept in float32), and not inside
-    the model's own `vmap`."""
+    """Whether these rules cover tensors: all in one dtype, not half precision (whose statistics are
+    kept in float32), and not inside the model's own `vmap`."""
     given = [t for t in tensors if t is not None]
     if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in given):
         return False

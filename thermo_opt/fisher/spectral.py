@@ -1,4 +1,5 @@
-"""Spectral care: eigendecompositions that never raise in the middle of training, and where to truncate (THEORY §7)."""
+"""Spectral care: eigendecompositions that never raise in the middle of training, and where to
+truncate (THEORY §7)."""
 
 from __future__ import annotations
 
@@ -8,12 +9,14 @@ import torch
 from torch import Tensor
 
 JITTERS = (1e-12, 1e-9, 1e-6)
-"""Multiples of the mean eigenvalue tried, in turn, on the diagonal of a matrix whose eigensolver failed."""
+"""Multiples of the mean eigenvalue tried, in turn, on the diagonal of a matrix whose eigensolver
+failed."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """``matrix ≈ basis · diag(eigenvalues) · basisᵀ``: eigenvalues (…, k) ascending and ≥ 0, basis (…, k, k).
+    """``matrix ≈ basis · diag(eigenvalues) · basisᵀ``: eigenvalues (…, k) ascending and ≥ 0, basis
+    (…, k, k).
 
     ``note`` is empty when the plain solver succeeded, and otherwise says which remedy was used.
     """
@@ -28,13 +31,16 @@ def symmetrise(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
-def eigh(matrix: Tensor, last: Spectrum | None = None, dtype: torch.dtype | None = None) -> Spectrum:
-    """Eigendecomposition of a symmetric positive semi-definite matrix (…, k, k). Never raises on finite-shaped input.
+def eigh(
+    matrix: Tensor, last: Spectrum | None = None, dtype: torch.dtype | None = None
+) -> Spectrum:
+    """Eigendecomposition of a symmetric positive semi-definite matrix (…, k, k). Never raises on
+    finite-shaped input.
 
-    The ladder: the given precision (or ``dtype``); float64; float64 with jitter scaled to the mean eigenvalue; the
-    basis of ``last`` with its Rayleigh quotients on this matrix (or, when the matrix is not finite, ``last``
-    itself); the unit basis with the diagonal. Negative eigenvalues, which are rounding, become 0. Cost O(k³);
-    results in the matrix's own dtype.
+    The ladder: the given precision (or ``dtype``); float64; float64 with jitter scaled to the mean
+    eigenvalue; the basis of ``last`` with its Rayleigh quotients on this matrix (or, when the
+    matrix is not finite, ``last`` itself); the unit basis with the diagonal. Negative eigenvalues,
+    which are rounding, become 0. Cost O(k³); results in the matrix's own dtype.
     """
     kind = matrix.dtype
     work = kind if dtype is None else dtype
@@ -55,30 +61,40 @@ def eigh(matrix: Tensor, last: Spectrum | None = None, dtype: torch.dtype | None
             trial = trial + torch.diag_embed(shift.expand(*trial.shape[:-1]))
         try:
             values, basis = torch.linalg.eigh(trial)
-        except RuntimeError:  # torch.linalg.LinAlgError, and what a broken LAPACK or cuSOLVER call raises
+        except (
+            RuntimeError
+        ):  # torch.linalg.LinAlgError, and what a broken LAPACK or cuSOLVER call raises
             continue
         if not bool(torch.isfinite(values).all() & torch.isfinite(basis).all()):
             continue
         note = ""
         if number:
-            note = "eigensolver failed; retried in float64" + (f" with jitter {jitter:g}" if jitter else "")
+            note = "eigensolver failed; retried in float64" + (
+                f" with jitter {jitter:g}" if jitter else ""
+            )
         return Spectrum((values - shift).clamp_(min=0).to(kind), basis.to(kind), note)
     if last is not None:
         values = rayleigh(clean.to(last.basis.dtype), last.basis)
-        return Spectrum(values.clamp_(min=0).to(kind), last.basis, "eigensolver failed; kept the last basis")
+        return Spectrum(
+            values.clamp_(min=0).to(kind), last.basis, "eigensolver failed; kept the last basis"
+        )
     return _unit(clean.to(kind), "eigensolver failed; used the unit basis")
 
 
 def rayleigh(matrix: Tensor, basis: Tensor) -> Tensor:
-    """Rayleigh quotients ``diag(Uᵀ M U)`` (…, k): the least-squares eigenvalues for a fixed basis. Cost O(k³)."""
+    """Rayleigh quotients ``diag(Uᵀ M U)`` (…, k): the least-squares eigenvalues for a fixed basis.
+    Cost O(k³)."""
     return ((matrix @ basis) * basis).sum(-2)
 
 
 def orthogonal_iteration(matrix: Tensor, basis: Tensor, steps: int = 1) -> Spectrum:
-    """A warm start instead of a full eigendecomposition: ``steps`` rounds of QR(M·U), then Rayleigh quotients.
+    """A warm start instead of a full eigendecomposition: ``steps`` rounds of QR(M·U), then Rayleigh
+    quotients.
 
-    Cheap (a product and a QR a round) and right when the basis moves slowly between refreshes. ``basis``: columns by
-    ascending eigenvalue, as `eigh` gives them; eigenvalues keep that order and are not sorted again. Falls back to the given basis, and says so, if QR fails or M is not finite.
+    Cheap (a product and a QR a round) and right when the basis moves slowly between refreshes.
+    ``basis``: columns by ascending eigenvalue, as `eigh` gives them; eigenvalues keep that order
+    and are not sorted again. Falls back to the given basis, and says so, if QR fails or M is not
+    finite.
     """
     if not bool(torch.isfinite(matrix).all()):
         zero = matrix.new_zeros(matrix.shape[:-1])
@@ -86,7 +102,8 @@ def orthogonal_iteration(matrix: Tensor, basis: Tensor, steps: int = 1) -> Spect
     note, moved = "", basis
     for _ in range(steps):
         try:
-            # The largest come last: orthogonalise them first, or the images of null directions, mere rounding, would displace them.
+            # The largest come last: orthogonalise them first, or the images of null directions,
+            # mere rounding, would displace them.
             candidate = torch.linalg.qr((matrix @ moved).flip(-1)).Q.flip(-1)
         except RuntimeError:
             candidate = torch.full_like(moved, torch.nan)
@@ -98,17 +115,20 @@ def orthogonal_iteration(matrix: Tensor, basis: Tensor, steps: int = 1) -> Spect
 
 
 def default_rtol(size: int, dtype: torch.dtype) -> float:
-    """Relative threshold below which an eigenvalue is rounding: ``size · machine epsilon``, as for a matrix rank."""
+    """Relative threshold below which an eigenvalue is rounding: ``size · machine epsilon``, as for
+    a matrix rank."""
     return size * torch.finfo(dtype).eps
 
 
 def threshold(largest: float, rtol: float, atol: float = 0.0) -> float:
-    """``max(rtol·σ_max, atol)`` (THEORY §7); always positive, so that exact zeros are in the null space."""
+    """``max(rtol·σ_max, atol)`` (THEORY §7); always positive, so that exact zeros are in the null
+    space."""
     return max(rtol * largest, atol, torch.finfo(torch.float64).tiny)
 
 
 def inverse(eigenvalues: Tensor, damping: float, cut: float) -> Tensor:
-    """Eigenvalues of the inverse: ``1/(σ+λ)`` when λ > 0 (Tikhonov), else ``1/σ`` where σ > cut and 0 elsewhere."""
+    """Eigenvalues of the inverse: ``1/(σ+λ)`` when λ > 0 (Tikhonov), else ``1/σ`` where σ > cut and
+    0 elsewhere."""
     if damping > 0:
         return 1.0 / (eigenvalues + damping)
     kept = eigenvalues > cut
@@ -117,7 +137,9 @@ def inverse(eigenvalues: Tensor, damping: float, cut: float) -> Tensor:
 
 def _not_finite(matrix: Tensor, last: Spectrum | None) -> Spectrum:
     if last is not None:
-        return Spectrum(last.eigenvalues, last.basis, "matrix is not finite; kept the last decomposition")
+        return Spectrum(
+            last.eigenvalues, last.basis, "matrix is not finite; kept the last decomposition"
+        )
     clean = torch.nan_to_num(matrix, nan=0.0, posinf=0.0, neginf=0.0)
     return _unit(clean, "matrix is not finite; used the unit basis and its finite diagonal")
 

@@ -1,8 +1,18 @@
-"""Predictive distributions: Fisher-Rao distances, the universal frontier, closed forms, maps of trajectories."""
+"""Predictive distributions: Fisher-Rao distances, the universal frontier, closed forms, maps of
+trajectories."""
 
-from thermo_opt.manifold.frontier import frontier_distance, log_frontier_distance
+from thermo_opt.manifold.level_set import least_distance, log_least_distance
 from thermo_opt.manifold.maps import trajectory_map
-from thermo_opt.manifold.predictive import LIKELIHOODS, Move, Point, chi_squared, embed, fisher_rao, move, row_distances
+from thermo_opt.manifold.predictive import (
+    LIKELIHOODS,
+    Move,
+    Point,
+    chi_squared,
+    embed,
+    fisher_rao,
+    move,
+    row_distances,
+)
 
 __all__ = [
     "LIKELIHOODS",
@@ -11,8 +21,8 @@ __all__ = [
     "chi_squared",
     "embed",
     "fisher_rao",
-    "frontier_distance",
-    "log_frontier_distance",
+    "least_distance",
+    "log_least_distance",
     "move",
     "row_distances",
     "trajectory_map",

@@ -1,8 +1,10 @@
-"""The manifold of predictions: Fisher-Rao geometry of batches of predictive distributions, in closed form.
+"""The manifold of predictions: Fisher-Rao geometry of batches of predictive distributions, in
+closed form.
 
-A batch of n predictions is a point of a product of spheres (categorical and Bernoulli outputs: the octant of radius
-2 whose coordinates are 2√p) or of a Euclidean space (Gaussian outputs). `embed` maps a model's outputs to that point;
-distances, the loss and its gradient are then cheap and exact. Distances and losses are means over the n examples (nats).
+A batch of n predictions is a point of a product of spheres (categorical and Bernoulli outputs: the
+octant of radius 2 whose coordinates are 2√p) or of a Euclidean space (Gaussian outputs). `embed`
+maps a model's outputs to that point; distances, the loss and its gradient are then cheap and exact.
+Distances and losses are means over the n examples (nats).
 """
 
 from __future__ import annotations
@@ -21,25 +23,29 @@ Likelihood = Literal["categorical", "bernoulli", "gaussian"]
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
 
 _BLOCK = 1 << 17
-"""Elements handled at a time, so that the temporaries of a row block stay in the processor's cache."""
+"""Elements handled at a time, so that the temporaries of a row block stay in the processor's
+cache."""
 
 _NARROW = 16
-"""Up to this many classes, amplitudes lie in memory class by class, so that sums over classes add long columns."""
+"""Up to this many classes, amplitudes lie in memory class by class, so that sums over classes add
+long columns."""
 
 _NEAR = 5e-6
-"""From here on 1 - cos θ is taken from the inner product, whose rounding, a few 1e-16, is below 1e-10 of it."""
+"""From here on 1 - cos θ is taken from the inner product, whose rounding, a few 1e-16, is below
+1e-10 of it."""
 
 _TINY = float(np.finfo(np.float64).tiny)
 """Added to θ and sin θ it makes their ratio one where both are zero, and changes no other value."""
 
 _SAFE = 1e130
-"""Squared norms within this factor of one come from amplitudes that neither overflowed nor lost digits to underflow."""
+"""Squared norms within this factor of one come from amplitudes that neither overflowed nor lost
+digits to underflow."""
 
 
 class Move(NamedTuple):
-    """A move between two batches of predictions: ``a`` squared distance, ``d`` first-order loss decrease along the
-    geodesic, ``chi2`` the certificate Δ ≤ χ² at its start; each a mean over examples (nats). ``d`` and ``chi2`` are NaN
-    without targets."""
+    """A move between two batches of predictions: ``a`` squared distance, ``d`` first-order loss
+    decrease along the geodesic, ``chi2`` the certificate Δ ≤ χ² at its start; each a mean over
+    examples (nats). ``d`` and ``chi2`` are NaN without targets."""
 
     a: float
     d: float
@@ -48,12 +54,14 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True)
 class Point:
-    """Embedded predictions. ``w`` (rows, width): amplitudes √p up to a factor, or outputs in units of σ. ``examples``: n.
+    """Embedded predictions. ``w`` (rows, width): amplitudes √p up to a factor, or outputs in units
+    of σ. ``examples``: n.
 
-    ``log_amplitude_y`` (rows,): log √p(y), categorical and Bernoulli; ``residual`` (rows, width): (y - f)/σ, Gaussian;
-    both None without targets. ``loss`` (rows,): negative log-likelihood of each row (nats), or None. ``finite``: whether
-    every prediction, and every target's loss, is a number. ``scale`` (rows,): the factors that make w unit amplitudes, or
-    None where they are one: applying them costs as much as a distance, which needs them only once a row.
+    ``log_amplitude_y`` (rows,): log √p(y), categorical and Bernoulli; ``residual`` (rows, width):
+    (y - f)/σ, Gaussian; both None without targets. ``loss`` (rows,): negative log-likelihood of
+    each row (nats), or None. ``finite``: whether every prediction, and every target's loss, is a
+    number. ``scale`` (rows,): the factors that make w unit amplitudes, or None where they are one:
+    applying them costs as much as a distance, which needs them only once a row.
     """
 
     w: Array
@@ -90,16 +98,20 @@ def embed(
 ) -> Point:
     """Embed a model's outputs in the manifold of predictions.
 
-    ``outputs``: categorical (..., c) and ``targets`` (...) class indices, entries equal to ``ignore_index`` (and their
-    outputs) left out: each counted position is an example; Bernoulli (n, ...) with 0/1 targets of that shape, or
-    Gaussian (n, ...) with targets of that shape and variance ``sigma2``: the first axis counts examples, over the others the
-    independent outputs' squared distances and losses add up. ``kind="probabilities"`` takes p instead of logits.
+    ``outputs``: categorical (..., c) and ``targets`` (...) class indices, entries equal to
+    ``ignore_index`` (and their outputs) left out: each counted position is an example; Bernoulli
+    (n, ...) with 0/1 targets of that shape, or Gaussian (n, ...) with targets of that shape and
+    variance ``sigma2``: the first axis counts examples, over the others the independent outputs'
+    squared distances and losses add up. ``kind="probabilities"`` takes p instead of logits.
 
-    Amplitudes are computed in float64 from logits as ``exp((z-max)/2)`` normalised, so neither underflow of p nor p ≈ q
-    loses digits. Raises InputError for shapes, classes or probabilities that can't be. Cost O(n c).
+    Amplitudes are computed in float64 from logits as ``exp((z-max)/2)`` normalised, so neither
+    underflow of p nor p ≈ q loses digits. Raises InputError for shapes, classes or probabilities
+    that can't be. Cost O(n c).
     """
     if likelihood not in LIKELIHOODS:
-        raise InputError(f"likelihood {likelihood!r} is unknown: use one of {', '.join(LIKELIHOODS)}")
+        raise InputError(
+            f"likelihood {likelihood!r} is unknown: use one of {', '.join(LIKELIHOODS)}"
+        )
     if kind not in ("logits", "probabilities"):
         raise InputError(f"kind {kind!r} is unknown: use 'logits' or 'probabilities'")
     f = np.asarray(outputs)
@@ -122,16 +134,26 @@ def embed(
         return Point(u, len(f), finite=finite)
     residual = y.reshape(len(f), -1) / np.sqrt(sigma2) - u
     constant = 0.5 * u.shape[1] * np.log(2 * np.pi * sigma2)
-    return Point(u, len(f), None, residual, 0.5 * np.einsum("ij,ij->i", residual, residual) + constant, finite)
+    return Point(
+        u,
+        len(f),
+        None,
+        residual,
+        0.5 * np.einsum("ij,ij->i", residual, residual) + constant,
+        finite,
+    )
 
 
-def _embed_categorical(f: NDArray[Any], y: NDArray[Any] | None, kind: str, ignore_index: int) -> Point:
+def _embed_categorical(
+    f: NDArray[Any], y: NDArray[Any] | None, kind: str, ignore_index: int
+) -> Point:
     classes = f.shape[-1]
     rows = f.reshape(-1, classes)
     if y is not None:
         if y.shape != f.shape[:-1]:
             raise InputError(
-                f"targets of shape {y.shape} don't match outputs of shape {f.shape}: expected {f.shape[:-1]}"
+                f"targets of shape {y.shape} don't match outputs of shape {f.shape}: expected "
+                f"{f.shape[:-1]}"
             )
         if not np.issubdtype(y.dtype, np.integer):
             if not np.array_equal(y, np.round(y)):
@@ -146,7 +168,8 @@ def _embed_categorical(f: NDArray[Any], y: NDArray[Any] | None, kind: str, ignor
             wrong = y[(y < 0) | (y >= classes)]
             if len(wrong):
                 raise InputError(
-                    f"target {int(wrong[0])} lies outside the {classes} classes of the outputs (0 … {classes - 1})"
+                    f"target {int(wrong[0])} lies outside the {classes} classes of the outputs (0 "
+                    f"… {classes - 1})"
                 )
     n = len(rows)
     w = np.empty((n, classes), dtype=np.float64, order="F" if classes <= _NARROW else "C")
@@ -164,7 +187,8 @@ def _embed_categorical(f: NDArray[Any], y: NDArray[Any] | None, kind: str, ignor
             with np.errstate(over="ignore", invalid="ignore"):
                 np.exp(z, out=z)
                 square = _inner(z, z, out=norm2[part])
-                # Rarely needed, and written so that NaN needs it too: a shift by each row's largest logit.
+                # Rarely needed, and written so that NaN needs it too: a shift by each row's largest
+                # logit.
                 if not (square.min() > 1 / _SAFE and square.max() < _SAFE):
                     np.multiply(rows[part], 0.5, out=z)
                     largest = z.max(axis=1)
@@ -185,12 +209,15 @@ def _embed_categorical(f: NDArray[Any], y: NDArray[Any] | None, kind: str, ignor
         scale = np.divide(1, np.sqrt(norm2, out=norm2), out=norm2)
         if log_y is not None:
             log_y += np.log(scale)
-            np.minimum(log_y, 0.0, out=log_y)  # a saturated prediction's probability may round to just above 1
+            np.minimum(
+                log_y, 0.0, out=log_y
+            )  # a saturated prediction's probability may round to just above 1
     return Point(w, n, log_y, None, None if log_y is None else -2 * log_y, finite, scale)
 
 
 def _places(w: Array, y: NDArray[Any]) -> NDArray[np.intp]:
-    """Where the entries w[i, y_i] lie in w's memory: taking them from there is cheaper than indexing rows and columns."""
+    """Where the entries w[i, y_i] lie in w's memory: taking them from there is cheaper than
+    indexing rows and columns."""
     down, across = (stride // w.itemsize for stride in w.strides)
     places = np.multiply(y, across, dtype=np.intp, casting="unsafe")
     places += np.arange(0, len(w) * down, down)
@@ -198,7 +225,8 @@ def _places(w: Array, y: NDArray[Any]) -> NDArray[np.intp]:
 
 
 def _inner(x: Array, y: Array, out: Array) -> Array:
-    """Inner product of each row of x with that of y, into ``out``: long rows by BLAS one by one, short ones together."""
+    """Inner product of each row of x with that of y, into ``out``: long rows by BLAS one by one,
+    short ones together."""
     if x.shape[1] > 4 * _NARROW and x.flags.c_contiguous and y.flags.c_contiguous:
         np.matmul(x[:, None, :], y[:, :, None], out=out[:, None, None])
         return out
@@ -210,7 +238,10 @@ def _checked_probabilities(p: NDArray[Any]) -> Array:
     total = p.sum(axis=-1, keepdims=True)
     # 1e-3 admits probabilities rounded to bf16 or printed to four digits; real logits never pass.
     if np.any(p < 0) or np.any(np.abs(total - 1) > 1e-3):
-        raise InputError("probabilities must be non-negative and sum to one: pass logits with kind='logits' instead")
+        raise InputError(
+            "probabilities must be non-negative and sum to one: pass logits with kind='logits' "
+            "instead"
+        )
     return p / total
 
 
@@ -218,7 +249,9 @@ def _embed_bernoulli(f: NDArray[Any], y: NDArray[Any] | None, kind: str) -> Poin
     z = f.reshape(-1).astype(np.float64)
     if kind == "probabilities":
         if np.any((z < 0) | (z > 1)):
-            raise InputError("Bernoulli probabilities must lie in [0, 1]: pass logits with kind='logits' instead")
+            raise InputError(
+                "Bernoulli probabilities must lie in [0, 1]: pass logits with kind='logits' instead"
+            )
         u = np.sqrt(np.stack([1 - z, z]).T)
         with np.errstate(divide="ignore"):
             log_u = np.log(u)
@@ -238,8 +271,9 @@ def _embed_bernoulli(f: NDArray[Any], y: NDArray[Any] | None, kind: str) -> Poin
 def _angles(p: Point, q: Point) -> tuple[Array, Array]:
     """Angle θ of each row between unit amplitudes, and 1 - cos θ: exact however close p and q are.
 
-    Inner products give both for half the memory traffic of differences, but only to an absolute 1e-16: rows that have
-    hardly moved need the differences, and where several of the first few rows are such, all rows get them at once.
+    Inner products give both for half the memory traffic of differences, but only to an absolute
+    1e-16: rows that have hardly moved need the differences, and where several of the first few rows
+    are such, all rows get them at once.
     """
     if p.w.shape != q.w.shape:
         raise InputError(f"predictions of shapes {p.w.shape} and {q.w.shape} can't be compared")
@@ -272,7 +306,8 @@ def _cosines(p: Point, q: Point, rows: slice) -> Array:
 
 
 def _versines(p: Point, q: Point, rows: slice | NDArray[np.intp]) -> Array:
-    """1 - cos θ of some rows as half the squared chord |u - v|²: to all digits, at more than twice the work."""
+    """1 - cos θ of some rows as half the squared chord |u - v|²: to all digits, at more than twice
+    the work."""
     u, v = p.w[rows], q.w[rows]
     ones = np.ones(len(u))
     a, b = (ones if x.scale is None else x.scale[rows] for x in (p, q))
@@ -284,12 +319,14 @@ def _versines(p: Point, q: Point, rows: slice | NDArray[np.intp]) -> Array:
         gap = u[part] * ratio[part, None]
         gap -= v[part]
         _inner(gap, gap, out=chord2[part])
-    # Disjoint supports make the chord √2 but for rounding; nothing lies further apart on the octant.
+    # Disjoint supports make the chord √2 but for rounding; nothing lies further apart on the
+    # octant.
     return np.minimum(0.5 * chord2 * b * b, 1.0)
 
 
 def row_distances(p: Point, q: Point, likelihood: str = "categorical") -> Array:
-    """Fisher-Rao distance of each row: ``2 arccos Σ √(pq)``, or ``|f - f'|/σ`` for Gaussian outputs. O(n c)."""
+    """Fisher-Rao distance of each row: ``2 arccos Σ √(pq)``, or ``|f - f'|/σ`` for Gaussian
+    outputs. O(n c)."""
     if likelihood == "gaussian":
         if p.u.shape != q.u.shape:
             raise InputError(f"predictions of shapes {p.u.shape} and {q.u.shape} can't be compared")
@@ -298,10 +335,13 @@ def row_distances(p: Point, q: Point, likelihood: str = "categorical") -> Array:
 
 
 def move(p: Point, q: Point, likelihood: str = "categorical") -> Move:
-    """Squared distance, first-order decrease along the geodesic and χ² certificate of the move from p to q (§2, §5).
+    """Squared distance, first-order decrease along the geodesic and χ² certificate of the move from
+    p to q (§2, §5).
 
-    With θ the angle of a row and y its target, the geodesic leaves p with a velocity whose decrease of the loss
-    -2 log √p(y) is ``d = 2 (θ/sin θ)(√(q_y/p_y) - cos θ)``; by Cauchy-Schwarz ``d² ≤ a χ²`` exactly. Cost O(n c).
+    With θ the angle of a row and y its target, the geodesic leaves p with a velocity whose decrease
+    of the loss
+    -2 log √p(y) is ``d = 2 (θ/sin θ)(√(q_y/p_y) - cos θ)``; by Cauchy-Schwarz ``d² ≤ a χ²``
+    exactly. Cost O(n c).
     """
     if likelihood == "gaussian":
         gap = q.u - p.u
@@ -321,7 +361,8 @@ def move(p: Point, q: Point, likelihood: str = "categorical") -> Move:
     theta += _TINY
     ratio = np.divide(theta, sine, out=theta)
     with np.errstate(over="ignore", invalid="ignore"):
-        # √(q_y/p_y) - cos θ, each term near 1 for a small move: expm1 and 1 - cos θ keep the digits.
+        # √(q_y/p_y) - cos θ, each term near 1 for a small move: expm1 and 1 - cos θ keep the
+        # digits.
         gain = np.expm1(q.log_amplitude_y - p.log_amplitude_y)
         gain += versine
         d = float(2 * np.dot(ratio, gain) / p.examples)
@@ -334,9 +375,11 @@ def _chi_squared(log_amplitude_y: Array, examples: int) -> float:
 
 
 def chi_squared(p_y: ArrayLike) -> float:
-    """Free certificate ``Δ ≤ χ² = mean_i (1/p_i(y_i) - 1)`` for softmax outputs (§5), from the targets' probabilities.
+    """Free certificate ``Δ ≤ χ² = mean_i (1/p_i(y_i) - 1)`` for softmax outputs (§5), from the
+    targets' probabilities.
 
-    Infinite when some target has probability zero. Raises InputError for probabilities outside [0, 1]. O(n).
+    Infinite when some target has probability zero. Raises InputError for probabilities outside [0,
+    1]. O(n).
     """
     p = _target_probabilities(p_y)
     with np.errstate(divide="ignore"):
@@ -359,12 +402,14 @@ def fisher_rao(
     sigma2: float = 1.0,
     per_example: bool = False,
 ) -> float | Array:
-    """Fisher-Rao distance D between two batches of predictions, ``sqrt(mean_i D_i²)`` (§4), in √nats.
+    """Fisher-Rao distance D between two batches of predictions, ``sqrt(mean_i D_i²)`` (§4), in
+    √nats.
 
-    ``p``, ``q``: categorical (..., c), Bernoulli (n, ...) or Gaussian means (n, ...), same shape; ``kind`` says whether
-    they are probabilities or logits (ignored for Gaussian). ``per_example=True`` returns the distances D_i, one a row.
-    Relative error below 1e-6 down to distances of 1e-7 and at logits of ±1000. Raises InputError for unequal shapes,
-    NaN, or probabilities that aren't. Cost O(n c). Source: Rao 1945; §10 lists the closed forms.
+    ``p``, ``q``: categorical (..., c), Bernoulli (n, ...) or Gaussian means (n, ...), same shape;
+    ``kind`` says whether they are probabilities or logits (ignored for Gaussian).
+    ``per_example=True`` returns the distances D_i, one a row. Relative error below 1e-6 down to
+    distances of 1e-7 and at logits of ±1000. Raises InputError for unequal shapes, NaN, or
+    probabilities that aren't. Cost O(n c). Source: Rao 1945; §10 lists the closed forms.
     """
     if np.shape(p) != np.shape(q):
         raise InputError(f"p has shape {np.shape(p)} and q {np.shape(q)}: they must agree")

@@ -1,4 +1,5 @@
-"""NGD-T, the natural-gradient optimizer on a dissipation budget: metric × regulator × null-space policy (THEORY §7)."""
+"""NGD-T, the natural-gradient optimizer on a dissipation budget: metric × regulator × null-space
+policy (THEORY §7)."""
 
 from thermo_opt.optim.ngdt import NGDT
 from thermo_opt.optim.regulators import Dissipation, Fixed, Heat, Regulator

@@ -1,7 +1,9 @@
-"""Calibration: budgets in realised nats, and the guard that keeps them there (THEORY §7, "calibrated budget").
+"""Calibration: budgets in realised nats, and the guard that keeps them there (THEORY §7,
+"calibrated budget").
 
-An approximate Fisher F̃ misjudges a step's KL by a factor that drifts slowly. The calibrated metric is κF̃, and κ follows the
-ratio of realised to predicted KL, measured now and then on the step's own minibatch.
+An approximate Fisher F̃ misjudges a step's KL by a factor that drifts slowly. The calibrated metric
+is κF̃, and κ follows the ratio of realised to predicted KL, measured now and then on the step's own
+minibatch.
 """
 
 from __future__ import annotations
@@ -16,17 +18,20 @@ SELDOM = 32
 """The last ones are at most this many times closer together."""
 
 RISE = 11.0
-"""Largest ratio of realised to predicted KL that a measurement in the warm-up reports to κ, which starts far too low."""
+"""Largest ratio of realised to predicted KL that a measurement in the warm-up reports to κ, which
+starts far too low."""
 
 BAND = (1 / 1.5, 1.8)
-"""Later measurements report ratios between these. Few predictions carry most of a step's KL, so that a mean over some of them is mostly too
-low and sometimes far too high: κ follows the mean ratio, not the mean of its logarithm, and the band is wider above."""
+"""Later measurements report ratios between these. Few predictions carry most of a step's KL, so
+that a mean over some of them is mostly too low and sometimes far too high: κ follows the mean
+ratio, not the mean of its logarithm, and the band is wider above."""
 
 EXCESS = 1.25
 """A measured step that spends more than this many times its budget is shortened to it."""
 
 JUMP = 4.0
-"""A Δ this many times its running mean says that the gradient has left what the curvature was estimated on."""
+"""A Δ this many times its running mean says that the gradient has left what the curvature was
+estimated on."""
 
 BREACH = 3.0
 """A realised KL this many times the predicted one says that the curvature is out of date."""
@@ -36,9 +41,10 @@ BREACH = 3.0
 class Calibration:
     """The scale κ of the metric, when to measure, and when to distrust.
 
-    Measured at every step at first, then at intervals that grow with the step up to ``every`` (from step SELDOM·every on, slowly
-    beyond), and whenever Δ jumps. Before step ``warmup`` κ may rise fast. κ moves by a share ``gain`` of what the measured ratio asks
-    for, so that noise of one minibatch is averaged over a few measurements.
+    Measured at every step at first, then at intervals that grow with the step up to ``every`` (from
+    step SELDOM·every on, slowly beyond), and whenever Δ jumps. Before step ``warmup`` κ may rise
+    fast. κ moves by a share ``gain`` of what the measured ratio asks for, so that noise of one
+    minibatch is averaged over a few measurements.
     """
 
     every: int = 10
@@ -54,15 +60,19 @@ class Calibration:
         return step - self.last >= min(max(step // PATIENCE, 1), max(self.every, step // SELDOM))
 
     def wanted(self, step: int, delta: float) -> bool:
-        """Whether to measure this step: its turn has come, or its Δ (in the uncalibrated metric) stands out."""
+        """Whether to measure this step: its turn has come, or its Δ (in the uncalibrated metric)
+        stands out."""
         self.breached = False
         jumped = self.usual > 0 and delta > JUMP * self.usual
-        self.usual = delta if self.usual == 0 else 0.9 * self.usual + 0.1 * min(delta, JUMP * self.usual)
+        self.usual = (
+            delta if self.usual == 0 else 0.9 * self.usual + 0.1 * min(delta, JUMP * self.usual)
+        )
         return jumped or self.due(step)
 
     def observe(self, step: int, predicted: float, realised: float) -> None:
-        """Take one step's predicted and realised KL (nats). Only steps measured in turn correct κ: those measured for a jump of Δ
-        are not typical, and say whether the curvature is out of date."""
+        """Take one step's predicted and realised KL (nats). Only steps measured in turn correct κ:
+        those measured for a jump of Δ are not typical, and say whether the curvature is out of
+        date."""
         ratio = realised / predicted
         if self.due(step):
             low, high = BAND
@@ -75,7 +85,12 @@ class Calibration:
 
     def state_dict(self) -> dict[str, Any]:
         """κ, the running mean of Δ and what the last measurement said."""
-        return {"kappa": self.kappa, "usual": self.usual, "last": self.last, "breached": self.breached}
+        return {
+            "kappa": self.kappa,
+            "usual": self.usual,
+            "last": self.last,
+            "breached": self.breached,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""

@@ -18,7 +18,8 @@ def options(given: Mapping[str, Any]) -> None:
     model = given["model"]
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"NGDT's first argument must be the model (a torch.nn.Module), got {type(model).__name__}; pass parameters as params=…"
+            "NGDT's first argument must be the model (a torch.nn.Module), got "
+            f"{type(model).__name__}; pass parameters as params=…"
         )
     for name in ("budget", "eta_max"):
         _number(given[name], name, least=0.0, open_end=True)
@@ -42,10 +43,13 @@ def options(given: Mapping[str, Any]) -> None:
         if given[name] is not None and int(given[name]) < 1:
             raise InputError(f"{name} must be at least 1, got {given[name]!r}")
     if given["calibrate"] is not None and int(given["calibrate"]) < 0:
-        raise InputError(f"calibrate must be at least 1, or 0 for never, got {given['calibrate']!r}")
+        raise InputError(
+            f"calibrate must be at least 1, or 0 for never, got {given['calibrate']!r}"
+        )
     if given["null_space"] == "damped" and given["damping"] == 0:
         raise InputError(
-            "damping=0 needs null_space='none' or 'hybrid': without damping the inverse exists only off the null space"
+            "damping=0 needs null_space='none' or 'hybrid': without damping the inverse exists "
+            "only off the null space"
         )
 
 
@@ -54,7 +58,9 @@ def _number(value: Any, name: str, least: float, open_end: bool = False) -> None
         return
     number = float(value)
     if not math.isfinite(number) or number < least or (open_end and number == least):
-        raise InputError(f"{name} must be a finite number {'>' if open_end else '≥'} {least:g}, got {value!r}")
+        raise InputError(
+            f"{name} must be a finite number {'>' if open_end else '≥'} {least:g}, got {value!r}"
+        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -80,11 +86,15 @@ def model(module: nn.Module) -> None:
             raise InputError(f"parameter {name!r} is complex; NGDT trains real parameters only")
 
 
-def groups(module: nn.Module, params: Iterable[Any] | None, per_layer: bool) -> list[dict[str, Any]]:
+def groups(
+    module: nn.Module, params: Iterable[Any] | None, per_layer: bool
+) -> list[dict[str, Any]]:
     """Parameter groups from what the user gave, restricted to parameters that require grad."""
     owned = {id(p): name for name, p in module.named_parameters()}
     given = list(module.parameters() if params is None else params)
-    found = [dict(g) for g in given] if given and isinstance(given[0], dict) else [{"params": given}]
+    found = (
+        [dict(g) for g in given] if given and isinstance(given[0], dict) else [{"params": given}]
+    )
     kept = []
     for group in found:
         members = group["params"]
@@ -93,7 +103,8 @@ def groups(module: nn.Module, params: Iterable[Any] | None, per_layer: bool) -> 
         for p in members:
             if id(p) not in owned:
                 raise InputError(
-                    f"params holds a tensor of shape {tuple(p.shape)} that is no parameter of the model; "
+                    f"params holds a tensor of shape {tuple(p.shape)} that is no parameter of the "
+                    "model; "
                     "give the module that owns it as (part of) the model"
                 )
         group["params"] = [p for p in members if p.requires_grad]
@@ -105,7 +116,8 @@ def groups(module: nn.Module, params: Iterable[Any] | None, per_layer: bool) -> 
 
 
 def pools(param_groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float]]:
-    """(pool of each parameter, fraction of the budget of each pool): pool 0 is for groups without a share of their own."""
+    """(pool of each parameter, fraction of the budget of each pool): pool 0 is for groups without a
+    share of their own."""
     shares, numbers = [1.0], []
     for group in param_groups:
         share = group.get("share")
@@ -117,11 +129,14 @@ def pools(param_groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[fl
         numbers += [number] * len(group["params"])
     shares[0] = 1.0 - sum(shares[1:])
     if shares[0] < -1e-9:
-        raise InputError(f"the groups' shares of the budget sum to {sum(shares[1:]):g}; they must not exceed 1")
+        raise InputError(
+            f"the groups' shares of the budget sum to {sum(shares[1:]):g}; they must not exceed 1"
+        )
     shares[0] = max(shares[0], 0.0)
     if shares[0] == 0.0 and 0 in numbers:
         raise InputError(
-            "the groups' shares sum to 1, which leaves nothing for the groups without a share; give all a share"
+            "the groups' shares sum to 1, which leaves nothing for the groups without a share; "
+            "give all a share"
         )
     return numbers, shares
 
@@ -150,40 +165,50 @@ class Unchanged:
         for owner, local, child in self._children:
             if owner._modules.get(local) is not child:
                 raise InputError(
-                    f"module {local!r} was replaced after NGDT was made; make the optimizer after changing the model"
+                    f"module {local!r} was replaced after NGDT was made; make the optimizer after "
+                    "changing the model"
                 )
         for (owner, local, p, name), (dtype, device) in zip(self._slots, self._kinds, strict=True):
             now = owner._parameters.get(local)
             if now is not p:
                 raise InputError(
-                    f"parameter {name!r} was replaced after NGDT was made; make the optimizer after changing the model"
+                    f"parameter {name!r} was replaced after NGDT was made; make the optimizer "
+                    "after changing the model"
                 )
             if now.dtype != dtype or now.device != device:
                 raise InputError(
-                    f"parameter {name!r} moved from {dtype} on {device} to {now.dtype} on {now.device}; "
+                    f"parameter {name!r} moved from {dtype} on {device} to {now.dtype} on "
+                    f"{now.device}; "
                     "move the model before making NGDT"
                 )
 
 
 def passes(seen: Sequence[Forward], gradients: Sequence[Tensor | None]) -> None:
-    """Refuse a step without gradients, with sparse ones, or accumulated over parts of unequal size."""
+    """Refuse a step without gradients, with sparse ones, or accumulated over parts of unequal
+    size."""
     if all(g is None for g in gradients):
         raise InputError("step() found no gradients: call loss.backward() first")
     if any(g is not None and g.layout != torch.strided for g in gradients):
-        raise InputError("a parameter has a sparse gradient; NGDT needs dense ones (nn.Embedding(..., sparse=False))")
+        raise InputError(
+            "a parameter has a sparse gradient; NGDT needs dense ones (nn.Embedding(..., "
+            "sparse=False))"
+        )
     sizes = {one.examples for one in seen}
     if len(sizes) > 1:
         raise InputError(
-            f"gradients were accumulated over passes of different batch sizes ({', '.join(map(str, sorted(sizes)))}); "
+            "gradients were accumulated over passes of different batch sizes "
+            f"({', '.join(map(str, sorted(sizes)))}); "
             "NGDT needs parts of equal size, each loss divided by their number"
         )
 
 
 def mean_loss(seen: Sequence[Forward], scale: float) -> None:
-    """Refuse a summed cross-entropy: its output gradients add up to far more than a mean's, which is at most 2."""
+    """Refuse a summed cross-entropy: its output gradients add up to far more than a mean's, which
+    is at most 2."""
     for one in seen:
         if one.terms >= 8 and one.total > 4.0 * scale:
             raise InputError(
-                f"the loss looks summed over its {one.terms} terms (output gradients add up to {one.total / scale:.3g}, a mean's to "
+                f"the loss looks summed over its {one.terms} terms (output gradients add up to "
+                f"{one.total / scale:.3g}, a mean's to "
                 "at most 2): use reduction='mean'"
             )

@@ -1,7 +1,9 @@
-"""What NGDT asks of a metric in training: a direction from gradients, its length in the metric, and its null-space part.
+"""What NGDT asks of a metric in training: a direction from gradients, its length in the metric, and
+its null-space part.
 
-Vectors are lists aligned with ``params``, the trainable parameters that the optimizer holds. Two kinds: `BatchCurvature`, any
-`thermo_opt.fisher` metric made anew on each minibatch (exact, for small work), and `KroneckerCurvature`, running Kronecker factors.
+Vectors are lists aligned with ``params``, the trainable parameters that the optimizer holds. Two
+kinds: `BatchCurvature`, any `thermo_opt.fisher` metric made anew on each minibatch (exact, for
+small work), and `KroneckerCurvature`, running Kronecker factors.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ BATCH_DAMPING = 1e-3
 
 @dataclass(frozen=True)
 class Passes:
-    """A step's forward passes: the last of them, the loss terms that all together average over (0 if they weren't counted), and the scale
-    by which a GradScaler has multiplied the loss."""
+    """A step's forward passes: the last of them, the loss terms that all together average over (0
+    if they weren't counted), and the scale by which a GradScaler has multiplied the loss."""
 
     last: Forward | None
     terms: float
@@ -40,8 +42,9 @@ class Passes:
 class Recipe:
     """How one step's update is put together.
 
-    ``momentum`` μ: b ← μ b + F_λ⁻¹g. ``decay``: weight decay of each parameter, the update is v = b + decay·θ. ``weights``:
-    relative learning rate of each parameter (the largest is 1), by which its part of v is multiplied.
+    ``momentum`` μ: b ← μ b + F_λ⁻¹g. ``decay``: weight decay of each parameter, the update is v = b
+    + decay·θ. ``weights``: relative learning rate of each parameter (the largest is 1), by which
+    its part of v is multiplied.
     """
 
     momentum: float
@@ -52,7 +55,8 @@ class Recipe:
 
 @dataclass
 class Lengths:
-    """Squared length a = vᵀF_λv, Δ = gᵀF_λ⁻¹g and decrease gᵀv of a step's direction, one entry a pool of parameters."""
+    """Squared length a = vᵀF_λv, Δ = gᵀF_λ⁻¹g and decrease gᵀv of a step's direction, one entry a
+    pool of parameters."""
 
     a: list[float]
     delta: list[float]
@@ -65,7 +69,8 @@ class Lengths:
 
 
 class Curvature(ABC):
-    """A metric in training. `direction` leaves the update's direction inside; `apply` moves the parameters along it."""
+    """A metric in training. `direction` leaves the update's direction inside; `apply` moves the
+    parameters along it."""
 
     params: list[nn.Parameter]
     needs_forward: bool = False
@@ -77,16 +82,19 @@ class Curvature(ABC):
         return self.needs_forward
 
     def arm(self, step: int, urgent: bool = False) -> None:
-        """Prepare for the forward and backward passes of this step (0, 1, 2, …); ``urgent``: refresh everything in it."""
+        """Prepare for the forward and backward passes of this step (0, 1, 2, …); ``urgent``:
+        refresh everything in it."""
         return
 
     @abstractmethod
     def update(self, gradients: Sequence[Tensor], passes: Passes, damping: float | None) -> None:
-        """Bring the metric up to date with what this step's passes showed. ``damping``: λ, or None for the metric's own choice."""
+        """Bring the metric up to date with what this step's passes showed. ``damping``: λ, or None
+        for the metric's own choice."""
 
     @abstractmethod
     def direction(self, gradients: Sequence[Tensor], recipe: Recipe) -> Lengths:
-        """Compute the update's direction v and its lengths. State changes only if all of it is finite."""
+        """Compute the update's direction v and its lengths. State changes only if all of it is
+        finite."""
 
     @abstractmethod
     def apply(self, sizes: Sequence[float], null_size: float) -> None:
@@ -114,17 +122,24 @@ class Curvature(ABC):
 
 
 class BatchCurvature(Curvature):
-    """A `thermo_opt.fisher` metric of the step's own minibatch (kinds "exact", "dense", "low-rank", "diagonal"), made anew each step."""
+    """A `thermo_opt.fisher` metric of the step's own minibatch (kinds "exact", "dense", "low-rank",
+    "diagonal"), made anew each step."""
 
     needs_forward = True
 
     def __init__(
-        self, kind: str, model: nn.Module, params: list[nn.Parameter], likelihood: Likelihood, options: dict[str, Any]
+        self,
+        kind: str,
+        model: nn.Module,
+        params: list[nn.Parameter],
+        likelihood: Likelihood,
+        options: dict[str, Any],
     ) -> None:
         trainable = [p for p in model.parameters() if p.requires_grad]
         if {id(p) for p in trainable} != {id(p) for p in params}:
             raise InputError(
-                f"metric={kind!r} covers all trainable parameters of the model, but the optimizer was given only some of them; "
+                f"metric={kind!r} covers all trainable parameters of the model, but the optimizer "
+                "was given only some of them; "
                 "freeze the others with requires_grad_(False), or use metric='kfac'"
             )
         order = {id(p): i for i, p in enumerate(params)}
@@ -141,7 +156,8 @@ class BatchCurvature(Curvature):
     def update(self, gradients: Sequence[Tensor], passes: Passes, damping: float | None) -> None:
         if passes.last is None:
             raise InputError(
-                f"metric={self.kind!r} needs the model's inputs, but no forward pass of the model itself was seen since the last "
+                f"metric={self.kind!r} needs the model's inputs, but no forward pass of the model "
+                "itself was seen since the last "
                 "step; call the model that was given to NGDT (not a part of it)"
             )
         with warnings.catch_warnings():
@@ -150,7 +166,9 @@ class BatchCurvature(Curvature):
             )  # evaluation mode for Dropout and BatchNorm: documented in NGDT
             batch = fisher.Batch(passes.last.inputs())
             self.damping = BATCH_DAMPING if damping is None else damping
-            self.metric = fisher.make(self.kind, self.model, batch, self.likelihood, self.damping, **self.options)
+            self.metric = fisher.make(
+                self.kind, self.model, batch, self.likelihood, self.damping, **self.options
+            )
 
     def direction(self, gradients: Sequence[Tensor], recipe: Recipe) -> Lengths:
         metric = self.metric
@@ -174,7 +192,8 @@ class BatchCurvature(Curvature):
         weights = self._weights = [recipe.weights[i] for i in self._order]
         params = [self.params[i] for i in self._order]
         self._direction = [
-            w * (t + rate * p.detach() if rate else t) for t, p, rate, w in zip(u, params, decay, weights, strict=True)
+            w * (t + rate * p.detach() if rate else t)
+            for t, p, rate, w in zip(u, params, decay, weights, strict=True)
         ]
         return Lengths([metric.quadratic(self._direction)], [delta], [dot(g, self._direction)])
 
@@ -182,10 +201,16 @@ class BatchCurvature(Curvature):
         for k, i in enumerate(self._order):
             self.params[i].add_(self._direction[k].to(self.params[i].dtype), alpha=-sizes[0])
             if self._null is not None and null_size:
-                self.params[i].add_(self._null[k].to(self.params[i].dtype), alpha=-null_size * self._weights[k])
+                self.params[i].add_(
+                    self._null[k].to(self.params[i].dtype), alpha=-null_size * self._weights[k]
+                )
 
     def diagnostics(self) -> dict[str, float | None]:
-        rank = None if self.metric is None or self.kind == "exact" else self.metric.diagnostics().get("rank")
+        rank = (
+            None
+            if self.metric is None or self.kind == "exact"
+            else self.metric.diagnostics().get("rank")
+        )
         return {"rank": rank, "damping": self.damping}
 
     def state_dict(self) -> dict[str, Any]:
@@ -196,5 +221,6 @@ class BatchCurvature(Curvature):
         self._momentum = None
         if momentum is not None:
             self._momentum = [
-                t.to(device=self.params[i].device).clone() for t, i in zip(momentum, self._order, strict=True)
+                t.to(device=self.params[i].device).clone()
+                for t, i in zip(momentum, self._order, strict=True)
             ]

@@ -1,4 +1,5 @@
-"""Collectives, kept out of the mathematics: averages over processes, and work shared out over them."""
+"""Collectives, kept out of the mathematics: averages over processes, and work shared out over
+them."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from torch import distributed as dist
 
 
 class Processes:
-    """The processes that train together: those of ``torch.distributed`` when it is initialised, otherwise this one."""
+    """The processes that train together: those of ``torch.distributed`` when it is initialised,
+    otherwise this one."""
 
     def __init__(self) -> None:
         together = dist.is_available() and dist.is_initialized()

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 JITTERS = (1e-6, 1e-4, 1e-2)
-"""Multiples of the mean diagonal added, in turn, to a matrix that is not numerically positive definite."""
+"""Multiples of the mean diagonal added, in turn, to a matrix that is not numerically positive
+definite."""
 
 
 SMALL = 300
-"""Up to this side the inverse is L⁻ᵀL⁻¹, three times the multiplications of LAPACK's inverse from the Cholesky factor but run by threads:
-two take 0.7 of its time at side 128 and 0.8 at 256, one takes 1.1. The same on GPUs."""
+"""Up to this side the inverse is L⁻ᵀL⁻¹, three times the multiplications of LAPACK's inverse from
+the Cholesky factor but run by threads: two take 0.7 of its time at side 128 and 0.8 at 256, one
+takes 1.1. The same on GPUs."""
 
 TOGETHER = 1 << 20
 """Most numbers that are inverted in one batch (memory: three times as much)."""
@@ -24,10 +26,12 @@ Amount = Tensor | float
 
 
 def positive_inverse(matrix: Tensor, shift: Amount = 0.0) -> tuple[Tensor | None, str]:
-    """((M + cI)⁻¹, note) of a symmetric positive definite matrix (k, k) by Cholesky, about k³ multiplications.
+    """((M + cI)⁻¹, note) of a symmetric positive definite matrix (k, k) by Cholesky, about k³
+    multiplications.
 
-    The ladder: the given precision; float64; float64 with jitter on the diagonal. ``(None, note)`` where all of it fails, for the
-    caller to keep its last inverse. The note is empty when the plain solver succeeded.
+    The ladder: the given precision; float64; float64 with jitter on the diagonal. ``(None, note)``
+    where all of it fails, for the caller to keep its last inverse. The note is empty when the plain
+    solver succeeded.
     """
     inverses = plain_inverses([matrix], [shift])
     if inverses is not None:
@@ -37,21 +41,28 @@ def positive_inverse(matrix: Tensor, shift: Amount = 0.0) -> tuple[Tensor | None
     precise = shifted(matrix.double(), shift)
     mean = precise.diagonal().abs().mean()
     for jitter in (0.0, *JITTERS):
-        factor, info = torch.linalg.cholesky_ex(precise + torch.diag_embed((jitter * mean).expand(len(matrix))))
+        factor, info = torch.linalg.cholesky_ex(
+            precise + torch.diag_embed((jitter * mean).expand(len(matrix)))
+        )
         if not bool(info.any()):
-            note = "Cholesky failed; retried in float64" + (f" with jitter {jitter:g}" if jitter else "")
+            note = "Cholesky failed; retried in float64" + (
+                f" with jitter {jitter:g}" if jitter else ""
+            )
             return torch.cholesky_inverse(factor).to(matrix.dtype), note
     return None, "factor is not positive definite"
 
 
 def plain_inverses(matrices: Sequence[Tensor], shifts: Sequence[Amount]) -> list[Tensor] | None:
-    """(M + cI)⁻¹ of matrices (k, k) or batches (m, k, k) of one side k, computed as one batch in the given precision.
+    """(M + cI)⁻¹ of matrices (k, k) or batches (m, k, k) of one side k, computed as one batch in
+    the given precision.
 
-    None where one of them is not positive definite (or not finite). The same batch gives the same bits; what an inverse shares its batch with
-    may change its last digits, because a library's kernels depend on where in memory a matrix starts and on how many there are.
+    None where one of them is not positive definite (or not finite). The same batch gives the same
+    bits; what an inverse shares its batch with may change its last digits, because a library's
+    kernels depend on where in memory a matrix starts and on how many there are.
     """
     k, like = matrices[0].shape[-1], matrices[0]
-    # A border diag(M, 1): rows a power of two long fall on the same cache lines, which makes LAPACK's Cholesky up to four times slower.
+    # A border diag(M, 1): rows a power of two long fall on the same cache lines, which makes
+    # LAPACK's Cholesky up to four times slower.
     side = k + (k >= 128 and k % 64 == 0)
     counts = [len(m) if m.dim() == 3 else 1 for m in matrices]
     work = like.new_empty(sum(counts), side, side)
@@ -71,11 +82,14 @@ def plain_inverses(matrices: Sequence[Tensor], shifts: Sequence[Amount]) -> list
     else:  # LAPACK's result is column-major: its transpose, which equals it, is laid out as the products want it.
         whole = torch.cholesky_inverse(factor).mT[:, :k, :k]
     parts = whole.split(counts)
-    return [part if matrix.dim() == 3 else part[0] for part, matrix in zip(parts, matrices, strict=True)]
+    return [
+        part if matrix.dim() == 3 else part[0] for part, matrix in zip(parts, matrices, strict=True)
+    ]
 
 
 def all_finite(*tensors: Tensor) -> bool:
-    """Whether tensors hold no NaN or infinity: the sum of one that does is never finite. (A sum that overflows counts too.)"""
+    """Whether tensors hold no NaN or infinity: the sum of one that does is never finite. (A sum
+    that overflows counts too.)"""
     return math.isfinite(float(sum(t.sum() for t in tensors)))
 
 
@@ -88,5 +102,7 @@ def shifted(matrix: Tensor, amount: Amount) -> Tensor:
 
 def _shift(matrix: Tensor, amount: Amount) -> Tensor:
     """Add cI in place."""
-    matrix.diagonal(dim1=-2, dim2=-1).add_(amount[..., None] if isinstance(amount, Tensor) and amount.dim() else amount)
+    matrix.diagonal(dim1=-2, dim2=-1).add_(
+        amount[..., None] if isinstance(amount, Tensor) and amount.dim() else amount
+    )
     return matrix

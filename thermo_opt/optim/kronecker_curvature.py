@@ -1,12 +1,14 @@
-"""The Kronecker-factored metric in training: running factors from the ordinary passes, refreshed in turn (THEORY §7).
+"""The Kronecker-factored metric in training: running factors from the ordinary passes, refreshed in
+turn (THEORY §7).
 
-A step pays for: the captures of the layers whose turn it is (a subsample of rows of one ordinary backward pass), their inverses, and for
-all layers two small products, F_λ⁻¹g. The length of the update, momentum included, needs inner products only: with b' = μb + F_λ⁻¹g,
+A step pays for: the captures of the layers whose turn it is (a subsample of rows of one ordinary
+backward pass), their inverses, and for all layers two small products, F_λ⁻¹g. The length of the
+update, momentum included, needs inner products only: with b' = μb + F_λ⁻¹g,
 
     b'ᵀF_λb' = μ² bᵀF_λb + 2μ gᵀb + gᵀF_λ⁻¹g
 
-exactly, while F_λ stays; a refreshed block's bᵀF_λb is computed anew. The last product adds to μb in place, and gᵀF_λ⁻¹g follows from
-gᵀb' and gᵀb.
+exactly, while F_λ stays; a refreshed block's bᵀF_λb is computed anew. The last product adds to μb
+in place, and gᵀF_λ⁻¹g follows from gᵀb' and gᵀb.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from thermo_opt.optim.solvers import Solver, invert
 from thermo_opt.optim.units import DiagonalUnit, LayerUnit, ScaleUnit, Settings, Unit
 
 SIDES = (1024, 512, 256, 128)
-"""Sides to which wide factors may be cut (block-diagonal factors) where solving with whole ones would slow training."""
+"""Sides to which wide factors may be cut (block-diagonal factors) where solving with whole ones
+would slow training."""
 
 STACK = 8
 """Most layers of one shape that are stacked to one unit."""
@@ -46,7 +49,8 @@ _UNKNOWN = -1
 
 
 def make_units(model: nn.Module, plan: Cover, settings: Settings) -> list[Unit]:
-    """One unit a layer, one a weight that layers share, and a diagonal one for each parameter without a rule."""
+    """One unit a layer, one a weight that layers share, and a diagonal one for each parameter
+    without a rule."""
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     units: list[Unit] = []
     rest = set(plan.rest)
@@ -73,9 +77,11 @@ def make_units(model: nn.Module, plan: Cover, settings: Settings) -> list[Unit]:
 class KroneckerCurvature(Curvature):
     """Running K-FAC or EKFAC factors of a model, diagonal where no layer rule applies.
 
-    ``groups`` and ``pools``: numbers of the parameter group and the pool of each of ``params``; a unit belongs to the pool of its first
-    parameter. ``targets``: "empirical" reads the factors from the user's own backward pass, "sampled" runs one more forward and backward
-    pass with labels drawn from the model on refresh steps. Layers of one shape that the first step sees are stacked to one unit.
+    ``groups`` and ``pools``: numbers of the parameter group and the pool of each of ``params``; a
+    unit belongs to the pool of its first parameter. ``targets``: "empirical" reads the factors from
+    the user's own backward pass, "sampled" runs one more forward and backward pass with labels
+    drawn from the model on refresh steps. Layers of one shape that the first step sees are stacked
+    to one unit.
     """
 
     def __init__(
@@ -100,7 +106,9 @@ class KroneckerCurvature(Curvature):
         plan = cover(model)
         self.units = self._placed(make_units(model, plan, settings))
         if plan.unruled:
-            named = ", ".join(f"{name or 'the model itself'} ({kind})" for name, kind in plan.unruled)
+            named = ", ".join(
+                f"{name or 'the model itself'} ({kind})" for name, kind in plan.unruled
+            )
             warnings.warn(
                 f"no layer rule for {named}: a diagonal metric is used for their own parameters "
                 "(thermo_opt.fisher.kronecker.register adds a rule)",
@@ -121,10 +129,13 @@ class KroneckerCurvature(Curvature):
     # ---- capture
 
     def due(self, step: int) -> list[int]:
-        """Numbers of the units whose turn it is; one that has no curvature yet always has its turn."""
+        """Numbers of the units whose turn it is; one that has no curvature yet always has its
+        turn."""
         count = len(self.units)
         return [
-            i for i, u in enumerate(self.units) if self._urgent or u.solver is None or self.schedule.due(step, i, count)
+            i
+            for i, u in enumerate(self.units)
+            if self._urgent or u.solver is None or self.schedule.due(step, i, count)
         ]
 
     @property
@@ -206,14 +217,17 @@ class KroneckerCurvature(Curvature):
             if unit.solver is not None and unit.solver.notes:
                 self.failures += 1
         self._report = {
-            "refreshed": float(sum(len(u.layers) if isinstance(u, LayerUnit) else 1 for u in refreshed)),
+            "refreshed": float(
+                sum(len(u.layers) if isinstance(u, LayerUnit) else 1 for u in refreshed)
+            ),
             "refresh_seconds": time.perf_counter() - start,
             "solver_failures": float(self.failures),
             "damping": self.damping,
         }
 
     def _adapt_damping(self, refreshed: Sequence[Unit], terms: float) -> None:
-        """λ for the curvature there is now (`damping_of`), where the predictions of this process's passes, ``terms``, were counted."""
+        """λ for the curvature there is now (`damping_of`), where the predictions of this process's
+        passes, ``terms``, were counted."""
         predictions = self.processes.mean(terms) * self.processes.count
         if predictions == 0:
             return
@@ -229,7 +243,8 @@ class KroneckerCurvature(Curvature):
         self.damping = damping_of(sum(unit.total or 0.0 for unit in known), size, predictions)
 
     def _divide(self, found: list[tuple[Unit, list[Tensor]]]) -> list[tuple[Unit, list[Tensor]]]:
-        """Choose, once, the largest side of a block such that solving stays within `Settings.overhead` of the passes' work."""
+        """Choose, once, the largest side of a block such that solving stays within
+        `Settings.overhead` of the passes' work."""
         blocks = [u for u in self.units if isinstance(u, KroneckerUnit)]
         limit: int | None = None
         for limit in (None, *SIDES):
@@ -246,7 +261,8 @@ class KroneckerCurvature(Curvature):
                 unit.cut(limit)
 
     def _stack(self, found: list[tuple[Unit, list[Tensor]]]) -> list[tuple[Unit, list[Tensor]]]:
-        """Stack, once, the units of one kind and parameter group that were seen, at most `STACK` at a time."""
+        """Stack, once, the units of one kind and parameter group that were seen, at most `STACK` at
+        a time."""
         alike: dict[tuple[object, ...], list[tuple[Unit, list[Tensor]]]] = {}
         for unit, observed in found:
             kind = unit.kind() if isinstance(unit, LayerUnit) else None
@@ -266,24 +282,32 @@ class KroneckerCurvature(Curvature):
         """Put a stack of the units of these names in the place of the first."""
         parts = [u for u in self.units if isinstance(u, LayerUnit) and u.name in names]
         whole = parts[0].joined(parts)
-        self.units = self._placed([whole if u is parts[0] else u for u in self.units if u not in parts[1:]])
+        self.units = self._placed(
+            [whole if u is parts[0] else u for u in self.units if u not in parts[1:]]
+        )
         self._stacks.append(names)
         return whole
 
     def _sample(self, numbers: Sequence[int], forward: Forward) -> float:
-        """One more pass on the step's inputs with labels drawn from the model; the factors see that one."""
+        """One more pass on the step's inputs with labels drawn from the model; the factors see that
+        one."""
         if not numbers:
             return 1.0
         self._attach(numbers)
         with torch.enable_grad(), quiet(self.model, None):
             f = self.likelihood.outputs(logits_of(self.model(*forward.args, **forward.kwargs)))
             nll = self.likelihood.nll(f, self.likelihood.sample(f.detach()))
-            torch.autograd.grad(nll.mean(), [p for p in self.params if p.requires_grad], allow_unused=True)
+            torch.autograd.grad(
+                nll.mean(), [p for p in self.params if p.requires_grad], allow_unused=True
+            )
         self._detach()
         return float(nll.numel())
 
-    def _fall_back(self, seen: Sequence[Unit], gradients: Sequence[Tensor], terms: float) -> list[DiagonalUnit]:
-        """Give a layer whose parameters have gradients although the layer was never seen a diagonal metric; returns the new units."""
+    def _fall_back(
+        self, seen: Sequence[Unit], gradients: Sequence[Tensor], terms: float
+    ) -> list[DiagonalUnit]:
+        """Give a layer whose parameters have gradients although the layer was never seen a diagonal
+        metric; returns the new units."""
         lost = []
         for unit in self.units:
             if (
@@ -299,7 +323,8 @@ class KroneckerCurvature(Curvature):
         fresh: list[DiagonalUnit] = []
         if lost:
             warnings.warn(
-                f"{', '.join(lost)}: gradients arrive although the module's own forward was never seen (its weight is used elsewhere); "
+                f"{', '.join(lost)}: gradients arrive although the module's own forward was never "
+                "seen (its weight is used elsewhere); "
                 "a diagonal metric is used for it",
                 stacklevel=5,
             )
@@ -317,7 +342,10 @@ class KroneckerCurvature(Curvature):
         fresh: list[DiagonalUnit] = []
         for unit in self.units:
             if unit.name in names and not isinstance(unit, DiagonalUnit):
-                own = [DiagonalUnit(f"{unit.name}[{j}]", [p], self.settings) for j, p in enumerate(unit.params)]
+                own = [
+                    DiagonalUnit(f"{unit.name}[{j}]", [p], self.settings)
+                    for j, p in enumerate(unit.params)
+                ]
                 units += own
                 fresh += own
                 self._fallback.append(unit.name)
@@ -387,10 +415,14 @@ class KroneckerCurvature(Curvature):
             carried = unit.momentum if mu else None
             numbers.append(torch.dot(flat, flat if carried is None else carried.reshape(-1)))
             decay = self._decay(unit)
-            numbers.append(zero if decay is None else torch.dot(flat, decay.reshape(-1).to(flat.dtype)))
+            numbers.append(
+                zero if decay is None else torch.dot(flat, decay.reshape(-1).to(flat.dtype))
+            )
             work.append((unit, solver, V, null))
         before = _floats(numbers)
-        if not all(map(math.isfinite, before)):  # then some gradient is not finite: momentum stays untouched
+        if not all(
+            map(math.isfinite, before)
+        ):  # then some gradient is not finite: momentum stays untouched
             lengths.delta[0] = math.nan
             return lengths
         numbers = []
@@ -463,7 +495,9 @@ class KroneckerCurvature(Curvature):
         known = [r for r in ranks if r is not None]
         return {
             **self._report,
-            "rank": float(sum(known)) if self.settings.spectral and len(known) == len(ranks) else None,
+            "rank": float(sum(known))
+            if self.settings.spectral and len(known) == len(ranks)
+            else None,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -490,7 +524,8 @@ class KroneckerCurvature(Curvature):
         if sorted(names) != sorted(state["units"]):
             different = sorted(set(names) ^ set(state["units"]))
             raise InputError(
-                f"the saved optimizer state is of another model: {', '.join(different[:5])} on one side only"
+                f"the saved optimizer state is of another model: {', '.join(different[:5])} on one "
+                "side only"
             )
         for unit in self.units:
             unit.load_state_dict(state["units"][unit.name])

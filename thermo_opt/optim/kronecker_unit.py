@@ -1,4 +1,5 @@
-"""The unit of a layer that is linear in a matrix: running Kronecker factors ``A ⊗ G``, and their solver."""
+"""The unit of a layer that is linear in a matrix: running Kronecker factors ``A ⊗ G``, and their
+solver."""
 
 from __future__ import annotations
 
@@ -10,7 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from thermo_opt.fisher.kronecker import EigenvalueCorrectedBlock, Factor, KroneckerBlock, KroneckerRule
+from thermo_opt.fisher.kronecker import (
+    EigenvalueCorrectedBlock,
+    Factor,
+    KroneckerBlock,
+    KroneckerRule,
+)
 from thermo_opt.fisher.kronecker.estimate import projected_squares
 from thermo_opt.fisher.kronecker.factors import flatten, working_dtype
 from thermo_opt.fisher.kronecker.layers import Layer
@@ -33,7 +39,8 @@ from thermo_opt.optim.units import (
 )
 
 SETTLED = 30
-"""Observations after which a running factor turns slowly enough for its basis to follow by warm starts."""
+"""Observations after which a running factor turns slowly enough for its basis to follow by warm
+starts."""
 
 
 def bounds(size: int, limit: int | None) -> list[tuple[int, int]]:
@@ -58,7 +65,8 @@ class _Side:
         self.samples: list[tuple[Tensor, Tensor, float]] = []
 
     def add(self, A: list[Tensor], A_rows: int, G: list[Tensor], rows: float) -> None:
-        """Take one use: A, the mean of outer products over ``A_rows`` rows, and G, their sum over ``rows`` rows."""
+        """Take one use: A, the mean of outer products over ``A_rows`` rows, and G, their sum over
+        ``rows`` rows."""
         if self.A:
             torch._foreach_lerp_(self.A, A, A_rows / (self.A_rows + A_rows))
             torch._foreach_add_(self.G, G)
@@ -85,12 +93,18 @@ class _Side:
 
 
 class KroneckerUnit(LayerUnit):
-    """Weights and biases of a layer, or of each of a stack of layers of one shape: ``A ⊗ G`` a layer."""
+    """Weights and biases of a layer, or of each of a stack of layers of one shape: ``A ⊗ G`` a
+    layer."""
 
-    def __init__(self, layers: list[Layer], params: list[nn.Parameter], settings: Settings, name: str = "") -> None:
+    def __init__(
+        self, layers: list[Layer], params: list[nn.Parameter], settings: Settings, name: str = ""
+    ) -> None:
         super().__init__(name or ", ".join(layer.name for layer in layers), params, settings)
         self.layers = layers
-        self.sides = [_Side(layer, any(p is getattr(layer.module, "bias", None) for p in params)) for layer in layers]
+        self.sides = [
+            _Side(layer, any(p is getattr(layer.module, "bias", None) for p in params))
+            for layer in layers
+        ]
         self.corrected = settings.corrected
         self.eigenvalues = Running()
         self._seen: list[_Side] = []
@@ -119,9 +133,14 @@ class KroneckerUnit(LayerUnit):
         return type(self), type(self.rule), self.shape, side.bias, side.limit, len(self.params)
 
     def joined(self, units: Sequence[LayerUnit]) -> KroneckerUnit:
-        layers, params = [la for u in units for la in u.layers], [p for u in units for p in u.params]
+        layers, params = (
+            [la for u in units for la in u.layers],
+            [p for u in units for p in u.params],
+        )
         unit = KroneckerUnit(layers, params, self.settings)
-        unit.sides = unit._seen = [side for u in units if isinstance(u, KroneckerUnit) for side in u.sides]
+        unit.sides = unit._seen = [
+            side for u in units if isinstance(u, KroneckerUnit) for side in u.sides
+        ]
         return unit
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -136,7 +155,9 @@ class KroneckerUnit(LayerUnit):
         matrices = [x] if len(self.layers) == 1 else x
         return [
             part.view(p.shape) if part.shape != p.shape else part
-            for layer, matrix, own in zip(self.layers, matrices, self._each(self.params), strict=True)
+            for layer, matrix, own in zip(
+                self.layers, matrices, self._each(self.params), strict=True
+            )
             for part, p in zip(self.rule.from_matrix(layer.module, matrix), own, strict=True)
         ]
 
@@ -153,7 +174,9 @@ class KroneckerUnit(LayerUnit):
             total = float(samples.shape[-3] * samples.shape[-2])
             rows = thin(samples.flatten(-3, -2), settings.rows, offset)
             if self.corrected:
-                side.samples.append((thin(indices.reshape(-1, 1), settings.rows, offset), rows, total))
+                side.samples.append(
+                    (thin(indices.reshape(-1, 1), settings.rows, offset), rows, total)
+                )
             side.add(A, A_rows, self._squares(rows, total), total)
             return
         examples = x.shape[0] if x.dim() > 1 else 1
@@ -166,7 +189,9 @@ class KroneckerUnit(LayerUnit):
         inputs = flatten(rule.inputs(module, x), settings.setting, mean=True)
         gradients = flatten(rule.gradients(module, x, g), settings.setting, mean=False)
         total = gradients.shape[-2] * examples / kept
-        use = Use(thin(inputs, settings.rows, offset), thin(gradients, settings.rows, offset), total)
+        use = Use(
+            thin(inputs, settings.rows, offset), thin(gradients, settings.rows, offset), total
+        )
         if self.corrected:
             side.samples.append((use.x, use.g, total))
         if not rule.covers(module, "weight"):  # the bias alone: its input is 1
@@ -182,7 +207,10 @@ class KroneckerUnit(LayerUnit):
         bias, size, A_rows = sides[0].bias, a.shape[-1], a.shape[-2]
         if bias:
             a = functional.pad(a, (0, 1), value=1.0)
-        A = [second_moment(a[..., s : e + (bias and e == size)], 1 / A_rows) for s, e in bounds(size, sides[0].limit)]
+        A = [
+            second_moment(a[..., s : e + (bias and e == size)], 1 / A_rows)
+            for s, e in bounds(size, sides[0].limit)
+        ]
         G = self._squares(rows, uses[0].total)
         for j, (side, use) in enumerate(zip(sides, uses, strict=True)):
             own_A, own_G = (A, G) if len(uses) == 1 else ([t[j] for t in A], [t[j] for t in G])
@@ -191,7 +219,10 @@ class KroneckerUnit(LayerUnit):
     def _squares(self, rows: Tensor, total: float) -> list[Tensor]:
         """The blocks of G, of gradients that stand for ``total`` rows."""
         limit = self.sides[0].limit
-        return [second_moment(rows[..., s:e], total / rows.shape[-2]) for s, e in bounds(rows.shape[-1], limit)]
+        return [
+            second_moment(rows[..., s:e], total / rows.shape[-2])
+            for s, e in bounds(rows.shape[-1], limit)
+        ]
 
     def observed(self, terms: float) -> list[Tensor] | None:
         self._terms = terms
@@ -205,11 +236,19 @@ class KroneckerUnit(LayerUnit):
             side.use, side.A, side.G, side.samples = None, [], [], []
 
     def work(self, limit: int | None) -> tuple[float, float]:
-        """Multiplications of (the layer's three passes, one `solve` with sides cut to ``limit``) as last captured."""
+        """Multiplications of (the layer's three passes, one `solve` with sides cut to ``limit``) as
+        last captured."""
         groups, out, inputs = self.shape
-        side_a, side_g = (k if limit is None or not self.divisible else min(k, limit) for k in (inputs, out))
-        passes = sum(3.0 * side.rows * (out if self.rule.one_hot else groups * out * inputs) for side in self.sides)
-        return passes, float(groups * out * inputs * (side_g + (1 if self.rule.one_hot else side_a)))
+        side_a, side_g = (
+            k if limit is None or not self.divisible else min(k, limit) for k in (inputs, out)
+        )
+        passes = sum(
+            3.0 * side.rows * (out if self.rule.one_hot else groups * out * inputs)
+            for side in self.sides
+        )
+        return passes, float(
+            groups * out * inputs * (side_g + (1 if self.rule.one_hot else side_a))
+        )
 
     @property
     def divisible(self) -> bool:
@@ -217,12 +256,17 @@ class KroneckerUnit(LayerUnit):
         return not self.settings.spectral and self.shape[0] == 1
 
     def cut(self, limit: int | None, observed: list[Tensor] | None = None) -> list[Tensor]:
-        """From now on keep diagonal blocks of side ≤ ``limit`` only; returns the whole sides ``observed`` so cut."""
+        """From now on keep diagonal blocks of side ≤ ``limit`` only; returns the whole sides
+        ``observed`` so cut."""
         if not self.divisible:
             return observed or []
         side = self.sides[0]
         side.limit = limit
-        return [b for t, bias in zip(observed or [], (side.bias, False), strict=False) for b in side.cut(t, bias)]
+        return [
+            b
+            for t, bias in zip(observed or [], (side.bias, False), strict=False)
+            for b in side.cut(t, bias)
+        ]
 
     def fold(self, observed: Sequence[Tensor]) -> None:
         each = len(observed) // len(self._seen)
@@ -230,7 +274,8 @@ class KroneckerUnit(LayerUnit):
             side.average.add(observed[each * i : each * (i + 1)], self.settings.decay)
 
     def factors(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Running (A, G), each as a list of diagonal blocks, or None while some layer has not been seen."""
+        """Running (A, G), each as a list of diagonal blocks, or None while some layer has not been
+        seen."""
         if not all(side.average.value for side in self.sides):
             return None
         value = stack([side.average for side in self.sides])
@@ -254,21 +299,27 @@ class KroneckerUnit(LayerUnit):
         (A,), (G,) = pair
         if self._block is None:
             self._block = KroneckerBlock(
-                A, G, diagonal_A=self.rule.one_hot and A.dim() == 1, diagonal_G=G.dim() == 1 and A.dim() > 1
+                A,
+                G,
+                diagonal_A=self.rule.one_hot and A.dim() == 1,
+                diagonal_G=G.dim() == 1 and A.dim() > 1,
             )
         for factor, matrix in ((self._block.A, A), (self._block.G, G)):
             if factor.diagonal:
                 factor.update(matrix)
             elif not compute:
-                factor.update(matrix, Spectrum(matrix.new_zeros(matrix.shape[:-1]), torch.empty_like(matrix)))
+                factor.update(
+                    matrix, Spectrum(matrix.new_zeros(matrix.shape[:-1]), torch.empty_like(matrix))
+                )
             else:
                 factor.update(matrix, self._warm(factor, matrix))
         self.solver = None
 
     def _warm(self, factor: Factor, matrix: Tensor) -> Spectrum | None:
-        """EKFAC's next basis, one QR step from the last: half an eigendecomposition, and its axes turn slowly instead of being
-        reordered, so that eigenvalues averaged over refreshes belong to the same axes. None (decompose anew) for other metrics, whose
-        eigenvalues must be the factors' own, and while young averages still turn fast."""
+        """EKFAC's next basis, one QR step from the last: half an eigendecomposition, and its axes
+        turn slowly instead of being reordered, so that eigenvalues averaged over refreshes belong
+        to the same axes. None (decompose anew) for other metrics, whose eigenvalues must be the
+        factors' own, and while young averages still turn fast."""
         settled = all(side.average.count > SETTLED for side in self.sides)
         if not (self.corrected and settled and factor.decomposed):
             return None
@@ -278,12 +329,16 @@ class KroneckerUnit(LayerUnit):
         state = super().state_dict()
         if self.corrected and self._block is not None:
             sides = (self._block.A, self._block.G)
-            state["spectra"] = [[f.spectrum.eigenvalues, f.spectrum.basis] for f in sides if not f.diagonal]
+            state["spectra"] = [
+                [f.spectrum.eigenvalues, f.spectrum.basis] for f in sides if not f.diagonal
+            ]
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        if "spectra" in state and self._block is not None:  # bases depend on the path that led to them
+        if (
+            "spectra" in state and self._block is not None
+        ):  # bases depend on the path that led to them
             saved = iter(state["spectra"])
             like = self.params[0]
             for factor in (self._block.A, self._block.G):
@@ -307,7 +362,9 @@ class KroneckerUnit(LayerUnit):
             squares: Tensor | None = None
             for a, rows, total in side.samples:
                 inputs = a if self.rule.one_hot else a.unsqueeze(-2)
-                new = projected_squares(side.layer, block, inputs, rows.unsqueeze(-2)).mul_(total / rows.shape[-2])
+                new = projected_squares(side.layer, block, inputs, rows.unsqueeze(-2)).mul_(
+                    total / rows.shape[-2]
+                )
                 squares = new if squares is None else squares.add_(new)
             if squares is not None:
                 average([squares.mul_(self._terms)])

@@ -1,7 +1,8 @@
 """Hooks on the model: what went in and came out of it, and of the layers whose turn it is.
 
-Hooks are attached only for the steps that need them. They act on training passes alone (autograd on): a probe's forward pass under
-``no_grad`` is not seen. They hold the optimizer weakly and turn into nothing when the model is copied or pickled.
+Hooks are attached only for the steps that need them. They act on training passes alone (autograd
+on): a probe's forward pass under ``no_grad`` is not seen. They hold the optimizer weakly and turn
+into nothing when the model is copied or pickled.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from thermo_opt.fisher.predictor import map_tensors
 
 
 class Tap:
-    """A forward hook that calls ``owner.method(place, …)`` while the owner lives, and nothing in a copy of the model."""
+    """A forward hook that calls ``owner.method(place, …)`` while the owner lives, and nothing in a
+    copy of the model."""
 
     def __init__(self, owner: Any = None, method: str = "", place: Any = None) -> None:
         self._owner = None if owner is None else weakref.ref(owner)
         self._method, self._place = method, place
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         owner = None if self._owner is None else self._owner()
         if owner is not None and torch.is_grad_enabled():
             getattr(owner, self._method)(self._place, module, args, kwargs, output)
@@ -61,7 +65,8 @@ def attach(module: nn.Module, tap: Tap) -> RemovableHandle:
 
 
 def on_gradient(output: Any, receive: Callable[[Tensor], None]) -> bool:
-    """Call ``receive(g)`` when backward reaches this output; False when it takes no part in autograd."""
+    """Call ``receive(g)`` when backward reaches this output; False when it takes no part in
+    autograd."""
     if not (isinstance(output, Tensor) and output.requires_grad):
         return False
 
@@ -77,15 +82,18 @@ _STOCHASTIC = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
 def mixes_examples(model: nn.Module) -> bool:
-    """Whether an example's output depends on the others or on chance (Dropout, BatchNorm in training mode)."""
+    """Whether an example's output depends on the others or on chance (Dropout, BatchNorm in
+    training mode)."""
     return any(m.training and isinstance(m, _STOCHASTIC) for m in model.modules())
 
 
 @contextmanager
 def quiet(model: nn.Module, random_state: Tensor | None) -> Iterator[None]:
-    """Run ``model`` once more without a trace: BatchNorm's running statistics and the random state stay as they were.
+    """Run ``model`` once more without a trace: BatchNorm's running statistics and the random state
+    stay as they were.
 
-    ``random_state``: the state before the pass to be repeated, so that Dropout draws the same masks.
+    ``random_state``: the state before the pass to be repeated, so that Dropout draws the same
+    masks.
     """
     norms = [
         m
@@ -107,9 +115,11 @@ def quiet(model: nn.Module, random_state: Tensor | None) -> Iterator[None]:
 
 @dataclass
 class Forward:
-    """One training pass of the whole model: its arguments, its outputs (detached), and what backward showed of them.
+    """One training pass of the whole model: its arguments, its outputs (detached), and what
+    backward showed of them.
 
-    ``terms``: predictions with a gradient. ``total``: Σ|∂loss/∂outputs|, at most 2 for a mean cross-entropy. Both 0 if not counted.
+    ``terms``: predictions with a gradient. ``total``: Σ|∂loss/∂outputs|, at most 2 for a mean
+    cross-entropy. Both 0 if not counted.
     """
 
     args: tuple[Any, ...]
@@ -129,10 +139,17 @@ class Forward:
         """The arguments in the form `thermo_opt.fisher.Batch` takes."""
         if self.kwargs and self.args:
             return {**{str(i): a for i, a in enumerate(self.args)}, **self.kwargs}
-        return dict(self.kwargs) if self.kwargs else self.args[0] if len(self.args) == 1 else tuple(self.args)
+        return (
+            dict(self.kwargs)
+            if self.kwargs
+            else self.args[0]
+            if len(self.args) == 1
+            else tuple(self.args)
+        )
 
     def again(self, model: nn.Module, predictions: int | None) -> tuple[Tensor, Tensor]:
-        """(old outputs, outputs of ``model`` now) on about ``predictions`` predictions of evenly spaced examples (None: all).
+        """(old outputs, outputs of ``model`` now) on about ``predictions`` predictions of evenly
+        spaced examples (None: all).
 
         A model that mixes examples is always run on all of them, with the same random draws.
         """
@@ -152,7 +169,8 @@ class Forward:
 
 
 class ModelObserver:
-    """Sees whole training passes of a model: `passes` since the last `clear`. Its two hooks are there while it is `armed`.
+    """Sees whole training passes of a model: `passes` since the last `clear`. Its two hooks are
+    there while it is `armed`.
 
     While ``counting``, the loss terms of each pass are counted too.
     """
@@ -186,7 +204,9 @@ class ModelObserver:
         """Called when a training pass begins."""
         self._random_state = torch.random.get_rng_state() if mixes_examples(self.model) else None
 
-    def saw(self, _: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def saw(
+        self, _: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         """Called when a training pass ends."""
         try:
             outputs = logits_of(output)

@@ -14,11 +14,14 @@ Schedule = float | Callable[[int], float]
 
 
 def at(value: Schedule, step: int, name: str, *, zero: bool = False) -> float:
-    """The value of a schedule at this step; `InputError` unless it is finite and positive (or, with ``zero``, not negative)."""
+    """The value of a schedule at this step; `InputError` unless it is finite and positive (or, with
+    ``zero``, not negative)."""
     number = float(value(step)) if callable(value) else float(value)
     if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
         where = f" at step {step}" if callable(value) else ""
-        raise InputError(f"{name} must be a finite number {'≥' if zero else '>'} 0, got {number!r}{where}")
+        raise InputError(
+            f"{name} must be a finite number {'≥' if zero else '>'} 0, got {number!r}{where}"
+        )
     return number
 
 
@@ -26,15 +29,18 @@ class Regulator(Protocol):
     """Anything that turns a step's cost into its size."""
 
     def step_size(self, a: float, step: int) -> float:
-        """η_T for the update −η_T v with ``a = vᵀFv`` (equal to Δ for v = F⁺g), at this step (0, 1, 2, …)."""
+        """η_T for the update −η_T v with ``a = vᵀFv`` (equal to Δ for v = F⁺g), at this step (0, 1,
+        2, …)."""
 
     def budget_at(self, step: int) -> float | None:
-        """The dissipation (nats) no step should exceed, or None where the regulator fixes something else."""
+        """The dissipation (nats) no step should exceed, or None where the regulator fixes something
+        else."""
 
 
 @dataclass(frozen=True)
 class Dissipation:
-    """``η_T = min(η_max, √(2 Q_budget / a))``: the step dissipates ½η²a = Q_budget nats until η_max binds.
+    """``η_T = min(η_max, √(2 Q_budget / a))``: the step dissipates ½η²a = Q_budget nats until η_max
+    binds.
 
     No step within the budget predicts a larger decrease (THEORY §3, §7).
     """
@@ -53,10 +59,11 @@ class Dissipation:
 
 @dataclass(frozen=True)
 class Heat:
-    """``η_T = clip(η_0 Q_budget/(a + ε), η_min, η_max)``: the mapping in the paper's public reference code.
+    """``η_T = clip(η_0 Q_budget/(a + ε), η_min, η_max)``: the mapping in the paper's public
+    reference code.
 
-    It fixes the predicted decrease, η a = η_0 Q_budget, and not the dissipation: with Q_budget = 0.1 and Δ ≈ 3·10³ its step
-    dissipates 1.6·10⁻⁶ nats. For reproducing the paper.
+    It fixes the predicted decrease, η a = η_0 Q_budget, and not the dissipation: with Q_budget =
+    0.1 and Δ ≈ 3·10³ its step dissipates 1.6·10⁻⁶ nats. For reproducing the paper.
     """
 
     budget: Schedule = 0.1

@@ -1,4 +1,5 @@
-"""When curvature is refreshed: often while it moves fast, seldom later, and not everywhere at once."""
+"""When curvature is refreshed: often while it moves fast, seldom later, and not everywhere at
+once."""
 
 from __future__ import annotations
 
@@ -7,11 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Refresh:
-    """Each block is refreshed every ``interval(step)`` steps, a power of two that grows with the step up to ``longest``.
+    """Each block is refreshed every ``interval(step)`` steps, a power of two that grows with the
+    step up to ``longest``.
 
-    Curvature changes by a constant fraction in a constant fraction of the steps taken so far, so the interval is at most
-    ``step / patience``. With ``staggered`` the blocks' turns are spread over the interval, so that no step pays for all. A
-    function of the step alone: a resumed run needs no state.
+    Curvature changes by a constant fraction in a constant fraction of the steps taken so far, so
+    the interval is at most ``step / patience``. With ``staggered`` the blocks' turns are spread
+    over the interval, so that no step pays for all. A function of the step alone: a resumed run
+    needs no state.
     """
 
     longest: int = 32

@@ -1,8 +1,10 @@
-"""Solvers of one block of the training metric: F_λ⁻¹ v and F_λ v with everything that can be cached cached (THEORY §7).
+"""Solvers of one block of the training metric: F_λ⁻¹ v and F_λ v with everything that can be cached
+cached (THEORY §7).
 
-Two families. *Inverses* (`KroneckerInverse`, `DenseInverse`): Cholesky inverses of damped factors, the fast default: half the
-products of an eigenbasis at each step and a fifth of its cost at each refresh. *Spectral* (`Spectral`): an eigenbasis, which exact
-Tikhonov damping, truncation, null-space steps and EKFAC need. Each uses one F_λ for solve and matvec, so that |ε| ≤ 1.
+Two families. *Inverses* (`KroneckerInverse`, `DenseInverse`): Cholesky inverses of damped factors,
+the fast default: half the products of an eigenbasis at each step and a fifth of its cost at each
+refresh. *Spectral* (`Spectral`): an eigenbasis, which exact Tikhonov damping, truncation,
+null-space steps and EKFAC need. Each uses one F_λ for solve and matvec, so that |ε| ≤ 1.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ def _diagonals(blocks: Sequence[Tensor]) -> list[Tensor]:
 
 
 def traces(blocks: Sequence[Tensor]) -> Tensor:
-    """Trace of a side of these diagonal blocks, each (k,), (k, k), or a batch (m, k, k): a scalar, or one a product of the batch."""
+    """Trace of a side of these diagonal blocks, each (k,), (k, k), or a batch (m, k, k): a scalar,
+    or one a product of the batch."""
     return torch.stack([diagonal.sum(-1) for diagonal in _diagonals(blocks)]).sum(0)
 
 
@@ -61,8 +64,11 @@ def _mean_of_blocks(blocks: Sequence[Tensor]) -> Tensor:
     return (diagonals[0] if len(diagonals) == 1 else torch.cat(diagonals, dim=-1)).mean(-1)
 
 
-def damping_split(A: Sequence[Tensor], G: Sequence[Tensor], damping: float) -> tuple[Amount, Amount]:
-    """The sides' shares (π√λ, √λ/π), π² = (tr A/dim A)/(tr G/dim G): Martens & Grosse 2015, §6.3. π = 1 where a trace is 0.
+def damping_split(
+    A: Sequence[Tensor], G: Sequence[Tensor], damping: float
+) -> tuple[Amount, Amount]:
+    """The sides' shares (π√λ, √λ/π), π² = (tr A/dim A)/(tr G/dim G): Martens & Grosse 2015, §6.3. π
+    = 1 where a trace is 0.
 
     Each side is a list of diagonal blocks. Numbers, or tensors of one number a product of a batch.
     """
@@ -78,13 +84,17 @@ def damping_split(A: Sequence[Tensor], G: Sequence[Tensor], damping: float) -> t
 
 
 class Damped:
-    """``M + cI`` of a block (k,), (k, k) or a batch (m, k, k), and its inverse, which `invert` fills in unless the block is a diagonal.
+    """``M + cI`` of a block (k,), (k, k) or a batch (m, k, k), and its inverse, which `invert`
+    fills in unless the block is a diagonal.
 
-    One that can't be inverted keeps the inverse of ``last``, or becomes a multiple of the identity, and says so in ``notes``. The block
-    is not copied: `matrix` is right until the running factors change, which makes a new one. ``into``: where the inverse goes.
+    One that can't be inverted keeps the inverse of ``last``, or becomes a multiple of the identity,
+    and says so in ``notes``. The block is not copied: `matrix` is right until the running factors
+    change, which makes a new one. ``into``: where the inverse goes.
     """
 
-    def __init__(self, block: Tensor, amount: Amount, last: Damped | None, into: Tensor | None = None) -> None:
+    def __init__(
+        self, block: Tensor, amount: Amount, last: Damped | None, into: Tensor | None = None
+    ) -> None:
         self.notes: list[str] = []
         self.block, self.amount, self._last = block, amount, last
         if last is not None:
@@ -116,7 +126,10 @@ class Damped:
                 inverse = self._last.inverse
                 note += "; kept the last inverse"
             else:
-                mean = torch.nan_to_num(_mean_of_blocks([self.block]), posinf=0.0, neginf=0.0).abs() + 1.0
+                mean = (
+                    torch.nan_to_num(_mean_of_blocks([self.block]), posinf=0.0, neginf=0.0).abs()
+                    + 1.0
+                )
                 inverse = torch.diag_embed((1 / mean).expand(self.block.shape[-1]))
                 note += "; used a multiple of the identity"
             self.block, self.amount = torch.linalg.inv(inverse.double()).to(self.block.dtype), 0.0
@@ -127,7 +140,9 @@ class Damped:
     def __getitem__(self, j: int) -> Damped:
         """One of a batch."""
         amount = self.amount[j] if isinstance(self.amount, Tensor) else self.amount
-        return Damped(self.block[j], amount, None if self._last is None else self._last[j], self.inverse[j])
+        return Damped(
+            self.block[j], amount, None if self._last is None else self._last[j], self.inverse[j]
+        )
 
     @property
     def matrix(self) -> Tensor:
@@ -155,16 +170,21 @@ class Damped:
 def invert(parts: Sequence[Damped]) -> None:
     """Invert damped blocks, those of one size in one batch.
 
-    Give it all blocks of one unit and nothing else: a resumed run rebuilds each unit by itself, and the same batch gives the same bits.
+    Give it all blocks of one unit and nothing else: a resumed run rebuilds each unit by itself, and
+    the same batch gives the same bits.
     """
     alike: dict[tuple[object, ...], list[Damped]] = {}
     for part in parts:
-        alike.setdefault((part.block.shape[-1], part.block.dtype, part.block.device), []).append(part)
+        alike.setdefault((part.block.shape[-1], part.block.dtype, part.block.device), []).append(
+            part
+        )
     for group in alike.values():
         count = max(TOGETHER // max(part.block.numel() for part in group), 1)
         for start in range(0, len(group), count):
             batch = group[start : start + count]
-            inverses = plain_inverses([part.block for part in batch], [part.amount for part in batch])
+            inverses = plain_inverses(
+                [part.block for part in batch], [part.amount for part in batch]
+            )
             for j, part in enumerate(
                 batch
             ):  # where one fails, each for itself, so that only those that fail are affected
@@ -174,7 +194,8 @@ def invert(parts: Sequence[Damped]) -> None:
 class Side:
     """One side of a damped Kronecker product: its diagonal blocks, or one diagonal (k,).
 
-    ``equal``: the inverses of several blocks of one size as one tensor (…, blocks, k, k), of which they are views.
+    ``equal``: the inverses of several blocks of one size as one tensor (…, blocks, k, k), of which
+    they are views.
     """
 
     def __init__(self, blocks: Sequence[Tensor], amount: Amount, last: Side | None) -> None:
@@ -212,7 +233,9 @@ class Side:
         if len(self.parts) == 1:
             inverse = self.parts[0].inverse
             return inverse[..., None] * v if inverse.dim() == 1 else inverse @ v
-        if self.equal is not None:  # one product of a stack runs by threads, several small ones don't
+        if (
+            self.equal is not None
+        ):  # one product of a stack runs by threads, several small ones don't
             return (self.equal @ v.unflatten(-2, (len(self.parts), -1))).flatten(-3, -2)
         out = torch.empty_like(v)
         for (start, end), part in zip(self.ends, self.parts, strict=True):
@@ -221,23 +244,35 @@ class Side:
 
     def right(self, v: Tensor) -> Tensor:
         """``v (M + cI)`` with v (…, m, k)."""
-        parts = [part.times_left(v[..., s:e]) for (s, e), part in zip(self.ends, self.parts, strict=True)]
+        parts = [
+            part.times_left(v[..., s:e]) for (s, e), part in zip(self.ends, self.parts, strict=True)
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def left(self, v: Tensor) -> Tensor:
         """``(M + cI) v`` with v (…, k, m)."""
-        parts = [part.times(v[..., s:e, :]) for (s, e), part in zip(self.ends, self.parts, strict=True)]
+        parts = [
+            part.times(v[..., s:e, :]) for (s, e), part in zip(self.ends, self.parts, strict=True)
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 
 class KroneckerInverse(Solver):
-    """``(A + π√λ I) ⊗ (G + √λ/π I)`` on matrices V (…, out, in), each side one matrix, its diagonal blocks, or a diagonal.
+    """``(A + π√λ I) ⊗ (G + √λ/π I)`` on matrices V (…, out, in), each side one matrix, its diagonal
+    blocks, or a diagonal.
 
-    A leading dimension is a batch of products (the groups of a convolution, or a stack of layers). Refresh: Cholesky inverses, Σ k³
-    over blocks; solve: out·in·(k_A + k_G) multiplications for blocks of side k.
+    A leading dimension is a batch of products (the groups of a convolution, or a stack of layers).
+    Refresh: Cholesky inverses, Σ k³ over blocks; solve: out·in·(k_A + k_G) multiplications for
+    blocks of side k.
     """
 
-    def __init__(self, A: Sequence[Tensor], G: Sequence[Tensor], damping: float, last: KroneckerInverse | None) -> None:
+    def __init__(
+        self,
+        A: Sequence[Tensor],
+        G: Sequence[Tensor],
+        damping: float,
+        last: KroneckerInverse | None,
+    ) -> None:
         on_a, on_g = damping_split(A, G, damping)
         last_a, last_g = (None, None) if last is None else (last.A, last.G)
         self.A: Side = Side(A, on_a, last_a)
@@ -245,7 +280,12 @@ class KroneckerInverse(Solver):
 
     @property
     def notes(self) -> list[str]:
-        return [f"{name}: {n}" for name, side in (("A", self.A), ("G", self.G)) for p in side.parts for n in p.notes]
+        return [
+            f"{name}: {n}"
+            for name, side in (("A", self.A), ("G", self.G))
+            for p in side.parts
+            for n in p.notes
+        ]
 
     @property
     def damped(self) -> Sequence[Damped]:
@@ -288,7 +328,9 @@ class DenseInverse(Solver):
         return (self.part,)
 
     def solve(self, v: Tensor) -> Tensor:
-        return (v[..., None, :] @ self.part.inverse)[..., 0, :]  # symmetric: a row times it reads it in order
+        return (v[..., None, :] @ self.part.inverse)[
+            ..., 0, :
+        ]  # symmetric: a row times it reads it in order
 
     def matvec(self, v: Tensor) -> Tensor:
         return self.part.times_left(v[..., None, :])[..., 0, :]
@@ -297,7 +339,9 @@ class DenseInverse(Solver):
 class DiagonalInverse(Solver):
     """``diag(f) + λ``; with λ = 0 entries ≤ cut are the null space."""
 
-    def __init__(self, values: Tensor, damping: float, rtol: float = 0.0, atol: float = 0.0) -> None:
+    def __init__(
+        self, values: Tensor, damping: float, rtol: float = 0.0, atol: float = 0.0
+    ) -> None:
         self.cut = spectral.threshold(float(values.max()), rtol, atol)
         self.values, self.damping = values, damping
         self.inverse = spectral.inverse(values, damping, self.cut)
@@ -318,7 +362,8 @@ class DiagonalInverse(Solver):
 
 
 class Spectral(Solver):
-    """Any block with an eigenbasis, ``U diag(σ) Uᵀ + λI``; with λ = 0 eigenvalues ≤ max(rtol·σ_max, atol) are truncated.
+    """Any block with an eigenbasis, ``U diag(σ) Uᵀ + λI``; with λ = 0 eigenvalues ≤ max(rtol·σ_max,
+    atol) are truncated.
 
     In a Kronecker basis the σ are the products a_i g_j, and the threshold acts on the products.
     """

@@ -1,8 +1,10 @@
-"""Units of the training metric: the parameters of a layer, their running curvature, and the block's cached solver.
+"""Units of the training metric: the parameters of a layer, their running curvature, and the block's
+cached solver.
 
-A unit turns what passes through its layer in an ordinary training step into running factors (an average with memory ``decay``),
-and its factors into a `Solver` when its turn to be refreshed comes. The layer rules are those of `thermo_opt.fisher.kronecker`, so
-what NGD-T spends and what the audit measures are one thing.
+A unit turns what passes through its layer in an ordinary training step into running factors (an
+average with memory ``decay``), and its factors into a `Solver` when its turn to be refreshed comes.
+The layer rules are those of `thermo_opt.fisher.kronecker`, so what NGD-T spends and what the audit
+measures are one thing.
 """
 
 from __future__ import annotations
@@ -21,7 +23,15 @@ from thermo_opt.fisher.kronecker.estimate import DENSE_SCALES
 from thermo_opt.fisher.kronecker.factors import working
 from thermo_opt.fisher.kronecker.layers import Layer
 from thermo_opt.fisher.spectral import default_rtol
-from thermo_opt.optim.solvers import Damped, DenseInverse, DiagonalInverse, Solver, Spectral, invert, traces
+from thermo_opt.optim.solvers import (
+    Damped,
+    DenseInverse,
+    DiagonalInverse,
+    Solver,
+    Spectral,
+    invert,
+    traces,
+)
 
 Average = Callable[[Sequence[Tensor]], None]
 
@@ -30,9 +40,10 @@ Average = Callable[[Sequence[Tensor]], None]
 class Settings:
     """How curvature is estimated and inverted; one object for all units.
 
-    ``spectral``: eigenbases instead of Cholesky inverses. ``corrected``: EKFAC's eigenvalues (needs ``spectral``). ``rows``: most
-    rows (examples × shared positions) that a layer's factors see at one refresh, None for all of them. ``overhead``: largest share of
-    the passes' multiplications that solving may cost; wide factors are cut into diagonal blocks (no narrower than 128) to fit.
+    ``spectral``: eigenbases instead of Cholesky inverses. ``corrected``: EKFAC's eigenvalues (needs
+    ``spectral``). ``rows``: most rows (examples × shared positions) that a layer's factors see at
+    one refresh, None for all of them. ``overhead``: largest share of the passes' multiplications
+    that solving may cost; wide factors are cut into diagonal blocks (no narrower than 128) to fit.
     """
 
     decay: float = 0.95
@@ -46,13 +57,15 @@ class Settings:
 
 
 FORGET = 4
-"""The share of the n-th observation in a young average is FORGET/(n + FORGET): what was seen in the first fraction of a run is forgotten as
-fast as curvature moves away from it (polynomial-decay averaging, Shamir & Zhang 2013)."""
+"""The share of the n-th observation in a young average is FORGET/(n + FORGET): what was seen in the
+first fraction of a run is forgotten as fast as curvature moves away from it (polynomial-decay
+averaging, Shamir & Zhang 2013)."""
 
 
 @dataclass
 class Running:
-    """Average of tensors that remembers a constant fraction of the observations so far, and from then on 1/(1−decay) of them."""
+    """Average of tensors that remembers a constant fraction of the observations so far, and from
+    then on 1/(1−decay) of them."""
 
     count: int = 0
     value: list[Tensor] = field(default_factory=list)
@@ -76,7 +89,8 @@ class Running:
 
 @dataclass
 class Use:
-    """Rows of one use of a layer in a pass: its inputs ``x`` (…, r, k) and output gradients ``g``; the latter stand for ``total`` rows."""
+    """Rows of one use of a layer in a pass: its inputs ``x`` (…, r, k) and output gradients ``g``;
+    the latter stand for ``total`` rows."""
 
     x: Tensor
     g: Tensor
@@ -108,12 +122,14 @@ def alike(uses: Sequence[Use | None]) -> list[tuple[list[int], list[Use]]]:
 
 
 class Unit(ABC):
-    """Parameters that share one block, in the block's coordinates: `gather` and `scatter` go to and fro.
+    """Parameters that share one block, in the block's coordinates: `gather` and `scatter` go to and
+    fro.
 
-    ``squared``: bᵀF_λb of the momentum b; ``crossed``: bᵀF_λw and ``decayed``: wᵀF_λw with the weight-decay direction w. They
-    are carried from step to step by inner products alone, because F_λ(F_λ⁻¹g) = g, and recomputed after each refresh, when they are
-    ``stale``. ``total``: tr F of the running curvature when last asked for. ``places``: where the parameters stand in the optimizer's
-    list, None for one it was not given.
+    ``squared``: bᵀF_λb of the momentum b; ``crossed``: bᵀF_λw and ``decayed``: wᵀF_λw with the
+    weight-decay direction w. They are carried from step to step by inner products alone, because
+    F_λ(F_λ⁻¹g) = g, and recomputed after each refresh, when they are ``stale``. ``total``: tr F of
+    the running curvature when last asked for. ``places``: where the parameters stand in the
+    optimizer's list, None for one it was not given.
     """
 
     def __init__(self, name: str, params: list[nn.Parameter], settings: Settings) -> None:
@@ -141,14 +157,18 @@ class Unit(ABC):
         last, parts = self._scattered
         if last is not self.momentum:
             parts = self.scatter(self.momentum)
-            self._scattered = (self.momentum, parts) if all(p._base is not None for p in parts) else (None, parts)
+            self._scattered = (
+                (self.momentum, parts) if all(p._base is not None for p in parts) else (None, parts)
+            )
         return parts
 
     @abstractmethod
     def observed(self, terms: float) -> list[Tensor] | None:
-        """What was captured since the last call, as tensors whose plain mean over processes is right; None if nothing was.
+        """What was captured since the last call, as tensors whose plain mean over processes is
+        right; None if nothing was.
 
-        ``terms``: the loss terms M that the captured gradients average over (over the square of a loss scale, if there is one).
+        ``terms``: the loss terms M that the captured gradients average over (over the square of a
+        loss scale, if there is one).
         """
 
     @abstractmethod
@@ -161,7 +181,8 @@ class Unit(ABC):
 
     @abstractmethod
     def refresh(self, damping: float, compute: bool = True) -> None:
-        """Build the solver, up to its inverses (`invert`); with ``compute=False`` eigenbases, too, are left for another process to fill."""
+        """Build the solver, up to its inverses (`invert`); with ``compute=False`` eigenbases, too,
+        are left for another process to fill."""
 
     def running(self) -> list[Running]:
         """The running averages, for saving."""
@@ -177,7 +198,8 @@ class Unit(ABC):
         return () if self.solver is None else self.solver.damped
 
     def finish(self, average: Average) -> None:
-        """Called after `shared` tensors have arrived; ``average`` replaces tensors by their means over processes."""
+        """Called after `shared` tensors have arrived; ``average`` replaces tensors by their means
+        over processes."""
         return
 
     def discard(self) -> None:
@@ -185,7 +207,8 @@ class Unit(ABC):
         return
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs; the solver is rebuilt from the factors by the call that made it, which gives the same bits."""
+        """Everything a resumed run needs; the solver is rebuilt from the factors by the call that
+        made it, which gives the same bits."""
         return {
             "running": [r.state_dict() for r in self.running()],
             "ready": self.solver is not None,
@@ -210,7 +233,8 @@ class Unit(ABC):
 
 
 class DiagonalUnit(Unit):
-    """One parameter that no layer rule covers: ``F ≈ diag(M ĝ²)`` from minibatch gradients ĝ of M loss terms (THEORY §9)."""
+    """One parameter that no layer rule covers: ``F ≈ diag(M ĝ²)`` from minibatch gradients ĝ of M
+    loss terms (THEORY §9)."""
 
     def __init__(self, name: str, params: list[nn.Parameter], settings: Settings) -> None:
         super().__init__(name, params, settings)
@@ -235,16 +259,20 @@ class DiagonalUnit(Unit):
         if self.average.value:
             self.damping = damping
             values = self.average.value[0]
-            self.solver = DiagonalInverse(values, damping, rtol_of(self.settings, values), self.settings.atol)
+            self.solver = DiagonalInverse(
+                values, damping, rtol_of(self.settings, values), self.settings.atol
+            )
 
     def running(self) -> list[Running]:
         return [self.average]
 
 
 class LayerUnit(Unit):
-    """A unit fed by its layers' inputs and output gradients: one layer, or a stack of layers of one shape.
+    """A unit fed by its layers' inputs and output gradients: one layer, or a stack of layers of one
+    shape.
 
-    A stack's coordinates, factors and inverses have a leading dimension, one entry a layer, so that many small products run as one.
+    A stack's coordinates, factors and inverses have a leading dimension, one entry a layer, so that
+    many small products run as one.
     """
 
     layers: list[Layer]
@@ -262,8 +290,8 @@ class LayerUnit(Unit):
 
     @abstractmethod
     def joined(self, units: Sequence[LayerUnit]) -> LayerUnit:
-        """The stack of ``units``, all of this unit's kind and none of them refreshed yet; what they observed last is to be folded into it,
-        one after the other."""
+        """The stack of ``units``, all of this unit's kind and none of them refreshed yet; what they
+        observed last is to be folded into it, one after the other."""
 
     def _each(self, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """Tensors aligned with `params`, layer by layer."""
@@ -272,7 +300,8 @@ class LayerUnit(Unit):
 
 
 def stack(averages: Sequence[Running]) -> list[Tensor]:
-    """The running averages of a stack's layers as tensors (m, …); the averages become views of them, and stay so."""
+    """The running averages of a stack's layers as tensors (m, …); the averages become views of
+    them, and stay so."""
     values = [average.value for average in averages]
     if len(values) == 1:
         return values[0]
@@ -285,7 +314,8 @@ def stack(averages: Sequence[Running]) -> list[Tensor]:
 
 
 class ScaleUnit(LayerUnit):
-    """Scale and shift of normalisation layers: one dense block (2d × 2d) a layer, or 2 × 2 a channel where that is too large."""
+    """Scale and shift of normalisation layers: one dense block (2d × 2d) a layer, or 2 × 2 a
+    channel where that is too large."""
 
     def __init__(self, layers: list[Layer], params: list[nn.Parameter], settings: Settings) -> None:
         super().__init__(", ".join(layer.name for layer in layers), params, settings)
@@ -300,10 +330,17 @@ class ScaleUnit(LayerUnit):
     def kind(self) -> tuple[object, ...] | None:
         module = self.layers[0].module
         stackable = self.dense and not self.settings.spectral
-        return (ScaleUnit, type(module), getattr(module, "eps", None), tuple(self.sizes)) if stackable else None
+        return (
+            (ScaleUnit, type(module), getattr(module, "eps", None), tuple(self.sizes))
+            if stackable
+            else None
+        )
 
     def joined(self, units: Sequence[LayerUnit]) -> ScaleUnit:
-        layers, params = [la for u in units for la in u.layers], [p for u in units for p in u.params]
+        layers, params = (
+            [la for u in units for la in u.layers],
+            [p for u in units for p in u.params],
+        )
         unit = ScaleUnit(layers, params, self.settings)
         unit._seen = list(range(len(layers)))
         return unit
@@ -347,7 +384,9 @@ class ScaleUnit(LayerUnit):
         if rule.axes == "last":
             shape = layer.module.weight.shape
             x, g = (t.flatten(0, -2).unflatten(-1, shape) for t in (x, rows))
-            rows = rule.rows(layer.module, rule.normalised(layer.module, x), g, "expand").view(*rows.shape[:-1], -1)
+            rows = rule.rows(layer.module, rule.normalised(layer.module, x), g, "expand").view(
+                *rows.shape[:-1], -1
+            )
         scale = uses[0].total / rows.shape[-2]
         if self.dense:
             moments = second_moment(rows, scale)
@@ -376,7 +415,9 @@ class ScaleUnit(LayerUnit):
 
     def trace(self) -> Tensor | None:
         moments = [t for average in self.averages for t in average.value]
-        return torch.stack([traces([moment]).sum() for moment in moments]).sum() if moments else None
+        return (
+            torch.stack([traces([moment]).sum() for moment in moments]).sum() if moments else None
+        )
 
     def refresh(self, damping: float, compute: bool = True) -> None:
         if not all(average.value for average in self.averages):
@@ -384,7 +425,9 @@ class ScaleUnit(LayerUnit):
         (matrix,) = stack(self.averages)
         self.damping = damping
         if self.settings.spectral:
-            self.solver = Spectral(DenseBlock(matrix), damping, rtol_of(self.settings, matrix), self.settings.atol)
+            self.solver = Spectral(
+                DenseBlock(matrix), damping, rtol_of(self.settings, matrix), self.settings.atol
+            )
         else:
             last = self.solver if isinstance(self.solver, DenseInverse) else None
             self.solver = DenseInverse(matrix, damping, last)
@@ -394,7 +437,8 @@ class ScaleUnit(LayerUnit):
 
 
 def rtol_of(settings: Settings, values: Tensor) -> float:
-    """The relative threshold for eigenvalues ``values``: the user's, or the default of their shape and precision."""
+    """The relative threshold for eigenvalues ``values``: the user's, or the default of their shape
+    and precision."""
     return default_rtol(max(values.shape), values.dtype) if settings.rtol is None else settings.rtol
 
 
@@ -407,7 +451,8 @@ def second_moment(rows: Tensor, scale: float) -> Tensor:
 
 
 def thin(rows: Tensor, most: int | None, offset: int) -> Tensor:
-    """At most ``most`` of the rows (…, r, k), evenly spaced by an odd stride (so that no power-of-two layout aliases)."""
+    """At most ``most`` of the rows (…, r, k), evenly spaced by an odd stride (so that no
+    power-of-two layout aliases)."""
     count = rows.shape[-2]
     if most is None or count <= most:
         return rows

@@ -1,9 +1,16 @@
-"""Matplotlib figures of audits: one function a figure, each taking an audit (or several) and an Axes.
+"""Matplotlib figures of audits: one function a figure, each taking an audit (or several) and an
+Axes.
 
-Matplotlib is imported when the first figure is drawn. The Axes may be left out: the figure then makes its own.
+Matplotlib is imported when the first figure is drawn. The Axes may be left out: the figure then
+makes its own.
 """
 
-from thermo_opt.plots.curves import alignment, coarse_graining, loss_and_dissipation, predicted_vs_realised
+from thermo_opt.plots.curves import (
+    alignment,
+    coarse_graining,
+    loss_and_dissipation,
+    predicted_vs_realised,
+)
 from thermo_opt.plots.front import energy, pareto
 from thermo_opt.plots.maps import decomposition_bars, dissipation_heatmap, trajectory_map
 from thermo_opt.plots.overview import overview

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from thermo_opt.audit.quantities import number
+from thermo_opt.describe.quantities import number
 from thermo_opt.plots.series import log_ticks
 
 if TYPE_CHECKING:
@@ -65,4 +65,6 @@ def plain(text: str) -> str:
 def say_nothing_known(ax: Axes, what: str) -> None:
     """Say in the panel what none of the runs' lenses knows, rather than leave it blank."""
     ax.set_axis_off()
-    ax.text(0.5, 0.5, what, ha="center", va="center", color="0.4", transform=ax.transAxes, wrap=True)
+    ax.text(
+        0.5, 0.5, what, ha="center", va="center", color="0.4", transform=ax.transAxes, wrap=True
+    )

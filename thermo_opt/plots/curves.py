@@ -1,4 +1,5 @@
-"""Figures along the training: loss and dissipation, alignment, coarse-graining, predicted against realised."""
+"""Figures along the training: loss and dissipation, alignment, coarse-graining, predicted against
+realised."""
 
 from __future__ import annotations
 
@@ -7,23 +8,32 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from thermo_opt.audit.quantities import cost_unit
-from thermo_opt.audit.results import Audit
+from thermo_opt.describe.quantities import cost_unit
+from thermo_opt.lenses.results import Audited
 from thermo_opt.plots import series
-from thermo_opt.plots.axes import KEY, given_or_new, log_axes, plain, quiet, say_nothing_known, stacked
+from thermo_opt.plots.axes import (
+    KEY,
+    given_or_new,
+    log_axes,
+    plain,
+    quiet,
+    say_nothing_known,
+    stacked,
+)
 from thermo_opt.plots.palette import look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def units(audits: list[Audit]) -> str:
+def units(audits: list[Audited]) -> str:
     """Unit of Q for these audits; both, when their clocks differ."""
     return " or ".join(sorted({cost_unit(audit.summary["clock"]) for audit in audits}))
 
 
-def loss_and_dissipation(audits: Audit | Iterable[Audit], ax: Axes | None = None) -> Axes:
-    """Loss (nats per example) above, dissipation Q spent so far (nats) below, against the training step (THEORY §3)."""
+def loss_and_dissipation(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> Axes:
+    """Loss (nats per example) above, dissipation Q spent so far (nats) below, against the training
+    step (THEORY §3)."""
     audits = series.as_list(audits)
     ax = given_or_new(ax, height=5.0)
     upper, lower = stacked(ax, "Loss and dissipation")
@@ -36,7 +46,15 @@ def loss_and_dissipation(audits: Audit | Iterable[Audit], ax: Axes | None = None
         if len(step):
             lower.plot(step, spent, style.linestyle, color=style.hex)
     if not lower.lines:
-        lower.text(0.5, 0.5, "scale in nats unknown", ha="center", va="center", color="0.4", transform=lower.transAxes)
+        lower.text(
+            0.5,
+            0.5,
+            "scale in nats unknown",
+            ha="center",
+            va="center",
+            color="0.4",
+            transform=lower.transAxes,
+        )
         lower.set_yticks([])
     upper.set_ylabel("loss (nats)")
     lower.set_ylabel(f"Q so far ({units(audits)})")
@@ -45,8 +63,9 @@ def loss_and_dissipation(audits: Audit | Iterable[Audit], ax: Axes | None = None
     return ax
 
 
-def alignment(audits: Audit | Iterable[Audit], ax: Axes | None = None) -> Axes:
-    """Alignment ε of each interval (THEORY §3): a band where a bracket is known, a line where a value or a lower bound is."""
+def alignment(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> Axes:
+    """Alignment ε of each interval (THEORY §3): a band where a bracket is known, a line where a
+    value or a lower bound is."""
     audits = series.as_list(audits)
     ax = given_or_new(ax)
     drawn = False
@@ -58,7 +77,15 @@ def alignment(audits: Audit | Iterable[Audit], ax: Axes | None = None) -> Axes:
         style = look(i)
         name = plain(f"{audit.run} ({found.kind})")
         if found.kind == "bracket":
-            ax.fill_between(found.step, found.lower, found.upper, color=style.hex, alpha=0.25, linewidth=0, label=name)
+            ax.fill_between(
+                found.step,
+                found.lower,
+                found.upper,
+                color=style.hex,
+                alpha=0.25,
+                linewidth=0,
+                label=name,
+            )
             ax.plot(found.step, (found.lower + found.upper) / 2, style.linestyle, color=style.hex)
         else:
             ax.plot(found.step, found.lower, style.linestyle, color=style.hex, label=name)
@@ -73,8 +100,9 @@ def alignment(audits: Audit | Iterable[Audit], ax: Axes | None = None) -> Axes:
     return ax
 
 
-def coarse_graining(audits: Audit | Iterable[Audit], ax: Axes | None = None) -> Axes:
-    """ℒ_m (√nats) above and Q_m (nats) below against the sampling stride in optimizer steps, log axes (THEORY §4)."""
+def coarse_graining(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> Axes:
+    """ℒ_m (√nats) above and Q_m (nats) below against the sampling stride in optimizer steps, log
+    axes (THEORY §4)."""
     audits = series.as_list(audits)
     ax = given_or_new(ax, height=5.0)
     tables = [(i, audit, series.coarse_curves(audit.headline)) for i, audit in enumerate(audits)]
@@ -107,8 +135,9 @@ def coarse_graining(audits: Audit | Iterable[Audit], ax: Axes | None = None) -> 
     return ax
 
 
-def predicted_vs_realised(audits: Audit | Iterable[Audit], ax: Axes | None = None) -> Axes:
-    """Each interval's predicted ½a against its realised KL divergence (nats, log axes), and the line of agreement."""
+def predicted_vs_realised(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> Axes:
+    """Each interval's predicted ½a against its realised KL divergence (nats, log axes), and the
+    line of agreement."""
     ax = given_or_new(ax)
     span = np.array([np.inf, -np.inf])
     for i, audit in enumerate(series.as_list(audits)):
@@ -117,7 +146,15 @@ def predicted_vs_realised(audits: Audit | Iterable[Audit], ax: Axes | None = Non
             continue
         _, predicted, measured = found
         style = look(i)
-        ax.scatter(predicted, measured, s=18, color=style.hex, marker=style.marker, alpha=0.75, label=plain(audit.run))
+        ax.scatter(
+            predicted,
+            measured,
+            s=18,
+            color=style.hex,
+            marker=style.marker,
+            alpha=0.75,
+            label=plain(audit.run),
+        )
         both = np.concatenate([predicted, measured])
         span = np.array([min(span[0], both.min()), max(span[1], both.max())])
     if span[0] > span[1]:
@@ -132,6 +169,6 @@ def predicted_vs_realised(audits: Audit | Iterable[Audit], ax: Axes | None = Non
     return ax
 
 
-def _key(ax: Axes, audits: list[Audit]) -> None:
+def _key(ax: Axes, audits: list[Audited]) -> None:
     if len(audits) > 1:
         ax.legend(**KEY)

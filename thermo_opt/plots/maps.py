@@ -1,4 +1,5 @@
-"""Figures of where: the decomposition's bars, the trajectory map, the heat map of layers and steps."""
+"""Figures of where: the decomposition's bars, the trajectory map, the heat map of layers and
+steps."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from thermo_opt.audit.quantities import cost_unit, number
-from thermo_opt.audit.results import Audit
+from thermo_opt.describe.quantities import cost_unit, number
+from thermo_opt.lenses.results import Audited
 from thermo_opt.plots import series
 from thermo_opt.plots.axes import KEY, given_or_new, plain, quiet, say_nothing_known
 from thermo_opt.plots.curves import units
@@ -18,13 +19,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def decomposition_bars(audits: Audit | Iterable[Audit], ax: Axes | None = None) -> Axes:
-    """One bar a run, Q = irreducible + detour + pacing (nats; THEORY §4), in three tints of the run's colour."""
+def decomposition_bars(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> Axes:
+    """One bar a run, Q = irreducible + detour + pacing (nats; THEORY §4), in three tints of the
+    run's colour."""
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Patch
 
     audits = series.as_list(audits)
-    rows = [(i, audit, lens.summary) for i, audit in enumerate(audits) if (lens := series.bar_lens(audit)) is not None]
+    rows = [
+        (i, audit, lens.summary)
+        for i, audit in enumerate(audits)
+        if (lens := series.bar_lens(audit)) is not None
+    ]
     ax = given_or_new(ax, height=1.4 + 0.55 * len(rows))
     if not rows:
         say_nothing_known(ax, "No lens knows how these runs' dissipation divides.")
@@ -32,7 +38,14 @@ def decomposition_bars(audits: Audit | Iterable[Audit], ax: Axes | None = None) 
     for row, (i, audit, summary) in enumerate(rows):
         left = 0.0
         for part, opacity in PARTS.items():
-            ax.barh(row, summary[part], 0.42, left=left, color=to_rgba(look(i).hex, opacity), edgecolor=look(i).hex)
+            ax.barh(
+                row,
+                summary[part],
+                0.42,
+                left=left,
+                color=to_rgba(look(i).hex, opacity),
+                edgecolor=look(i).hex,
+            )
             left += summary[part]
         text = f"{audit.run}  {number(summary['dissipation'])} {cost_unit(summary['clock'])}"
         ax.text(0, row - 0.27, text, va="bottom", ha="left", fontsize="small", parse_math=False)
@@ -41,15 +54,20 @@ def decomposition_bars(audits: Audit | Iterable[Audit], ax: Axes | None = None) 
     ax.set_yticks([])
     ax.set_ylim(max(len(rows), 2.5) - 0.6, -1.05)
     ax.set_xlabel(f"dissipation Q ({units(audits)})")
-    patches = [Patch(facecolor=to_rgba("0.35", o), edgecolor="0.35", label=part) for part, o in PARTS.items()]
+    patches = [
+        Patch(facecolor=to_rgba("0.35", o), edgecolor="0.35", label=part)
+        for part, o in PARTS.items()
+    ]
     ax.legend(handles=patches, ncols=3, loc="upper right", **KEY)
     return ax
 
 
-def trajectory_map(audits: Audit | Iterable[Audit], ax: Axes | None = None) -> Axes:
-    """The runs' recorded predictions on one plane of intensive principal components (`manifold.trajectory_map`).
+def trajectory_map(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> Axes:
+    """The runs' recorded predictions on one plane of intensive principal components
+    (`manifold.trajectory_map`).
 
-    Open marker: start; filled marker: end. Runs recorded on another probe than the first are named in the title.
+    Open marker: start; filled marker: end. Runs recorded on another probe than the first are named
+    in the title.
     """
     audits = series.as_list(audits)
     ax = given_or_new(ax, height=4.8)
@@ -60,7 +78,12 @@ def trajectory_map(audits: Audit | Iterable[Audit], ax: Axes | None = None) -> A
     for run in found.trajectories:
         style = look(run.index)
         ax.plot(
-            *run.xy.T, style.linestyle, color=style.hex, marker=".", markersize=4, label=plain(audits[run.index].run)
+            *run.xy.T,
+            style.linestyle,
+            color=style.hex,
+            marker=".",
+            markersize=4,
+            label=plain(audits[run.index].run),
         )
         ax.plot(*run.xy[0], style.marker, color=style.hex, markerfacecolor="none", markersize=8)
         ax.plot(*run.xy[-1], style.marker, color=style.hex, markersize=8)
@@ -74,8 +97,9 @@ def trajectory_map(audits: Audit | Iterable[Audit], ax: Axes | None = None) -> A
     return ax
 
 
-def dissipation_heatmap(audit: Audit, ax: Axes | None = None) -> Axes:
-    """Dissipation of each layer and interval (nats, logarithmic colours); blank where a layer's part is not positive."""
+def dissipation_heatmap(audit: Audited, ax: Axes | None = None) -> Axes:
+    """Dissipation of each layer and interval (nats, logarithmic colours); blank where a layer's
+    part is not positive."""
     from matplotlib.colors import LogNorm
 
     found = series.heat(audit)
@@ -87,11 +111,18 @@ def dissipation_heatmap(audit: Audit, ax: Axes | None = None) -> Axes:
     top = float(values.max())
     norm = LogNorm(max(float(values.min()), top * 1e-6), top)
     rows = np.arange(len(found.layers))
-    image = ax.pcolormesh(found.step, rows, values, norm=norm, cmap="viridis", shading="nearest", rasterized=True)
+    image = ax.pcolormesh(
+        found.step, rows, values, norm=norm, cmap="viridis", shading="nearest", rasterized=True
+    )
     ax.set_yticks(rows, found.layers, fontsize="small", parse_math=False)
     ax.invert_yaxis()
     ax.set_xlabel("training step")
-    ax.set_title(f"Which layers dissipated: {plain(audit.run)}", loc="left", fontsize="medium", fontweight="bold")
+    ax.set_title(
+        f"Which layers dissipated: {plain(audit.run)}",
+        loc="left",
+        fontsize="medium",
+        fontweight="bold",
+    )
     if (figure := ax.get_figure()) is not None:
         figure.colorbar(image, ax=ax, label=f"dissipation ({units([audit])})", pad=0.02)
     return ax

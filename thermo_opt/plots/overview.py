@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from thermo_opt.audit.results import Audit
-from thermo_opt.audit.words import headline
+from thermo_opt.describe.sentences import headline
+from thermo_opt.lenses.results import Audited
 from thermo_opt.plots import curves, maps, series
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def overview(audits: Audit | Iterable[Audit]) -> Figure:
-    """The panels these audits support, two a row, on a pyplot figure; with one run, the headline sentence above them."""
+def overview(audits: Audited | Iterable[Audited]) -> Figure:
+    """The panels these audits support, two a row, on a pyplot figure; with one run, the headline
+    sentence above them."""
     import matplotlib.pyplot as plt
 
     audits = series.as_list(audits)
@@ -35,11 +36,17 @@ def overview(audits: Audit | Iterable[Audit]) -> Figure:
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)  # type: ignore[union-attr,call-arg]
     for position, draw in enumerate(panels):
         alone = position == len(panels) - 1 and len(panels) % 2 == 1
-        draw(audits, figure.add_subplot(grid[position // 2, slice(0, 2) if alone else position % 2]))
+        draw(
+            audits, figure.add_subplot(grid[position // 2, slice(0, 2) if alone else position % 2])
+        )
     for row, audit in enumerate(mapped, start=(len(panels) + 1) // 2):
         maps.dissipation_heatmap(audit, figure.add_subplot(grid[row, :]))
     if len(audits) == 1:
-        figure.suptitle(headline(audits[0].summary), x=0.01, ha="left", fontsize="large", parse_math=False)
+        figure.suptitle(
+            headline(audits[0].summary), x=0.01, ha="left", fontsize="large", parse_math=False
+        )
     if "inline" in plt.get_backend().lower():
-        plt.close(figure)  # a notebook shows the returned figure; left open, it would be shown twice
+        plt.close(
+            figure
+        )  # a notebook shows the returned figure; left open, it would be shown twice
     return figure

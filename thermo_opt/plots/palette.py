@@ -1,7 +1,7 @@
 """Colours, dashes and markers shared by the Matplotlib figures and the HTML page.
 
-The palette is that of Okabe and Ito (2008), distinguishable with every common form of colour blindness;
-runs also differ by dash and marker, so no figure relies on colour alone.
+The palette is that of Okabe and Ito (2008), distinguishable with every common form of colour
+blindness; runs also differ by dash and marker, so no figure relies on colour alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ PARTS = {"irreducible": 1.0, "detour": 0.45, "pacing": 0.15}
 
 @dataclass(frozen=True)
 class Look:
-    """How one run is drawn: a key of `OKABE_ITO`, a dash and a marker in the words of both drawing libraries."""
+    """How one run is drawn: a key of `OKABE_ITO`, a dash and a marker in the words of both drawing
+    libraries."""
 
     colour: str
     dash: str
@@ -37,7 +38,14 @@ class Look:
 
 
 _DASHES = (("solid", "-"), ("dash", "--"), ("dot", ":"), ("dashdot", "-."))
-_MARKERS = (("circle", "o"), ("square", "s"), ("diamond", "D"), ("triangle-up", "^"), ("cross", "P"), ("star", "*"))
+_MARKERS = (
+    ("circle", "o"),
+    ("square", "s"),
+    ("diamond", "D"),
+    ("triangle-up", "^"),
+    ("cross", "P"),
+    ("star", "*"),
+)
 
 
 def look(index: int) -> Look:

@@ -1,4 +1,5 @@
-"""What each figure shows, taken out of an audit once for both drawing libraries: arrays, finite values only."""
+"""What each figure shows, taken out of an audit once for both drawing libraries: arrays, finite
+values only."""
 
 from __future__ import annotations
 
@@ -9,22 +10,25 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
-from thermo_opt.audit.results import LENSES, Audit, LensAudit
+from thermo_opt.lenses.results import LENSES, Audited, LensAudit
 
 CURVE_POINTS = 1500
-"""More points than this on a curve can't be told apart on a screen; curves are thinned to about this many."""
+"""More points than this on a curve can't be told apart on a screen; curves are thinned to about
+this many."""
 
 MAX_LAYERS = 32
-"""Rows of the heat map; when a model has more layers, the least dissipating ones are summed into one row."""
+"""Rows of the heat map; when a model has more layers, the least dissipating ones are summed into
+one row."""
 
 
-def as_list(audits: Audit | Iterable[Audit]) -> list[Audit]:
+def as_list(audits: Audited | Iterable[Audited]) -> list[Audited]:
     """One audit or several, as a list."""
-    return [audits] if isinstance(audits, Audit) else list(audits)
+    return [audits] if isinstance(audits, Audited) else list(audits)
 
 
 def thin(x: np.ndarray, y: np.ndarray, points: int = CURVE_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """Keep the least and the largest y of each of ``points/2`` equal slices, and both ends: the drawn outline stays."""
+    """Keep the least and the largest y of each of ``points/2`` equal slices, and both ends: the
+    drawn outline stays."""
     if len(x) <= points:
         return x, y
     edges = np.linspace(0, len(x), points // 2 + 1).astype(int)
@@ -43,7 +47,8 @@ def finite(*columns: Iterable[float]) -> tuple[np.ndarray, ...]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Few round ticks between two positive ends of a logarithmic axis, each readable from one digit."""
+    """Few round ticks between two positive ends of a logarithmic axis, each readable from one
+    digit."""
     decades = float(np.log10(high / low))
     factors = (1, 2, 3, 4, 5, 6, 8) if decades < 1 else (1, 2, 5) if decades < 2.2 else (1,)
     spacing = max(1, int(np.ceil(decades / 7)))
@@ -56,8 +61,9 @@ def _curve(x: Iterable[float], y: Iterable[float]) -> tuple[np.ndarray, np.ndarr
     return thin(x, y)
 
 
-def loss_curve(audit: Audit) -> tuple[np.ndarray, np.ndarray, str]:
-    """Steps, loss in nats per example, and where measured: "probe" if recorded predictions give it, else "training"."""
+def loss_curve(audit: Audited) -> tuple[np.ndarray, np.ndarray, str]:
+    """Steps, loss in nats per example, and where measured: "probe" if recorded predictions give it,
+    else "training"."""
     lens = audit.headline
     if lens.steps["loss"].notna().any():
         step = np.append(lens.steps["step"].to_numpy(), lens.steps["step_end"].to_numpy()[-1:])
@@ -88,8 +94,9 @@ class AlignmentSeries:
     kind: str  # "bracket", "value" or "lower bound"
 
 
-def alignment_series(audit: Audit) -> AlignmentSeries | None:
-    """Alignment from the lens that knows it best: parameters, then outputs, then optimizer state; None if none does."""
+def alignment_series(audit: Audited) -> AlignmentSeries | None:
+    """Alignment from the lens that knows it best: parameters, then outputs, then optimizer state;
+    None if none does."""
     for name in ("parameters", "outputs", "optimizer-state"):
         lens = audit.lenses.get(name)
         if lens is None:
@@ -100,9 +107,13 @@ def alignment_series(audit: Audit) -> AlignmentSeries | None:
         keep = np.isfinite(lower)
         if not keep.any():
             continue
-        step = (steps["step"].to_numpy(dtype=np.float64) + steps["step_end"].to_numpy(dtype=np.float64)) / 2
+        step = (
+            steps["step"].to_numpy(dtype=np.float64) + steps["step_end"].to_numpy(dtype=np.float64)
+        ) / 2
         step, lower, upper = step[keep], lower[keep], upper[keep]
-        if not np.isfinite(upper).all() or np.all(upper[lower < 1] >= 1):  # an upper end of 1 says nothing
+        if not np.isfinite(upper).all() or np.all(
+            upper[lower < 1] >= 1
+        ):  # an upper end of 1 says nothing
             kind = "lower bound"
         elif np.allclose(lower, upper, rtol=1e-9, atol=1e-12):
             kind = "value"
@@ -116,14 +127,22 @@ def alignment_series(audit: Audit) -> AlignmentSeries | None:
 
 
 def parts(lens: LensAudit) -> dict[str, float] | None:
-    """Irreducible, detour and pacing in the units of Q, or None where the lens lacks one of them."""
+    """Irreducible, detour and pacing in the units of Q, or None where the lens lacks one of
+    them."""
     values = {key: lens.summary[key] for key in ("irreducible", "detour", "pacing")}
     return None if any(value is None for value in values.values()) else values
 
 
-def bar_lens(audit: Audit) -> LensAudit | None:
+def bar_lens(audit: Audited) -> LensAudit | None:
     """The first lens that knows all three parts, or None."""
-    return next((audit.lenses[n] for n in LENSES if n in audit.lenses and parts(audit.lenses[n]) is not None), None)
+    return next(
+        (
+            audit.lenses[n]
+            for n in LENSES
+            if n in audit.lenses and parts(audit.lenses[n]) is not None
+        ),
+        None,
+    )
 
 
 def coarse_curves(lens: LensAudit) -> pd.DataFrame:
@@ -137,15 +156,17 @@ def coarse_curves(lens: LensAudit) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Heat:
-    """Layers × intervals dissipation: ``values`` (layers, intervals), ``step`` the middle of each interval."""
+    """Layers × intervals dissipation: ``values`` (layers, intervals), ``step`` the middle of each
+    interval."""
 
     layers: list[str]
     step: np.ndarray
     values: np.ndarray
 
 
-def heat(audit: Audit) -> Heat | None:
-    """Dissipation summed over each layer's parameters (``fc.weight`` and ``fc.bias`` are layer ``fc``), or None."""
+def heat(audit: Audited) -> Heat | None:
+    """Dissipation summed over each layer's parameters (``fc.weight`` and ``fc.bias`` are layer
+    ``fc``), or None."""
     lens = next((lens for lens in audit.lenses.values() if lens.attribution is not None), None)
     if lens is None or lens.attribution is None or lens.attribution.empty:
         return None
@@ -155,17 +176,25 @@ def heat(audit: Audit) -> Heat | None:
     if summed.shape[1] > MAX_LAYERS:
         largest = set(summed.sum().nlargest(MAX_LAYERS - 1).index)
         rest = [name for name in summed.columns if name not in largest]
-        summed = summed.drop(columns=rest).assign(**{f"{len(rest)} other layers": summed[rest].sum(axis=1)})
-    step = (lens.steps["step"].to_numpy(dtype=np.float64) + lens.steps["step_end"].to_numpy(dtype=np.float64)) / 2
+        summed = summed.drop(columns=rest).assign(
+            **{f"{len(rest)} other layers": summed[rest].sum(axis=1)}
+        )
+    step = (
+        lens.steps["step"].to_numpy(dtype=np.float64)
+        + lens.steps["step_end"].to_numpy(dtype=np.float64)
+    ) / 2
     return Heat([str(c) for c in summed.columns], step, summed.to_numpy(dtype=np.float64).T)
 
 
-def realised(audit: Audit) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Per interval: step, predicted ½a and realised KL (nats, positive ones), or None where no lens measured the KL."""
+def realised(audit: Audited) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Per interval: step, predicted ½a and realised KL (nats, positive ones), or None where no lens
+    measured the KL."""
     for lens in audit.lenses.values():
         if "kl_realised" not in lens.steps:
             continue
-        step, predicted, measured = finite(lens.steps["step"], lens.steps["a"] / 2, lens.steps["kl_realised"])
+        step, predicted, measured = finite(
+            lens.steps["step"], lens.steps["a"] / 2, lens.steps["kl_realised"]
+        )
         keep = (predicted > 0) & (measured > 0)
         if keep.any():
             return step[keep], predicted[keep], measured[keep]
@@ -174,7 +203,8 @@ def realised(audit: Audit) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One run on the map: index among the audits drawn, (K, 2) coordinates, steps (K,), loss (K,)."""
+    """One run on the map: index among the audits drawn, (K, 2) coordinates, steps (K,), loss
+    (K,)."""
 
     index: int
     xy: np.ndarray
@@ -184,20 +214,24 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class TrajectoryMap:
-    """Runs on one map, the share of the spread it explains, and the runs that were recorded on another probe."""
+    """Runs on one map, the share of the spread it explains, and the runs that were recorded on
+    another probe."""
 
     trajectories: list[Trajectory]
     explained: float
     left_out: list[str]
 
 
-def trajectory_series(audits: Sequence[Audit]) -> TrajectoryMap | None:
-    """Map of the runs recorded on the first one's probe, or None; other probes' predictions can't share a picture."""
+def trajectory_series(audits: Sequence[Audited]) -> TrajectoryMap | None:
+    """Map of the runs recorded on the first one's probe, or None; other probes' predictions can't
+    share a picture."""
     from thermo_opt import manifold
 
     found = []
     for index, audit in enumerate(audits):
-        landmarks = next((lens.landmarks for lens in audit.lenses.values() if lens.landmarks is not None), None)
+        landmarks = next(
+            (lens.landmarks for lens in audit.lenses.values() if lens.landmarks is not None), None
+        )
         if landmarks is not None and len(landmarks.steps) > 1:
             found.append((index, landmarks))
     if not found:
@@ -206,13 +240,19 @@ def trajectory_series(audits: Sequence[Audit]) -> TrajectoryMap | None:
     same = [
         (index, marks)
         for index, marks in found
-        if audits[index].probe == audits[first].probe and marks.amplitudes.shape[1:] == reference.amplitudes.shape[1:]
+        if audits[index].probe == audits[first].probe
+        and marks.amplitudes.shape[1:] == reference.amplitudes.shape[1:]
     ]
     coordinates, explained = manifold.trajectory_map([marks.amplitudes for _, marks in same])
     drawn = {index for index, _ in same}
     return TrajectoryMap(
         [
-            Trajectory(index, np.asarray(xy)[:, :2], np.asarray(marks.steps), np.asarray(marks.loss, dtype=np.float64))
+            Trajectory(
+                index,
+                np.asarray(xy)[:, :2],
+                np.asarray(marks.steps),
+                np.asarray(marks.loss, dtype=np.float64),
+            )
             for (index, marks), xy in zip(same, coordinates, strict=True)
         ],
         float(explained),

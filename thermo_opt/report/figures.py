@@ -1,4 +1,5 @@
-"""The page's figures as plotly.js specifications, plain dictionaries: those along the training are made here."""
+"""The page's figures as plotly.js specifications, plain dictionaries: those along the training are
+made here."""
 
 from __future__ import annotations
 
@@ -7,16 +8,16 @@ from html import escape
 
 import numpy as np
 
-from thermo_opt.audit.quantities import cost_unit
-from thermo_opt.audit.results import Audit
-from thermo_opt.audit.words import LENS_WORDS
+from thermo_opt.describe.quantities import cost_unit
+from thermo_opt.describe.sentences import LENS_WORDS
+from thermo_opt.lenses.results import Audited
 from thermo_opt.plots import series
 from thermo_opt.plots.palette import look
 from thermo_opt.report.maps import decomposition, dissipation_heatmap, trajectory_map
 from thermo_opt.report.spec import Figure, Spec, axis, layout, line, log_axis, numbers, units
 
 
-def figures(audits: Sequence[Audit]) -> list[Figure]:
+def figures(audits: Sequence[Audited]) -> list[Figure]:
     """Every figure that these audits support, in reading order."""
     drawn = [
         decomposition(audits),
@@ -29,7 +30,7 @@ def figures(audits: Sequence[Audit]) -> list[Figure]:
     return [figure for figure in drawn if figure is not None]
 
 
-def loss_and_dissipation(audits: Sequence[Audit]) -> Figure | None:
+def loss_and_dissipation(audits: Sequence[Audited]) -> Figure | None:
     """Loss above, dissipation spent so far below, against the training step."""
     data: list[Spec] = []
     sources = set()
@@ -41,7 +42,9 @@ def loss_and_dissipation(audits: Sequence[Audit]) -> Figure | None:
         step, spent = series.cumulative_dissipation(audit.headline)
         if len(step):
             unit = cost_unit(audit.summary["clock"])
-            data.append(line(i, audit, step, spent, "dissipated so far %{y:.4g} " + unit) | {"yaxis": "y2"})
+            data.append(
+                line(i, audit, step, spent, "dissipated so far %{y:.4g} " + unit) | {"yaxis": "y2"}
+            )
     if not data:
         return None
     frame = layout(
@@ -50,24 +53,28 @@ def loss_and_dissipation(audits: Sequence[Audit]) -> Figure | None:
         yaxis2=axis(f"Q so far ({units(audits)})", domain=[0, 0.45], rangemode="tozero"),
     )
     measured = " and ".join(
-        {"probe": "on the probe set", "training": "as logged in training"}[s] for s in sorted(sources)
+        {"probe": "on the probe set", "training": "as logged in training"}[s]
+        for s in sorted(sources)
     )
     return Figure(
         "loss-and-dissipation",
         "Loss and dissipation along the training",
-        f"Above: the loss, {measured}. Below: the dissipation spent up to each step. A steep stretch below, "
+        f"Above: the loss, {measured}. Below: the dissipation spent up to each step. A steep "
+        "stretch below, "
         "under a flat one above, is cost that bought little."
         if measured
         else "The dissipation spent up to each step.",
-        "Line charts of the loss and of the cumulative dissipation against the training step, one line a run.",
+        "Line charts of the loss and of the cumulative dissipation against the training step, one "
+        "line a run.",
         data,
         frame,
         520,
     )
 
 
-def alignment(audits: Sequence[Audit]) -> Figure | None:
-    """ε over steps: a band where only a bracket is known, a line where a value or a lower bound is (THEORY §3, §5)."""
+def alignment(audits: Sequence[Audited]) -> Figure | None:
+    """ε over steps: a band where only a bracket is known, a line where a value or a lower bound is
+    (THEORY §3, §5)."""
     data: list[Spec] = []
     kinds: dict[str, None] = {}
     for i, audit in enumerate(audits):
@@ -92,9 +99,15 @@ def alignment(audits: Sequence[Audit]) -> Figure | None:
             data.append(outline)
             middle = (found.lower + found.upper) / 2
             trace = line(
-                i, audit, found.step, middle, "alignment between %{customdata[0]:.3f} and %{customdata[1]:.3f}"
+                i,
+                audit,
+                found.step,
+                middle,
+                "alignment between %{customdata[0]:.3f} and %{customdata[1]:.3f}",
             )
-            trace["customdata"] = [[float(lo), float(up)] for lo, up in zip(found.lower, found.upper, strict=True)]
+            trace["customdata"] = [
+                [float(lo), float(up)] for lo, up in zip(found.lower, found.upper, strict=True)
+            ]
         else:
             word = "alignment" if found.kind == "value" else "alignment at least"
             trace = line(i, audit, found.step, found.lower, word + " %{y:.3f}")
@@ -105,9 +118,11 @@ def alignment(audits: Sequence[Audit]) -> Figure | None:
     return Figure(
         "alignment",
         "Alignment with the natural gradient",
-        "The share of each step’s dissipation that bought first-order decrease of the loss: 1 for the natural gradient "
+        "The share of each step’s dissipation that bought first-order decrease of the loss: 1 for "
+        "the natural gradient "
         f"itself, negative uphill. {' '.join(kinds)}",
-        "Line chart of the alignment of each step with the natural gradient, one line or band a run.",
+        "Line chart of the alignment of each step with the natural gradient, one line or band a "
+        "run.",
         data,
         frame,
         360,
@@ -121,7 +136,7 @@ _ALIGNMENT_WORDS = {
 }
 
 
-def coarse_graining(audits: Sequence[Audit]) -> Figure | None:
+def coarse_graining(audits: Sequence[Audited]) -> Figure | None:
     """ℒ_m and Q_m against the sampling stride, log axes (THEORY §4)."""
     data: list[Spec] = []
     exponents = []
@@ -137,7 +152,14 @@ def coarse_graining(audits: Sequence[Audit]) -> Figure | None:
             ("dissipation", "y2", "dissipation %{y:.4g} " + cost_unit(audit.summary["clock"])),
         ):
             style = look(i)
-            trace = line(i, audit, steps, table[column].to_numpy(dtype=np.float64), words, where="every %{x:.4g} steps")
+            trace = line(
+                i,
+                audit,
+                steps,
+                table[column].to_numpy(dtype=np.float64),
+                words,
+                where="every %{x:.4g} steps",
+            )
             trace |= {"mode": "lines+markers", "yaxis": panel}
             trace["marker"] = {"color": f"@{style.colour}", "symbol": style.symbol, "size": 6}
             data.append(trace)
@@ -145,18 +167,27 @@ def coarse_graining(audits: Sequence[Audit]) -> Figure | None:
             exponents.append(f"{audit.run} {audit.headline.hurst:.2f}")
     if not data:
         return None
-    drawn = {key: np.concatenate([table[key] for table in tables]) for key in ("stride_steps", "length", "dissipation")}
+    drawn = {
+        key: np.concatenate([table[key] for table in tables])
+        for key in ("stride_steps", "length", "dissipation")
+    }
     frame = layout(
         xaxis=log_axis("sampling stride (optimizer steps)", drawn["stride_steps"], anchor="y2"),
         yaxis=log_axis("length ℒ (√nats)", drawn["length"], domain=[0.55, 1]),
         yaxis2=log_axis(f"dissipation Q ({units(audits)})", drawn["dissipation"], domain=[0, 0.45]),
     )
-    said = f" Exponent H (1: steady drift, ½: minibatch noise): {', '.join(exponents)}." if exponents else ""
+    said = (
+        f" Exponent H (1: steady drift, ½: minibatch noise): {', '.join(exponents)}."
+        if exponents
+        else ""
+    )
     return Figure(
         "coarse-graining",
         "How much the sampling hides",
-        "Length and dissipation as they would have been found from fewer snapshots. They can only fall as snapshots get "
-        "sparser, so a run recorded sparsely gives lower bounds; curves still rising at the left end mean there is "
+        "Length and dissipation as they would have been found from fewer snapshots. They can only "
+        "fall as snapshots get "
+        "sparser, so a run recorded sparsely gives lower bounds; curves still rising at the left "
+        "end mean there is "
         f"more to see.{said}",
         "Log-log charts of length and dissipation against the sampling stride, one line a run.",
         data,
@@ -165,7 +196,7 @@ def coarse_graining(audits: Sequence[Audit]) -> Figure | None:
     )
 
 
-def predicted_vs_realised(audits: Sequence[Audit]) -> Figure | None:
+def predicted_vs_realised(audits: Sequence[Audited]) -> Figure | None:
     """½a against the realised KL of each step, log axes, with the line on which they agree."""
     data: list[Spec] = []
     span = np.array([np.inf, -np.inf])
@@ -186,7 +217,12 @@ def predicted_vs_realised(audits: Sequence[Audit]) -> Figure | None:
             where="",
         )
         trace |= {"mode": "markers", "customdata": numbers(step)}
-        trace["marker"] = {"color": f"@{style.colour}", "symbol": style.symbol, "size": 7, "opacity": 0.75}
+        trace["marker"] = {
+            "color": f"@{style.colour}",
+            "symbol": style.symbol,
+            "size": 7,
+            "opacity": 0.75,
+        }
         data.append(trace)
     if not data:
         return None
@@ -205,9 +241,11 @@ def predicted_vs_realised(audits: Sequence[Audit]) -> Figure | None:
     return Figure(
         "predicted-vs-realised",
         "Predicted and realised dissipation",
-        "Each point is an audited interval: the metric’s prediction against the Kullback–Leibler divergence really "
+        "Each point is an audited interval: the metric’s prediction against the Kullback–Leibler "
+        "divergence really "
         "measured. On the dashed line they agree.",
-        "Scatter chart of predicted dissipation against realised divergence, one point an interval.",
+        "Scatter chart of predicted dissipation against realised divergence, one point an "
+        "interval.",
         [diagonal, *data],
         frame,
         420,

@@ -1,4 +1,5 @@
-"""A speed-cost front as a page: one figure a target, the runs' table, how to read both; one file that opens offline."""
+"""A speed-cost front as a page: one figure a target, the runs' table, how to read both; one file
+that opens offline."""
 
 from __future__ import annotations
 
@@ -9,20 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from thermo_opt.audit.front import ParetoFront, Target
-from thermo_opt.audit.quantities import DURATION_UNITS, cost_unit, number, percent
-from thermo_opt.plots.front import contours, cost_label, window
+from thermo_opt.describe.quantities import DURATION_UNITS, cost_unit, number, percent
+from thermo_opt.plots.front import Front, FrontTarget, contours, cost_label, window
 from thermo_opt.plots.palette import look
 from thermo_opt.report.page import render_template, write_page
 from thermo_opt.report.spec import Figure, Spec, layout, log_axis, numbers
 
 
-def write_front(front: ParetoFront, path: str | PathLike[str]) -> Path:
-    """Write the front's page to ``path`` (by rename) and return the path; `InputError` when it can't be written."""
+def write_front(front: Front, path: str | PathLike[str]) -> Path:
+    """Write the front's page to ``path`` (by rename) and return the path; `InputError` when it
+    can't be written."""
     return write_page(render_front(front), path)
 
 
-def render_front(front: ParetoFront) -> str:
+def render_front(front: Front) -> str:
     """The page as a string; everything that came from a run is escaped."""
     drawn = [_figure(front, target, index) for index, target in enumerate(front.targets)]
     looks = [{"name": group, "index": i, "look": look(i)} for i, group in enumerate(front.groups)]
@@ -39,33 +40,48 @@ def render_front(front: ParetoFront) -> str:
     )
 
 
-def sentences(front: ParetoFront) -> list[str]:
-    """The front in words, a sentence a target, and how runs of different starts were made comparable."""
+def sentences(front: Front) -> list[str]:
+    """The front in words, a sentence a target, and how runs of different starts were made
+    comparable."""
     said = []
     for target in front.targets:
         best = front.front(target.target_loss)
         rows = front.rows(target.target_loss)
         missed = int(rows["censored"].sum())
-        names = ", ".join(best["run"].iloc[:4]) + (f" and {len(best) - 4} more" if len(best) > 4 else "")
+        names = ", ".join(best["run"].iloc[:4]) + (
+            f" and {len(best) - 4} more" if len(best) > 4 else ""
+        )
         alone = len(best) == 1
         said.append(
-            f"To reach loss {number(target.target_loss)}, {'no other run is' if alone else 'no run is'} both faster and "
-            f"cheaper than {names}: {'it dominates' if alone else 'together they dominate'} {percent(target.coverage)} of "
+            f"To reach loss {number(target.target_loss)}, "
+            f"{'no other run is' if alone else 'no run is'} both faster and "
+            f"cheaper than {names}: {'it dominates' if alone else 'together they dominate'} "
+            f"{percent(target.coverage)} of "
             "what the universal frontier leaves possible"
             + (f"; {missed} of {len(rows)} runs never reach it." if missed else ".")
         )
     if not all(target.same_start for target in front.targets):
-        said.append("The runs start from different predictions, so each one’s dissipation is scaled by its own D*².")
+        said.append(
+            "The runs start from different predictions, so each one’s dissipation is scaled by its "
+            "own D*²."
+        )
     return said
 
 
-def _figure(front: ParetoFront, target: Target, position: int) -> Figure:
+def _figure(front: Front, target: FrontTarget, position: int) -> Figure:
     span_x, span_y = window(front, target)
     time, floor = np.geomspace(span_x[0] / 1.2, span_x[1] * 1.2, 120), span_y[0] / 1.2
     edge = target.least_dissipation(time)
     data: list[Spec] = [
         _line(time, np.full_like(time, floor), "@muted:0"),
-        _line(time, np.maximum(edge, floor), "@text", dash="dash", fill="tonexty", fillcolor="@muted:0.18"),
+        _line(
+            time,
+            np.maximum(edge, floor),
+            "@text",
+            dash="dash",
+            fill="tonexty",
+            fillcolor="@muted:0.18",
+        ),
     ]
     for efficiency in contours(target, span_x, span_y):
         words = f"efficiency {percent(efficiency)}"
@@ -83,7 +99,12 @@ def _figure(front: ParetoFront, target: Target, position: int) -> Figure:
             closed = np.vstack([corners, corners[:1]])
             colour = f"@{style.colour}:0.35"
             filled = _line(
-                closed[:, 0], closed[:, 1], colour, width=1, fill="toself", fillcolor=f"@{style.colour}:0.13"
+                closed[:, 0],
+                closed[:, 1],
+                colour,
+                width=1,
+                fill="toself",
+                fillcolor=f"@{style.colour}:0.13",
             )
             data.append(filled | {"meta": {"run": index}})
         data.append(
@@ -96,7 +117,9 @@ def _figure(front: ParetoFront, target: Target, position: int) -> Figure:
                 "y": numbers(own["dissipation_scaled"]),
                 "customdata": [
                     [escape(str(run)), number(q), percent(efficiency)]
-                    for run, q, efficiency in zip(own["run"], own["dissipation"], own["efficiency"], strict=True)
+                    for run, q, efficiency in zip(
+                        own["run"], own["dissipation"], own["efficiency"], strict=True
+                    )
                 ],
                 "marker": {"color": f"@{style.colour}", "symbol": style.symbol, "size": 9},
                 "hovertemplate": "<b>%{customdata[0]}</b> (%{fullData.name})<br>after %{x:.4g} "
@@ -116,17 +139,22 @@ def _figure(front: ParetoFront, target: Target, position: int) -> Figure:
     return Figure(
         f"front-{position}",
         f"The cost of reaching {words}",
-        "Each point is a run: lower is cheaper, further left is faster. Black steps: the runs that no other beats. Dashed: "
-        "the universal frontier Q·T = D*²/2; no optimizer and no architecture can be in the shade below it. Grey lines "
+        "Each point is a run: lower is cheaper, further left is faster. Black steps: the runs that "
+        "no other beats. Dashed: "
+        "the universal frontier Q·T = D*²/2; no optimizer and no architecture can be in the shade "
+        "below it. Grey lines "
         "join points of equal efficiency. Tinted: what each group spans.",
-        f"Scatter chart on logarithmic axes of time and dissipation to {words}. On the front: {', '.join(best['run'])}.",
+        f"Scatter chart on logarithmic axes of time and dissipation to {words}. On the front: "
+        f"{', '.join(best['run'])}.",
         data,
         frame,
         460,
     )
 
 
-def _line(x: np.ndarray, y: np.ndarray, colour: str, width: float = 1.5, dash: str = "solid", **more: Any) -> Spec:
+def _line(
+    x: np.ndarray, y: np.ndarray, colour: str, width: float = 1.5, dash: str = "solid", **more: Any
+) -> Spec:
     return {
         "type": "scatter",
         "mode": "lines",
@@ -138,11 +166,13 @@ def _line(x: np.ndarray, y: np.ndarray, colour: str, width: float = 1.5, dash: s
     }
 
 
-def _rows(front: ParetoFront) -> list[dict[str, Any]]:
+def _rows(front: Front) -> list[dict[str, Any]]:
     """The table: targets in order, within each the runs by time, those that never reach it last."""
     rows = []
     for target in front.targets:
-        ordered = front.rows(target.target_loss).sort_values("time", kind="stable", na_position="last")
+        ordered = front.rows(target.target_loss).sort_values(
+            "time", kind="stable", na_position="last"
+        )
         for row in ordered.to_dict("records"):
             rows.append(
                 {
@@ -152,8 +182,10 @@ def _rows(front: ParetoFront) -> list[dict[str, Any]]:
                     "cells": [
                         number(row["target_loss"]),
                         f"> {number(row['duration'])}" if row["censored"] else number(row["time"]),
-                        f"> {number(row['dissipation_total'])}" if row["censored"] else number(row["dissipation"]),
-                        number(row["frontier"]),
+                        f"> {number(row['dissipation_total'])}"
+                        if row["censored"]
+                        else number(row["dissipation"]),
+                        number(row["least_distance"]),
                         "–" if row["censored"] else percent(row["efficiency"]),
                         number(row["lowest_loss"]),
                     ],

@@ -1,4 +1,5 @@
-"""Figures of where, as plotly.js specifications: the decomposition's bars, the trajectory map, the heat map of layers."""
+"""Figures of where, as plotly.js specifications: the decomposition's bars, the trajectory map, the
+heat map of layers."""
 
 from __future__ import annotations
 
@@ -8,16 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from thermo_opt.audit.quantities import cost_unit, number, percent
-from thermo_opt.audit.results import Audit
+from thermo_opt.describe.quantities import cost_unit, number, percent
+from thermo_opt.lenses.results import Audited
 from thermo_opt.plots import series
 from thermo_opt.plots.palette import PARTS, look
 from thermo_opt.report.spec import Figure, Spec, axis, label, layout, line, null, numbers, units
 
 
-def decomposition(audits: Sequence[Audit]) -> Figure | None:
+def decomposition(audits: Sequence[Audited]) -> Figure | None:
     """One stacked bar a run: Q = irreducible + detour + pacing (THEORY §4)."""
-    rows = [(i, audit, lens.summary) for i, audit in enumerate(audits) if (lens := series.bar_lens(audit)) is not None]
+    rows = [
+        (i, audit, lens.summary)
+        for i, audit in enumerate(audits)
+        if (lens := series.bar_lens(audit)) is not None
+    ]
     if not rows:
         return None
     data: list[Spec] = [
@@ -29,7 +34,8 @@ def decomposition(audits: Sequence[Audit]) -> Figure | None:
             "y": list(range(len(rows))),
             "width": 0.42,
             "customdata": [
-                [escape(audit.run), cost_unit(summary["clock"]), _share(summary, part)] for _, audit, summary in rows
+                [escape(audit.run), cost_unit(summary["clock"]), _share(summary, part)]
+                for _, audit, summary in rows
             ],
             "hovertemplate": "<b>%{customdata[0]}</b><br>%{fullData.name}: "
             "%{x:.4g} %{customdata[1]} (%{customdata[2]})<extra></extra>",
@@ -52,18 +58,23 @@ def decomposition(audits: Sequence[Audit]) -> Figure | None:
             "showarrow": False,
             "align": "left",
             "font": {"size": 13},
-            "text": f"{label(audit.run, 30)}  <b>{number(summary['dissipation'])}</b> {cost_unit(summary['clock'])}",
+            "text": (
+                f"{label(audit.run, 30)}  <b>{number(summary['dissipation'])}</b> "
+                f"{cost_unit(summary['clock'])}"
+            ),
         }
         for row, (_, audit, summary) in enumerate(rows)
     ]
     return Figure(
         "decomposition",
         "Where the dissipation went",
-        "Irreducible: what a straight path at constant speed would have cost. Detour: the price of a longer path. "
+        "Irreducible: what a straight path at constant speed would have cost. Detour: the price of "
+        "a longer path. "
         "Pacing: the price of uneven speed. The three add up to the dissipation exactly.",
         "Stacked bars. "
         + "; ".join(
-            f"{audit.run}: " + ", ".join(f"{p} {_share(summary, p)}" for p in PARTS) for _, audit, summary in rows
+            f"{audit.run}: " + ", ".join(f"{p} {_share(summary, p)}" for p in PARTS)
+            for _, audit, summary in rows
         ),
         data,
         layout(
@@ -77,7 +88,7 @@ def decomposition(audits: Sequence[Audit]) -> Figure | None:
     )
 
 
-def trajectory_map(audits: Sequence[Audit]) -> Figure | None:
+def trajectory_map(audits: Sequence[Audited]) -> Figure | None:
     """Recorded predictions of the runs on one plane (`manifold.trajectory_map`)."""
     found = series.trajectory_series(audits)
     if found is None:
@@ -97,7 +108,9 @@ def trajectory_map(audits: Sequence[Audit]) -> Figure | None:
         )
         trace |= {
             "mode": "lines+markers",
-            "customdata": [[int(s), null(loss)] for s, loss in zip(path.step, path.loss, strict=True)],
+            "customdata": [
+                [int(s), null(loss)] for s, loss in zip(path.step, path.loss, strict=True)
+            ],
             "marker": {
                 "color": f"@{style.colour}",
                 "symbol": shape,
@@ -111,11 +124,16 @@ def trajectory_map(audits: Sequence[Audit]) -> Figure | None:
         xaxis=axis("first intensive component"),
         yaxis=axis("second intensive component", scaleanchor="x", scaleratio=1),
     )
-    left_out = f" Not drawn, recorded on another probe: {', '.join(found.left_out)}." if found.left_out else ""
+    left_out = (
+        f" Not drawn, recorded on another probe: {', '.join(found.left_out)}."
+        if found.left_out
+        else ""
+    )
     return Figure(
         "trajectory-map",
         "The paths, in the space of predictions",
-        "Each point is a recorded set of predictions; points far apart are easy to tell apart (intensive principal "
+        "Each point is a recorded set of predictions; points far apart are easy to tell apart "
+        "(intensive principal "
         "components). Open markers: start. Large filled markers: end. "
         f"The plane shows {percent(found.explained)} of the spread.{left_out}",
         "Map of each run's path through the space of predictions, in two dimensions.",
@@ -125,10 +143,13 @@ def trajectory_map(audits: Sequence[Audit]) -> Figure | None:
     )
 
 
-def dissipation_heatmap(audits: Sequence[Audit]) -> Figure | None:
-    """Layers × steps, a panel a run: each layer's part δ_lᵀ(Fδ)_l of the dissipation on one logarithmic colour scale."""
+def dissipation_heatmap(audits: Sequence[Audited]) -> Figure | None:
+    """Layers × steps, a panel a run: each layer's part δ_lᵀ(Fδ)_l of the dissipation on one
+    logarithmic colour scale."""
     panels = [
-        (audit, found) for audit in audits if (found := series.heat(audit)) is not None and (found.values > 0).any()
+        (audit, found)
+        for audit in audits
+        if (found := series.heat(audit)) is not None and (found.values > 0).any()
     ]
     if not panels:
         return None
@@ -185,7 +206,9 @@ def dissipation_heatmap(audits: Sequence[Audit]) -> Figure | None:
             }
         )
         ceiling = floor
-    frame["xaxis"] = axis("training step", anchor=f"y{len(panels) if len(panels) > 1 else ''}", showgrid=False)
+    frame["xaxis"] = axis(
+        "training step", anchor=f"y{len(panels) if len(panels) > 1 else ''}", showgrid=False
+    )
     ticks = np.arange(np.ceil(bottom), np.floor(top) + 1)
     frame["coloraxis"] = {
         "cmin": bottom,
@@ -210,9 +233,11 @@ def dissipation_heatmap(audits: Sequence[Audit]) -> Figure | None:
     return Figure(
         "dissipation-heatmap",
         "Which layers dissipated, and when",
-        "Each interval’s dissipation by layer; the layers sum to the whole. Blank where a layer’s part is not positive: its "
+        "Each interval’s dissipation by layer; the layers sum to the whole. Blank where a layer’s "
+        "part is not positive: its "
         "motion cancelled that of others.",
-        f"Heat map of dissipation by layer and training step of {', '.join(audit.run for audit, _ in panels)}.",
+        "Heat map of dissipation by layer and training step of "
+        f"{', '.join(audit.run for audit, _ in panels)}.",
         data,
         frame,
         108 + total,

@@ -1,4 +1,5 @@
-"""Write the report: a jinja2 template, the figures' specifications and plotly.js, in one file that loads nothing."""
+"""Write the report: a jinja2 template, the figures' specifications and plotly.js, in one file that
+loads nothing."""
 
 from __future__ import annotations
 
@@ -13,21 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from thermo_opt import __version__
-from thermo_opt.audit import words
-from thermo_opt.audit.quantities import DEFINED, PER_STEP, QUANTITIES, number, percent, unit
-from thermo_opt.audit.results import Audit, summaries_json
+from thermo_opt.describe import sentences as words
+from thermo_opt.describe.quantities import DEFINED, PER_STEP, QUANTITIES, number, percent, unit
 from thermo_opt.errors import InputError
+from thermo_opt.lenses.results import Audited, summaries_json
 from thermo_opt.plots.palette import PARTS, look
 from thermo_opt.plots.series import as_list
 from thermo_opt.report.figures import figures
 from thermo_opt.report.spec import Figure
 
 
-def write_report(audits: Audit | Iterable[Audit], path: str | PathLike[str]) -> Path:
-    """Write the audits' report to ``path`` (by rename: a reader never sees half a page) and return the path.
+def write_report(audits: Audited | Iterable[Audited], path: str | PathLike[str]) -> Path:
+    """Write the audits' report to ``path`` (by rename: a reader never sees half a page) and return
+    the path.
 
-    Cost: a fraction of a second; about 5 MB on disk, most of it plotly.js. Raises `InputError` when ``path`` can't be
-    written.
+    Cost: a fraction of a second; about 5 MB on disk, most of it plotly.js. Raises `InputError` when
+    ``path`` can't be written.
     """
     return write_page(render(as_list(audits)), path)
 
@@ -49,23 +51,33 @@ def write_page(text: str, path: str | PathLike[str]) -> Path:
             os.unlink(scratch.name)
             raise
     except OSError as error:
-        raise InputError(f"{target} can't be written ({error.strerror}): choose a folder you can write to.") from None
+        raise InputError(
+            f"{target} can't be written ({error.strerror}): choose a folder you can write to."
+        ) from None
     return target
 
 
-def render(audits: list[Audit]) -> str:
-    """The page as a string. Everything that came from a run is escaped; only the page's own scripts may execute."""
+def render(audits: list[Audited]) -> str:
+    """The page as a string. Everything that came from a run is escaped; only the page's own scripts
+    may execute."""
     if not audits:
         raise InputError("a report needs at least one audit.")
     return render_template(
         "page.html.j2",
         figures(audits),
         summaries_json(audits),
-        title=f"Thermodynamic audit of {audits[0].run if len(audits) == 1 else f'{len(audits)} training runs'}",
+        title=(
+            "Thermodynamic audit of "
+            f"{audits[0].run if len(audits) == 1 else f'{len(audits)} training runs'}"
+        ),
         comparison=words.comparison([(audit.run, audit.headline) for audit in audits]),
         cards=_cards(audits),
         parts={part.capitalize(): 100 * opacity for part, opacity in PARTS.items()},
-        columns=[{"run": audit.run, "lens": summary["lens"]} for audit in audits for summary in audit.summaries],
+        columns=[
+            {"run": audit.run, "lens": summary["lens"]}
+            for audit in audits
+            for summary in audit.summaries
+        ],
         rows=_rows(audits),
         blind_spots=words.blind_spots(audits),
         definitions=_definitions(audits),
@@ -73,18 +85,24 @@ def render(audits: list[Audit]) -> str:
 
 
 def render_template(name: str, drawn: Sequence[Figure], numbers_json: str, **context: Any) -> str:
-    """A page as a string: its template with the style sheet, scripts, figures and the JSON of its numbers filled in."""
+    """A page as a string: its template with the style sheet, scripts, figures and the JSON of its
+    numbers filled in."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
     environment = Environment(
-        loader=PackageLoader("thermo_opt.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("thermo_opt.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     source = {name: _template_file(name) for name in ("page.css", "page.js")}
     plotly_js = get_plotlyjs()
     specifications = json.dumps(
-        [{"key": f.key, "data": f.data, "layout": f.layout} for f in drawn], allow_nan=False, separators=(",", ":")
+        [{"key": f.key, "data": f.data, "layout": f.layout} for f in drawn],
+        allow_nan=False,
+        separators=(",", ":"),
     )
     return environment.get_template(name).render(
         **context,
@@ -99,7 +117,7 @@ def render_template(name: str, drawn: Sequence[Figure], numbers_json: str, **con
     )
 
 
-def _cards(audits: list[Audit]) -> list[dict[str, Any]]:
+def _cards(audits: list[Audited]) -> list[dict[str, Any]]:
     """One card a run, in the order given."""
     cards = []
     for index, audit in enumerate(audits):
@@ -109,14 +127,17 @@ def _cards(audits: list[Audit]) -> list[dict[str, Any]]:
         shares = []
         if total and summary["irreducible"] is not None:
             shares = [
-                {"opacity": 100 * opacity, "weight": f"{summary[part] / total:.6f}"} for part, opacity in PARTS.items()
+                {"opacity": 100 * opacity, "weight": f"{summary[part] / total:.6f}"}
+                for part, opacity in PARTS.items()
             ]
         cards.append(
             {
                 "index": index,
                 "run": audit.run,
                 "look": look(index),
-                "context": ", ".join(filter(None, [audit.optimizer, f"{number(_span(audit))} steps"])),
+                "context": ", ".join(
+                    filter(None, [audit.optimizer, f"{number(_span(audit))} steps"])
+                ),
                 "efficiency": "–" if efficiency is None else percent(efficiency),
                 "efficiency_words": "efficiency unknown" if efficiency is None else "efficient",
                 "shares": shares,
@@ -127,31 +148,47 @@ def _cards(audits: list[Audit]) -> list[dict[str, Any]]:
     return cards
 
 
-def _span(audit: Audit) -> int:
+def _span(audit: Audited) -> int:
     """Optimizer steps between the first and the last snapshot audited."""
     return int(audit.steps["step_end"].iloc[-1] - audit.steps["step"].iloc[0])
 
 
-def _rows(audits: list[Audit]) -> list[dict[str, Any]]:
-    """One row a quantity; each cell holds the exact value (as in the JSON) and the text a person reads."""
+def _rows(audits: list[Audited]) -> list[dict[str, Any]]:
+    """One row a quantity; each cell holds the exact value (as in the JSON) and the text a person
+    reads."""
     summaries = json.loads(summaries_json(audits))["runs"]
     clocks = {summary["clock"] for summary in summaries}
     rows = []
     for quantity in QUANTITIES:
         if quantity.key == "lens":
             continue
-        cells = [{"value": json.dumps(s.get(quantity.key)), "text": number(s.get(quantity.key))} for s in summaries]
+        cells = [
+            {"value": json.dumps(s.get(quantity.key)), "text": number(s.get(quantity.key))}
+            for s in summaries
+        ]
         units = " or ".join(sorted({unit(quantity.unit, clock) for clock in clocks}))
         rows.append(
-            {"key": quantity.key, "name": quantity.name, "symbol": quantity.symbol, "unit": units, "cells": cells}
+            {
+                "key": quantity.key,
+                "name": quantity.name,
+                "symbol": quantity.symbol,
+                "unit": units,
+                "cells": cells,
+            }
         )
     return rows
 
 
-def _definitions(audits: list[Audit]) -> list[dict[str, str]]:
+def _definitions(audits: list[Audited]) -> list[dict[str, str]]:
     clocks = sorted({audit.summary["clock"] for audit in audits})
     items = [
-        {"name": q.name, "symbol": q.symbol, "unit": q.unit, "meaning": q.meaning, "formula": q.formula}
+        {
+            "name": q.name,
+            "symbol": q.symbol,
+            "unit": q.unit,
+            "meaning": q.meaning,
+            "formula": q.formula,
+        }
         for q in DEFINED
     ]
     items += [
@@ -164,8 +201,12 @@ def _definitions(audits: list[Audit]) -> list[dict[str, str]]:
 
 
 def _policy(scripts: list[str]) -> str:
-    """Content security policy: no request of any kind leaves the page, and no script runs but the two it came with."""
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
+    """Content security policy: no request of any kind leaves the page, and no script runs but the
+    two it came with."""
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'"
+        for s in scripts
+    )
     return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:"
 
 

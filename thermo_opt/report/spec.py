@@ -1,7 +1,8 @@
 """Pieces of a plotly.js specification shared by the page's figures: lines, axes, layouts, labels.
 
-A colour written ``"@name"`` (or ``"@name:0.2"``, with opacity) is looked up in the page's style sheet when the
-figure is drawn, so that one figure serves light and dark mode. A run's traces carry ``meta.run``, its position among the audits.
+A colour written ``"@name"`` (or ``"@name:0.2"``, with opacity) is looked up in the page's style
+sheet when the figure is drawn, so that one figure serves light and dark mode. A run's traces carry
+``meta.run``, its position among the audits.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from thermo_opt.audit.quantities import cost_unit, number
-from thermo_opt.audit.results import Audit
+from thermo_opt.describe.quantities import cost_unit, number
+from thermo_opt.lenses.results import Audited
 from thermo_opt.plots.palette import look
 from thermo_opt.plots.series import log_ticks
 
@@ -23,7 +24,8 @@ Spec = dict[str, Any]
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure: ``key`` (its element id), title, caption, ``description`` to read aloud, and what plotly.js draws."""
+    """One figure: ``key`` (its element id), title, caption, ``description`` to read aloud, and what
+    plotly.js draws."""
 
     key: str
     title: str
@@ -34,13 +36,16 @@ class Figure:
     height: int
 
 
-def units(audits: Sequence[Audit]) -> str:
+def units(audits: Sequence[Audited]) -> str:
     """Unit of Q for these audits; all of them, when their clocks differ."""
     return " or ".join(sorted({cost_unit(audit.summary["clock"]) for audit in audits}))
 
 
-def line(index: int, audit: Audit, x: np.ndarray, y: np.ndarray, words: str, where: str = "step %{x}") -> Spec:
-    """A run's line; ``where`` and ``words`` are what it says under the pointer, below the run's name."""
+def line(
+    index: int, audit: Audited, x: np.ndarray, y: np.ndarray, words: str, where: str = "step %{x}"
+) -> Spec:
+    """A run's line; ``where`` and ``words`` are what it says under the pointer, below the run's
+    name."""
     style = look(index)
     body = "<br>".join(part for part in (where, words) if part)
     return {
@@ -107,7 +112,8 @@ def layout(**options: Any) -> Spec:
 
 
 def label(text: str, length: int) -> str:
-    """Shortened in the middle, where names of runs and layers differ least, and escaped for plotly's markup."""
+    """Shortened in the middle, where names of runs and layers differ least, and escaped for
+    plotly's markup."""
     if len(text) > length:
         half = (length - 1) // 2
         text = f"{text[:half]}…{text[-(length - 1 - half) :]}"

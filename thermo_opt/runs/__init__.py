@@ -1,10 +1,11 @@
-"""Recorded runs: what they are, how they are written while training, and how other tools' are read."""
+"""Recorded runs: what they are, how they are written while training, and how other tools' are
+read."""
 
-from thermo_opt.runs.probe import load_probe
+from thermo_opt.runs.probe import Probe, load_probe
 from thermo_opt.runs.probing import install, predict
 from thermo_opt.runs.readers import load_run
 from thermo_opt.runs.recorder import Recorder
-from thermo_opt.runs.run import Probe, Run, RunInfo, Snapshot
+from thermo_opt.runs.run import Run, RunInfo, Snapshot
 from thermo_opt.runs.schedule import log_spaced
 
 __all__ = [

@@ -3,7 +3,8 @@
 run.json                          what was trained and how
 steps.jsonl                       one object a line, appended and flushed at each step
 probe.safetensors                 probe inputs and targets, once
-snapshots/00000010.safetensors    tensors after 10 steps, with a checksum of each in the file's metadata
+snapshots/00000010.safetensors    tensors after 10 steps, with a checksum of each in the file's
+metadata
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ SNAPSHOT_FOLDER = "snapshots"
 PARTIAL = ".partial"
 _NUMERIC = {"loss", "lr", "wall", "examples", "tokens"}
 _LAST_STEP = 10**15
-"""Whole numbers beyond this in a file's name are times of day or hashes, and differences of them lose digits."""
+"""Whole numbers beyond this in a file's name are times of day or hashes, and differences of them
+lose digits."""
 
 
 def snapshot_path(run: Path, step: int) -> Path:
@@ -42,8 +44,8 @@ def snapshot_path(run: Path, step: int) -> Path:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is either whole or absent, also after a kill or a power cut: fsync, rename, fsync of the
-    folder.
+    """Write a file that is either whole or absent, also after a kill or a power cut: fsync, rename,
+    fsync of the folder.
     """
     temporary = path.with_name(path.name + PARTIAL)
     try:
@@ -64,7 +66,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def visible(files: Iterable[Path]) -> Iterator[Path]:
-    """``files`` but for hidden ones, such as the ``._*`` files that macOS leaves on other systems' disks."""
+    """``files`` but for hidden ones, such as the ``._*`` files that macOS leaves on other systems'
+    disks."""
     return (file for file in files if not file.name.startswith("."))
 
 
@@ -74,11 +77,15 @@ def remove_partial(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write CPU tensors as safetensors with a checksum of each, atomically."""
     checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
     checksums[""] = metadata_checksum(metadata or {})
-    write_atomically(path, save(dict(tensors), {**(metadata or {}), "checksums": json.dumps(checksums)}))
+    write_atomically(
+        path, save(dict(tensors), {**(metadata or {}), "checksums": json.dumps(checksums)})
+    )
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
@@ -90,11 +97,13 @@ def read_run_file(path: Path) -> dict[str, Any]:
         raise InputError(f"{file} can't be read ({error}); restore it from a copy") from None
     if not isinstance(content, dict) or "schema_version" not in content:
         raise InputError(
-            f"{file} has no schema_version; it isn't a recorded run of ours: use --format for another tool's layout"
+            f"{file} has no schema_version; it isn't a recorded run of ours: use --format for "
+            "another tool's layout"
         )
     if content["schema_version"] != SCHEMA_VERSION:
         raise InputError(
-            f"{file} has schema version {content['schema_version']!r}, this version of thermo-opt reads "
+            f"{file} has schema version {content['schema_version']!r}, this version of thermo-opt "
+            "reads "
             f"{SCHEMA_VERSION}; "
             "upgrade thermo-opt or record the run again"
         )
@@ -116,21 +125,29 @@ def read_steps(file: Path) -> pd.DataFrame:
             if number == len(lines):
                 break
             raise InputError(
-                f"{file}, line {number} isn't an object with a 'step'; restore the file or remove that line"
+                f"{file}, line {number} isn't an object with a 'step'; restore the file or remove "
+                "that line"
             ) from None
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-            raise InputError(f"{file}, line {number}: step {step!r} isn't a whole number; restore the file")
+            raise InputError(
+                f"{file}, line {number}: step {step!r} isn't a whole number; restore the file"
+            )
         if rows and step <= last:
             how = "occurs twice" if step == last else f"comes after step {last}"
-            raise InputError(f"{file}, line {number}: step {step} {how}; steps must increase: keep one line a step")
+            raise InputError(
+                f"{file}, line {number}: step {step} {how}; steps must increase: keep one line a "
+                "step"
+            )
         rows.append(row)
         last = step
-    return with_numbers(pd.DataFrame(rows, columns=None if rows else ["step"]).set_index("step"), file)
+    return with_numbers(
+        pd.DataFrame(rows, columns=None if rows else ["step"]).set_index("step"), file
+    )
 
 
 def with_numbers(curve: pd.DataFrame, file: Path) -> pd.DataFrame:
-    """A training curve with the columns an audit uses as float64; raises `InputError` naming ``file`` if one isn't
-    numeric.
+    """A training curve with the columns an audit uses as float64; raises `InputError` naming
+    ``file`` if one isn't numeric.
     """
     for column in _NUMERIC & set(curve.columns):
         try:
@@ -150,7 +167,8 @@ class OwnSnapshot:
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of each tensor by name; not kept, so that memory doesn't grow with the number of snapshots."""
+        """Shape of each tensor by name; not kept, so that memory doesn't grow with the number of
+        snapshots."""
         return self._file().shapes
 
     def load(self, name: str) -> Tensor:
@@ -185,13 +203,14 @@ class OwnSnapshot:
 
 
 def link(snapshots: list[tuple[int, Path, Any]]) -> list[Snapshot]:
-    """Snapshots in order of step, each knowing the first one's layout; raises `InputError` when two have one step
-    number.
+    """Snapshots in order of step, each knowing the first one's layout; raises `InputError` when two
+    have one step number.
     """
     ordered = sorted(snapshots, key=lambda item: item[0])
     if ordered and ordered[-1][0] > _LAST_STEP:
         raise InputError(
-            f"{ordered[-1][1]}: {ordered[-1][0]} can't be a step number; name the file by its step, or remove it"
+            f"{ordered[-1][1]}: {ordered[-1][0]} can't be a step number; name the file by its "
+            "step, or remove it"
         )
     for (step, path, _), (following, other, _) in itertools.pairwise(ordered):
         if step == following:
@@ -218,7 +237,8 @@ def read_own(path: Path) -> Run:
             continue
         if not stem.isdecimal():
             raise InputError(
-                f"{file}: a snapshot's name must be its step number, like 00000010.safetensors; rename or remove it"
+                f"{file}: a snapshot's name must be its step number, like 00000010.safetensors; "
+                "rename or remove it"
             )
         found.append((int(stem), file, OwnSnapshot(file)))
     probe = path / PROBE_FILE
@@ -246,7 +266,9 @@ def _info(content: dict[str, Any], file: Path) -> RunInfo:
 
     likelihood, clock = checked("likelihood", str), checked("clock", str)
     if likelihood is not None and likelihood not in LIKELIHOODS:
-        raise InputError(f"{file}: unknown likelihood {likelihood!r}; use one of {', '.join(LIKELIHOODS)}")
+        raise InputError(
+            f"{file}: unknown likelihood {likelihood!r}; use one of {', '.join(LIKELIHOODS)}"
+        )
     if clock is not None and clock not in CLOCKS:
         raise InputError(f"{file}: unknown clock {clock!r}; use one of {', '.join(CLOCKS)}")
     sigma2, batch_size = checked("sigma2", (int, float)), checked("batch_size", int)
@@ -262,7 +284,9 @@ def _info(content: dict[str, Any], file: Path) -> RunInfo:
             and isinstance(shape := parameter.get("shape"), list)
             and all(isinstance(size, int) for size in shape)
         ):
-            raise InputError(f"{file}: parameters holds {parameter!r}; each needs a name and a shape: correct it")
+            raise InputError(
+                f"{file}: parameters holds {parameter!r}; each needs a name and a shape: correct it"
+            )
     return RunInfo(
         optimizer=checked("optimizer", str),
         settings=checked("settings", dict) or {},

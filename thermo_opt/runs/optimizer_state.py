@@ -13,24 +13,40 @@ from torch import Tensor
 def adam_moments(
     optimizer: torch.optim.Optimizer, names: Mapping[int, str]
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Adam's raw moments ``exp_avg/<name>`` and ``exp_avg_sq/<name>`` with their step and betas; nothing if there
-    are none.
+    """Adam's raw moments ``exp_avg/<name>`` and ``exp_avg_sq/<name>`` with their step and betas;
+    nothing if there are none.
 
-    ``names``: id of a parameter → its name. Parameters whose own step count differs from the most advanced are left
-    out: their bias correction would be another. Moments that aren't of the parameter's shape (factored, quantised)
-    are left out too.
+    ``names``: id of a parameter → its name. Parameters whose own step count differs from the most
+    advanced are left out: their bias correction would be another. Moments that aren't of the
+    parameter's shape (factored, quantised) are left out too.
     """
     found: list[tuple[int, str, Tensor, Tensor, tuple[float, float]]] = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
             first, second = state.get("exp_avg"), state.get("exp_avg_sq")
-            if not isinstance(first, Tensor) or not isinstance(second, Tensor) or id(parameter) not in names:
+            if (
+                not isinstance(first, Tensor)
+                or not isinstance(second, Tensor)
+                or id(parameter) not in names
+            ):
                 continue
-            if first.shape != parameter.shape or second.shape != parameter.shape or "betas" not in group:
+            if (
+                first.shape != parameter.shape
+                or second.shape != parameter.shape
+                or "betas" not in group
+            ):
                 continue
             betas = float(group["betas"][0]), float(group["betas"][1])
-            found.append((int(state.get("step", group.get("step", 0))), names[id(parameter)], first, second, betas))
+            found.append(
+                (
+                    int(state.get("step", group.get("step", 0))),
+                    names[id(parameter)],
+                    first,
+                    second,
+                    betas,
+                )
+            )
     if not found:
         return {}, None
     step = max(entry[0] for entry in found)
@@ -42,16 +58,26 @@ def adam_moments(
 
 
 def optimizer_settings(param_groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """JSON-able settings of an optimizer's ``param_groups``: those all groups share, and ``groups`` with the others
-    where there are several groups.
+    """JSON-able settings of an optimizer's ``param_groups``: those all groups share, and ``groups``
+    with the others where there are several groups.
     """
     groups = [
-        {key: plain for key, value in group.items() if key != "params" and (plain := _setting(value)) is not None}
+        {
+            key: plain
+            for key, value in group.items()
+            if key != "params" and (plain := _setting(value)) is not None
+        }
         for group in param_groups
     ]
-    shared = {key: value for key, value in groups[0].items() if all(group.get(key) == value for group in groups)}
+    shared = {
+        key: value
+        for key, value in groups[0].items()
+        if all(group.get(key) == value for group in groups)
+    }
     if len(groups) > 1:
-        shared["groups"] = [{key: value for key, value in group.items() if key not in shared} for group in groups]
+        shared["groups"] = [
+            {key: value for key, value in group.items() if key not in shared} for group in groups
+        ]
     return shared
 
 

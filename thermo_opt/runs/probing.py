@@ -1,4 +1,5 @@
-"""Predictions of a model on a probe, leaving no trace in it; and a snapshot's weights put into a model.
+"""Predictions of a model on a probe, leaving no trace in it; and a snapshot's weights put into a
+model.
 
 Used while recording (the training must be bit-identical to an unrecorded one) and in replay.
 """
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from thermo_opt.errors import InputError
-from thermo_opt.runs.run import Inputs, Snapshot
+from thermo_opt.runs.probe import Inputs
+from thermo_opt.runs.run import Snapshot
 
 IGNORED = -100
 """Targets with this value are not counted, as in `torch.nn.functional.cross_entropy`."""
@@ -25,8 +27,9 @@ IGNORED = -100
 def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluate ``model`` inside, and find it afterwards exactly as before.
 
-    Restores train/eval flags of each submodule, buffers (the objects and their contents), and the random states of
-    Python, NumPy and torch (CPU and CUDA). Gradients are off inside. Cost: one copy of the buffers.
+    Restores train/eval flags of each submodule, buffers (the objects and their contents), and the
+    random states of Python, NumPy and torch (CPU and CUDA). Gradients are off inside. Cost: one
+    copy of the buffers.
     """
     flags = [(module, module.training) for module in model.modules()]
     buffers = [
@@ -36,10 +39,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
         if buffer is not None
     ]
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (the user's code may draw from it)
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    cuda = (
+        torch.cuda.get_rng_state_all()
+        if torch.cuda.is_available() and torch.cuda.is_initialized()
+        else None
+    )
     try:
         for module, _ in flags:
-            module.training = False  # not module.eval(): user modules override train() with side effects
+            module.training = (
+                False  # not module.eval(): user modules override train() with side effects
+            )
         with torch.no_grad():
             yield
     finally:
@@ -58,14 +67,14 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def predict(model: nn.Module, inputs: Inputs, batch_size: int = 256) -> Tensor:
-    """The model's raw outputs (logits, means) on all inputs, on the CPU; float32, or float64 if the model computes
-    in float64.
+    """The model's raw outputs (logits, means) on all inputs, on the CPU; float32, or float64 if the
+    model computes in float64.
 
     ``inputs`` (n, …): a tensor for ``model(inputs)``, a tuple for ``model(*inputs)``, a dict for
-    ``model(**inputs)``; floating-point inputs are used in their own dtype. The model may return a tensor, a tuple
-    whose first element is the outputs, or an object or dict with ``logits``. It is evaluated in eval mode without
-    gradients and left `untouched`. Cost: one forward pass. Raises `InputError` when there are no inputs or the model
-    returns nothing of n rows.
+    ``model(**inputs)``; floating-point inputs are used in their own dtype. The model may return a
+    tensor, a tuple whose first element is the outputs, or an object or dict with ``logits``. It is
+    evaluated in eval mode without gradients and left `untouched`. Cost: one forward pass. Raises
+    `InputError` when there are no inputs or the model returns nothing of n rows.
     """
     n = row_count(inputs)
     if n == 0:
@@ -73,7 +82,9 @@ def predict(model: nn.Module, inputs: Inputs, batch_size: int = 256) -> Tensor:
     device = _device(model)
     parts = []
     plain = (
-        torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+        torch.autocast(device.type, enabled=False)
+        if torch.amp.is_autocast_available(device.type)
+        else nullcontext()
     )
     with untouched(model), plain:
         for start in range(0, n, batch_size):
@@ -84,24 +95,29 @@ def predict(model: nn.Module, inputs: Inputs, batch_size: int = 256) -> Tensor:
                 raise
             except Exception as error:  # whatever a model raises on inputs it wasn't made for
                 raise InputError(
-                    f"probe: the model can't be evaluated on its inputs ({_first_line(error)}); check their shapes, "
+                    f"probe: the model can't be evaluated on its inputs ({_first_line(error)}); "
+                    "check their shapes, "
                     "types and names"
                 ) from error
             if outputs.ndim == 0 or len(outputs) != row_count(batch):
                 raise InputError(
-                    f"probe: the model gives outputs of shape {tuple(outputs.shape)} for {row_count(batch)} inputs; "
+                    f"probe: the model gives outputs of shape {tuple(outputs.shape)} for "
+                    f"{row_count(batch)} inputs; "
                     "it must give one row of outputs an example"
                 )
             parts.append(
                 outputs.detach().to(
-                    "cpu", outputs.dtype if outputs.dtype == torch.float64 else torch.float32, copy=True
+                    "cpu",
+                    outputs.dtype if outputs.dtype == torch.float64 else torch.float32,
+                    copy=True,
                 )
             )
     return torch.cat(parts)
 
 
 def outputs_of(result: Any) -> Tensor:
-    """The tensor of outputs in what a model returned: itself, its ``logits``, or the first element of a tuple."""
+    """The tensor of outputs in what a model returned: itself, its ``logits``, or the first element
+    of a tuple."""
     if isinstance(result, Mapping):
         result = result.get("logits")
     elif not isinstance(result, Tensor) and hasattr(result, "logits"):
@@ -110,7 +126,8 @@ def outputs_of(result: Any) -> Tensor:
         result = result[0]
     if not isinstance(result, Tensor):
         raise InputError(
-            f"the model returned {type(result).__name__}; it must return a tensor, a tuple starting with one, or "
+            f"the model returned {type(result).__name__}; it must return a tensor, a tuple "
+            "starting with one, or "
             "'logits'"
         )
     return result
@@ -118,41 +135,54 @@ def outputs_of(result: Any) -> Tensor:
 
 def row_count(inputs: Inputs) -> int:
     """Number of examples n of probe inputs."""
-    tensors = [inputs] if isinstance(inputs, Tensor) else list(inputs.values() if isinstance(inputs, dict) else inputs)
+    tensors = (
+        [inputs]
+        if isinstance(inputs, Tensor)
+        else list(inputs.values() if isinstance(inputs, dict) else inputs)
+    )
     counts = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
     if len(counts) != 1:
-        raise InputError(f"probe: the inputs have {sorted(counts)} rows; give one row an example in each")
+        raise InputError(
+            f"probe: the inputs have {sorted(counts)} rows; give one row an example in each"
+        )
     return counts.pop()
 
 
 def check_predictions(outputs: Tensor, targets: Tensor | None, likelihood: str) -> None:
-    """Refuse predictions and targets that don't fit: `InputError` naming the shapes, or the first target outside the
-    classes.
+    """Refuse predictions and targets that don't fit: `InputError` naming the shapes, or the first
+    target outside the classes.
 
-    categorical: outputs (n, c) or (n, t, c), integer targets (n,) or (n, t) in 0…c−1 or -100; bernoulli: logits and
-    targets of one size, targets in [0, 1]; gaussian: means and targets of one shape.
+    categorical: outputs (n, c) or (n, t, c), integer targets (n,) or (n, t) in 0…c−1 or -100;
+    bernoulli: logits and targets of one size, targets in [0, 1]; gaussian: means and targets of one
+    shape.
     """
     if targets is None:
         return
     if likelihood == "categorical":
         if targets.is_floating_point() or targets.shape != outputs.shape[:-1]:
             raise InputError(
-                f"probe: categorical targets must be whole numbers of shape {tuple(outputs.shape[:-1])} for outputs "
+                "probe: categorical targets must be whole numbers of shape "
+                f"{tuple(outputs.shape[:-1])} for outputs "
                 "of shape "
                 f"{tuple(outputs.shape)}, not {targets.dtype} of shape {tuple(targets.shape)}"
             )
         counted = targets[targets != IGNORED]
         if counted.numel() == 0:
-            raise InputError(f"probe: every target is {IGNORED}, so no prediction counts; give at least one class")
+            raise InputError(
+                f"probe: every target is {IGNORED}, so no prediction counts; give at least one "
+                "class"
+            )
         if int(counted.min()) < 0 or int(counted.max()) >= outputs.shape[-1]:
             wrong = counted[(counted < 0) | (counted >= outputs.shape[-1])][0]
             raise InputError(
-                f"probe: target {int(wrong)} is outside the model's classes 0…{outputs.shape[-1] - 1}; correct the "
+                f"probe: target {int(wrong)} is outside the model's classes "
+                f"0…{outputs.shape[-1] - 1}; correct the "
                 "targets"
             )
     elif targets.shape != outputs.shape and targets.numel() != outputs.numel():
         raise InputError(
-            f"probe: {likelihood} targets of shape {tuple(targets.shape)} don't fit outputs of shape "
+            f"probe: {likelihood} targets of shape {tuple(targets.shape)} don't fit outputs of "
+            "shape "
             f"{tuple(outputs.shape)}"
         )
     elif likelihood == "bernoulli" and not bool(((targets >= 0) & (targets <= 1)).all()):
@@ -162,8 +192,8 @@ def check_predictions(outputs: Tensor, targets: Tensor | None, likelihood: str) 
 def install(model: nn.Module, snapshot: Snapshot, tied: Mapping[str, str] | None = None) -> None:
     """Copy a snapshot's weights (and buffers) into ``model``, in the model's dtype and device.
 
-    ``tied``: other names of shared parameters → their stored names. Raises `InputError` naming the first weight that
-    is missing in either, or differs in shape.
+    ``tied``: other names of shared parameters → their stored names. Raises `InputError` naming the
+    first weight that is missing in either, or differs in shape.
     """
     stored = snapshot.load_group("params")
     if snapshot.has_group("buffers"):
@@ -179,13 +209,17 @@ def install(model: nn.Module, snapshot: Snapshot, tied: Mapping[str, str] | None
         stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
     aliases = dict(model.named_parameters(remove_duplicate=False))
     persistent = model.state_dict(keep_vars=True)
-    for alias, parameter in aliases.items():  # a shared parameter may have been stored under another of its names
+    for (
+        alias,
+        parameter,
+    ) in aliases.items():  # a shared parameter may have been stored under another of its names
         if alias in stored and not any(name in stored for name, p in own.items() if p is parameter):
             stored[next(name for name, p in own.items() if p is parameter)] = stored[alias]
     missing = [name for name in own if name not in stored]
     if missing:
         raise InputError(
-            f"{snapshot.path} has no weight {missing[0]!r}, which the model has ({len(missing)} missing); name the "
+            f"{snapshot.path} has no weight {missing[0]!r}, which the model has ({len(missing)} "
+            "missing); name the "
             "right model"
         )
     known = {**aliases, **persistent, **dict(model.named_buffers())}
@@ -193,10 +227,14 @@ def install(model: nn.Module, snapshot: Snapshot, tied: Mapping[str, str] | None
         for name, tensor in stored.items():
             target = known.get(name)
             if target is None:
-                raise InputError(f"{snapshot.path} has a weight {name!r} that the model lacks; name the right model")
+                raise InputError(
+                    f"{snapshot.path} has a weight {name!r} that the model lacks; name the right "
+                    "model"
+                )
             if target.shape != tensor.shape:
                 raise InputError(
-                    f"{snapshot.path}: {name!r} has shape {tuple(tensor.shape)}, in the model {tuple(target.shape)}; "
+                    f"{snapshot.path}: {name!r} has shape {tuple(tensor.shape)}, in the model "
+                    f"{tuple(target.shape)}; "
                     "name the right model"
                 )
             target.copy_(tensor)
@@ -230,4 +268,6 @@ def _first_line(error: Exception) -> str:
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) and torch.equal(torch.isnan(a), torch.isnan(b))
+    return torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) and torch.equal(
+        torch.isnan(a), torch.isnan(b)
+    )

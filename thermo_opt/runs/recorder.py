@@ -37,49 +37,52 @@ from thermo_opt.runs.format import (
     write_tensors,
 )
 from thermo_opt.runs.optimizer_state import adam_moments, optimizer_settings
-from thermo_opt.runs.probe import make_probe, probe_tensors
+from thermo_opt.runs.probe import Inputs, make_probe, probe_tensors
 from thermo_opt.runs.probing import check_predictions, predict
-from thermo_opt.runs.run import CLOCKS, LIKELIHOODS, Inputs, Likelihood
+from thermo_opt.runs.run import CLOCKS, LIKELIHOODS, Likelihood
 from thermo_opt.runs.schedule import Every, schedule
 
 _ENCODE = json.JSONEncoder(allow_nan=False).encode
 _QUEUE = 4
-"""Snapshots that may wait for the disk; training waits when there are more, so memory stays bounded."""
+"""Snapshots that may wait for the disk; training waits when there are more, so memory stays
+bounded."""
 
 
 class Recorder:
     """Record a run: ``with Recorder(path, model=…, optimizer=…, probe=(x, y)) as rec: … opt.step();
     rec.step(loss=loss)``.
 
-    Takes snapshot 0 on entering, one whenever ``every`` says so, and one of the last step on leaving. Files are
-    written by a worker thread, each by rename with fsync, so a killed run is readable up to its last whole snapshot.
-    The training is bit for bit the one it would be unrecorded. If writing or probing fails midway (full disk),
-    recording stops with one warning and training goes on; exceptions of the training itself pass through untouched.
+    Takes snapshot 0 on entering, one whenever ``every`` says so, and one of the last step on
+    leaving. Files are written by a worker thread, each by rename with fsync, so a killed run is
+    readable up to its last whole snapshot. The training is bit for bit the one it would be
+    unrecorded. If writing or probing fails midway (full disk), recording stops with one warning and
+    training goes on; exceptions of the training itself pass through untouched.
 
     Arguments:
-        path: folder of the run; created, and refused if it already holds something (unless ``resume``).
-        model, optimizer: what is being trained; any module, any `torch.optim.Optimizer`.
-        probe: ``(inputs, targets)``, fixed examples whose predictions are recorded; inputs as for `predict`. None: no
-            predictions.
+        path: folder of the run; created, and refused if it already holds something (unless
+        ``resume``). model, optimizer: what is being trained; any module, any
+        `torch.optim.Optimizer`. probe: ``(inputs, targets)``, fixed examples whose predictions are
+            recorded; inputs as for `predict`. None: no predictions.
         every: snapshot interval in steps, or a function of the step number such as `log_spaced`.
-        likelihood, sigma2: output distribution ("categorical" logits, "bernoulli" logits, "gaussian" means of
-            variance ``sigma2``).
-        params, grads, moments: also record weights and buffers; the gradients in ``p.grad`` when `step` is called;
-            Adam's moments.
-        batch_size: training examples per gradient, where constant; turns the optimizer-state lens's numbers into
-            nats.
+        likelihood, sigma2: output distribution ("categorical" logits, "bernoulli" logits,
+            "gaussian" means of variance ``sigma2``).
+        params, grads, moments: also record weights and buffers; the gradients in ``p.grad`` when
+            `step` is called; Adam's moments.
+        batch_size: training examples per gradient, where constant; turns the optimizer-state lens's
+            numbers into nats.
         probe_batch_size: probe examples per forward pass.
         clock: the clock an audit uses by default.
-        factory: ``package.module:factory`` that builds the architecture, so that an audit can replay it.
-        name, notes: a name (default: the folder's) and free JSON-able metadata.
-        energy: log the joules of each step (`thermo_opt.runs.energy`), probing and recording left out; where the machine has
-            no meter, the run's record and one warning say why.
-        resume: continue a recorded run. True: at its last logged step; a number: at that step, what was recorded
-            later is removed.
+        factory: ``package.module:factory`` that builds the architecture, so that an audit can
+        replay it. name, notes: a name (default: the folder's) and free JSON-able metadata.
+        energy: log the joules of each step (`thermo_opt.runs.energy`), probing and recording left
+            out; where the machine has no meter, the run's record and one warning say why.
+        resume: continue a recorded run. True: at its last logged step; a number: at that step, what
+            was recorded later is removed.
 
-    Raises `InputError` for arguments that don't fit, a folder that is taken or can't be written to, or, with
-    ``resume``, another model, probe or (where it was recorded) state of the model. Cost: a probe forward pass and a
-    copy of the recorded tensors to the CPU each snapshot; the loss's value (a device synchronisation) each step.
+    Raises `InputError` for arguments that don't fit, a folder that is taken or can't be written to,
+    or, with ``resume``, another model, probe or (where it was recorded) state of the model. Cost: a
+    probe forward pass and a copy of the recorded tensors to the CPU each snapshot; the loss's value
+    (a device synchronisation) each step.
     """
 
     def __init__(
@@ -108,7 +111,9 @@ class Recorder:
         if not isinstance(model, nn.Module):
             raise InputError(f"model is of type {type(model).__name__}; give a torch.nn.Module")
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise InputError(f"optimizer is of type {type(optimizer).__name__}; give a torch.optim.Optimizer")
+            raise InputError(
+                f"optimizer is of type {type(optimizer).__name__}; give a torch.optim.Optimizer"
+            )
         self._model, self._optimizer = model, optimizer
         self._due = schedule(every)
         self._params, self._grads, self._moments = params, grads, moments
@@ -124,14 +129,18 @@ class Recorder:
         if batch_size is not None:
             batch_size = arguments.whole("batch_size", batch_size)
         self._probe_batch_size = arguments.whole("probe_batch_size", probe_batch_size)
-        self._resume = resume if isinstance(resume, bool) else arguments.whole("resume", resume, least=None)
+        self._resume = (
+            resume if isinstance(resume, bool) else arguments.whole("resume", resume, least=None)
+        )
         for argument, text in (("factory", factory), ("name", name)):
             if text is not None and not isinstance(text, str):
                 raise InputError(f"{argument} is {text!r}; give text")
         if notes is not None and not isinstance(notes, Mapping):
             raise InputError(f"notes is of type {type(notes).__name__}; give a dictionary")
         if probe is None and not (params or grads or moments):
-            raise InputError("nothing to record: give probe=(inputs, targets), or one of params, grads, moments")
+            raise InputError(
+                "nothing to record: give probe=(inputs, targets), or one of params, grads, moments"
+            )
         self._probe = None
         if probe is not None:
             if not isinstance(probe, tuple) or len(probe) != 2 or probe[0] is None:
@@ -178,7 +187,9 @@ class Recorder:
         try:
             json.dumps(self._header, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise InputError(f"notes can't be written as JSON ({error}); give plain finite values") from None
+            raise InputError(
+                f"notes can't be written as JSON ({error}); give plain finite values"
+            ) from None
         self._count = 0
         self._snapshotted = -1
         self._wall_before = 0.0
@@ -195,18 +206,28 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         if self._entered:
-            raise InputError("a Recorder can be entered once; make a new one, with resume=True to continue its run")
+            raise InputError(
+                "a Recorder can be entered once; make a new one, with resume=True to continue its "
+                "run"
+            )
         self._entered = True
-        tensors, metadata = self._capture()  # before anything is written: a probe that doesn't fit leaves no trace
+        tensors, metadata = (
+            self._capture()
+        )  # before anything is written: a probe that doesn't fit leaves no trace
         continued = self._prepare_folder(tensors)
         try:
-            if not continued:  # first of all, so that from its first instant the folder is a readable run
+            if (
+                not continued
+            ):  # first of all, so that from its first instant the folder is a readable run
                 write_atomically(
-                    self.path / RUN_FILE, json.dumps(self._header, indent=2, ensure_ascii=False).encode() + b"\n"
+                    self.path / RUN_FILE,
+                    json.dumps(self._header, indent=2, ensure_ascii=False).encode() + b"\n",
                 )
             (self.path / SNAPSHOT_FOLDER).mkdir(exist_ok=True)
             if self._probe is not None and not (self.path / PROBE_FILE).exists():
-                write_tensors(self.path / PROBE_FILE, probe_tensors(self._probe.inputs, self._probe.targets))
+                write_tensors(
+                    self.path / PROBE_FILE, probe_tensors(self._probe.inputs, self._probe.targets)
+                )
             if continued:
                 tensors, metadata = self._capture()
             target = snapshot_path(self.path, self._count)
@@ -231,11 +252,13 @@ class Recorder:
         tokens: int | None = None,
         **extra: Any,
     ) -> None:
-        """Log one optimizer step, right after ``optimizer.step()``, and take a snapshot if one is due.
+        """Log one optimizer step, right after ``optimizer.step()``, and take a snapshot if one is
+        due.
 
-        loss: of the minibatch, before the step, nats. lr: default, the first parameter group's. examples, tokens:
-        seen in this step. extra: other scalars, by name. Entries of ``optimizer.last_step`` (a dict of scalars),
-        where there is one, are logged too. Not-a-number and infinities are logged as null.
+        loss: of the minibatch, before the step, nats. lr: default, the first parameter group's.
+        examples, tokens: seen in this step. extra: other scalars, by name. Entries of
+        ``optimizer.last_step`` (a dict of scalars), where there is one, are logged too.
+        Not-a-number and infinities are logged as null.
         """
         if self._writer is None:
             raise InputError("Recorder.step outside its `with` block; call it inside")
@@ -254,8 +277,8 @@ class Recorder:
         self._warn()
 
     def close(self, *, final_snapshot: bool = True) -> None:
-        """Take the last step's snapshot if it is missing, wait for the disk, and close the files. Done on leaving
-        `with`.
+        """Take the last step's snapshot if it is missing, wait for the disk, and close the files.
+        Done on leaving `with`.
         """
         if self._writer is None:
             return
@@ -275,28 +298,37 @@ class Recorder:
         self._warn()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
-        # After an exception the weights may be halfway through a step, so they aren't recorded as the last step's.
+        # After an exception the weights may be halfway through a step, so they aren't recorded as
+        # the last step's.
         self.close(final_snapshot=kind is None)
 
     def _prepare_folder(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Make the folder ready; True if a recorded run is being continued. ``tensors``: the model's present state."""
+        """Make the folder ready; True if a recorded run is being continued. ``tensors``: the
+        model's present state."""
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise InputError(f"{self.path} is a file; record into a new folder")
             self.path.mkdir(parents=True, exist_ok=True)
-            unborn = RUN_FILE + PARTIAL  # all that a run leaves which is killed while its first file is written
+            unborn = (
+                RUN_FILE + PARTIAL
+            )  # all that a run leaves which is killed while its first file is written
             taken = any(entry.name != unborn for entry in self.path.iterdir())
             if taken and self._resume is False:
                 raise InputError(
-                    f"{self.path} already holds something; record into a new folder, or continue its run with "
+                    f"{self.path} already holds something; record into a new folder, or continue "
+                    "its run with "
                     "resume=True"
                 )
             continued = (self.path / RUN_FILE).exists()
             if taken and not continued:
                 raise InputError(
-                    f"{self.path} holds no run to resume ({RUN_FILE} is missing); record into a new folder"
+                    f"{self.path} holds no run to resume ({RUN_FILE} is missing); record into a "
+                    "new folder"
                 )
             if continued:
                 self._continue(tensors)
@@ -308,19 +340,26 @@ class Recorder:
         run = read_own(self.path)
         if run.info.parameters != self._header["parameters"]:
             raise InputError(
-                f"{self.path} records a model with other parameters than this one; record into a new folder"
+                f"{self.path} records a model with other parameters than this one; record into a "
+                "new folder"
             )
         if run.info.probe_fingerprint != self._header["probe_fingerprint"]:
             raise InputError(
-                f"{self.path} was recorded with another probe; give the same one, or record into a new folder"
+                f"{self.path} was recorded with another probe; give the same one, or record into a "
+                "new folder"
             )
         logged = int(run.steps.index[-1]) if len(run.steps) else 0
         self._count = logged if self._resume is True else int(self._resume)
         if not 0 <= self._count <= logged:
-            raise InputError(f"{self.path} has {logged} recorded steps; it can't be resumed at step {self._count}")
+            raise InputError(
+                f"{self.path} has {logged} recorded steps; it can't be resumed at step "
+                f"{self._count}"
+            )
         if (recorded := snapshot_path(self.path, self._count)).exists():
             self._check_same_state(recorded, tensors)
-        remove_partial(self.path)  # from here on the folder is changed, so every refusal comes before
+        remove_partial(
+            self.path
+        )  # from here on the folder is changed, so every refusal comes before
         remove_partial(self.path / SNAPSHOT_FOLDER)
         for snapshot in run.snapshots:
             if snapshot.step > self._count:
@@ -346,9 +385,12 @@ class Recorder:
                 continue
             was, now = file.load(name).double(), tensors[name].double()
             scale = float(was.abs().max()) if was.numel() else 0.0
-            if was.shape != now.shape or not torch.allclose(was, now, rtol=1e-3, atol=1e-3 * scale, equal_nan=True):
+            if was.shape != now.shape or not torch.allclose(
+                was, now, rtol=1e-3, atol=1e-3 * scale, equal_nan=True
+            ):
                 raise InputError(
-                    f"{recorded}: {name} at step {self._count} isn't the present model's; load the model's state of "
+                    f"{recorded}: {name} at step {self._count} isn't the present model's; load the "
+                    "model's state of "
                     "that step "
                     "before recording on, or give resume=<its step>"
                 )
@@ -379,7 +421,8 @@ class Recorder:
             elif self._count:
                 self._moments = False
                 warnings.warn(
-                    f"moments=True, but {type(self._optimizer).__name__} keeps no exp_avg and exp_avg_sq; recording "
+                    f"moments=True, but {type(self._optimizer).__name__} keeps no exp_avg and "
+                    "exp_avg_sq; recording "
                     "goes on without",
                     stacklevel=4,
                 )
@@ -414,7 +457,9 @@ class Recorder:
         if isinstance(diagnostics, Mapping):
             row = {**{key: value for key, value in diagnostics.items() if _is_scalar(value)}, **row}
         row |= extra
-        plain = {key: _plain(value) for key, value in row.items() if value is not None and key != "step"}
+        plain = {
+            key: _plain(value) for key, value in row.items() if value is not None and key != "step"
+        }
         self._log.write(_ENCODE({"step": self._count, **plain}) + "\n")
         self._log.flush()
 
@@ -426,7 +471,8 @@ class Recorder:
         if self._stopped is not None and not self._warned:
             self._warned = True
             warnings.warn(
-                f"recording to {self.path} stopped at step {self._count} ({self._stopped}); training goes on, and "
+                f"recording to {self.path} stopped at step {self._count} ({self._stopped}); "
+                "training goes on, and "
                 "what was recorded "
                 "until then is readable",
                 stacklevel=3,
@@ -434,13 +480,15 @@ class Recorder:
 
 
 class _Writer:
-    """A thread that writes snapshots in order; ``put`` waits when `_QUEUE` of them are pending, ``error`` is its
-    first failure.
+    """A thread that writes snapshots in order; ``put`` waits when `_QUEUE` of them are pending,
+    ``error`` is its first failure.
     """
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
-        self._queue: queue.Queue[tuple[Path, dict[str, Tensor], dict[str, str]] | None] = queue.Queue(maxsize=_QUEUE)
+        self._queue: queue.Queue[tuple[Path, dict[str, Tensor], dict[str, str]] | None] = (
+            queue.Queue(maxsize=_QUEUE)
+        )
         self._thread = threading.Thread(target=self._work, name="thermo-opt recorder", daemon=True)
         self._thread.start()
 
@@ -472,10 +520,17 @@ def _plain(value: Any) -> Any:
 
 def _checked_probe(inputs: Any, targets: Any) -> tuple[Inputs, Tensor | None]:
     """The two, each of a type that can be recorded."""
-    parts = list(inputs.values()) if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else [inputs]
+    parts = (
+        list(inputs.values())
+        if isinstance(inputs, dict)
+        else inputs
+        if isinstance(inputs, tuple)
+        else [inputs]
+    )
     if not parts or not all(isinstance(part, Tensor) for part in parts):
         raise InputError(
-            f"probe: inputs are of type {type(inputs).__name__}; give a tensor, or a tuple or dictionary of tensors"
+            f"probe: inputs are of type {type(inputs).__name__}; give a tensor, or a tuple or "
+            "dictionary of tensors"
         )
     if targets is not None and not isinstance(targets, Tensor):
         raise InputError(f"probe: targets are of type {type(targets).__name__}; give a tensor")
@@ -483,7 +538,9 @@ def _checked_probe(inputs: Any, targets: Any) -> tuple[Inputs, Tensor | None]:
 
 
 def _is_scalar(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) or (isinstance(value, Tensor) and value.numel() == 1)
+    return isinstance(value, int | float | np.number) or (
+        isinstance(value, Tensor) and value.numel() == 1
+    )
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -492,6 +549,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _unwritable(path: Path, error: OSError) -> InputError:
     return InputError(
-        f"{path} can't be written to ({error.strerror or error}); choose a folder where you may write, on a disk "
+        f"{path} can't be written to ({error.strerror or error}); choose a folder where you may "
+        "write, on a disk "
         "with room"
     )

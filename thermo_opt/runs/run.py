@@ -1,4 +1,5 @@
-"""What a recorded run is in memory: its settings, its training curve, its snapshots and its probe."""
+"""What a recorded run is in memory: its settings, its training curve, its snapshots and its
+probe."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ import pandas as pd
 from torch import Tensor
 
 from thermo_opt.errors import InputError
+from thermo_opt.runs.probe import Probe, load_probe, make_probe
 
 Likelihood: TypeAlias = Literal["categorical", "bernoulli", "gaussian"]
-Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
 CLOCKS = ("step", "flow", "wall", "examples", "tokens")
@@ -45,21 +46,25 @@ class Contents(Protocol):
 
 @runtime_checkable
 class Streamed(Protocol):
-    """Contents that verify a tensor while it is read, piece by piece, instead of in a pass of its own."""
+    """Contents that verify a tensor while it is read, piece by piece, instead of in a pass of its
+    own."""
 
     def pieces(self, name: str, size: int) -> Iterator[Tensor]:
-        """Elements in order, ``size`` at a time; raises `InputError` after the last if they are damaged."""
+        """Elements in order, ``size`` at a time; raises `InputError` after the last if they are
+        damaged."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run's state after ``step`` optimizer steps (0: before the first). Nothing is read before it is asked for.
+    """A run's state after ``step`` optimizer steps (0: before the first). Nothing is read before it
+    is asked for.
 
-    Names are ``group/name``; groups: ``params`` (weights), ``buffers`` (BatchNorm statistics and other non-trained
-    tensors), ``probe`` (``probe/logits``, ``probe/targets``), ``grad`` (the gradient used by the step that led
-    here), ``exp_avg`` and ``exp_avg_sq`` (Adam's raw moments, without bias correction). ``load`` and ``load_group``
-    raise `InputError` when the file is damaged, or when a tensor's shape, or the set of weights, isn't that of the
-    run's first snapshot.
+    Names are ``group/name``; groups: ``params`` (weights), ``buffers`` (BatchNorm statistics and
+    other non-trained tensors), ``probe`` (``probe/logits``, ``probe/targets``), ``grad`` (the
+    gradient used by the step that led here), ``exp_avg`` and ``exp_avg_sq`` (Adam's raw moments,
+    without bias correction). ``load`` and ``load_group`` raise `InputError` when the file is
+    damaged, or when a tensor's shape, or the set of weights, isn't that of the run's first
+    snapshot.
     """
 
     step: int
@@ -69,7 +74,8 @@ class Snapshot:
 
     @cached_property
     def layout(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes by name, read once and kept: of a run's first snapshot, which all others are held against."""
+        """Shapes by name, read once and kept: of a run's first snapshot, which all others are held
+        against."""
         return dict(self.contents.shapes)
 
     def names(self) -> tuple[str, ...]:
@@ -89,15 +95,19 @@ class Snapshot:
         try:
             tensor = self.contents.load(name)
         except (InputError, KeyError):
-            self._require(name)  # knows why a tensor is absent; asked first, it would double a small file's cost
+            self._require(
+                name
+            )  # knows why a tensor is absent; asked first, it would double a small file's cost
             raise
         self._check_shape(name, tuple(tensor.shape))
         return tensor
 
     def pieces(self, name: str, size: int) -> Iterator[Tensor]:
-        """`load` for a tensor to be read once, in order: flat pieces of ``size`` (a multiple of 8192) elements.
+        """`load` for a tensor to be read once, in order: flat pieces of ``size`` (a multiple of
+        8192) elements.
 
-        Damage is noticed when the last piece has been taken: exhaust it before trusting what was computed.
+        Damage is noticed when the last piece has been taken: exhaust it before trusting what was
+        computed.
         """
         self._check_shape(name, self.shape(name))
         if isinstance(self.contents, Streamed):
@@ -109,12 +119,14 @@ class Snapshot:
         if reference is not None and reference != shape:
             assert self.first is not None
             raise InputError(
-                f"{self.path}: {name} has shape {shape} at step {self.step} but {reference} at step {self.first.step}; "
+                f"{self.path}: {name} has shape {shape} at step {self.step} but {reference} at "
+                f"step {self.first.step}; "
                 "a run must keep one layout: audit the two parts as separate runs"
             )
 
     def load_group(self, group: str) -> dict[str, Tensor]:
-        """All tensors of a group, keyed by name without the group; raises `InputError` when there are none."""
+        """All tensors of a group, keyed by name without the group; raises `InputError` when there
+        are none."""
         names = self._group(group)
         if not names:
             raise InputError(f"{self.path} holds no {group}: {self.absent(group)}")
@@ -123,7 +135,8 @@ class Snapshot:
             if changed:
                 where = "appears" if changed[0] in self.contents.shapes else "is gone"
                 raise InputError(
-                    f"{self.path}: {changed[0]} {where} at step {self.step}, unlike at step {self.first.step}; a run "
+                    f"{self.path}: {changed[0]} {where} at step {self.step}, unlike at step "
+                    f"{self.first.step}; a run "
                     "must keep "
                     "one layout: audit the two parts as separate runs"
                 )
@@ -134,8 +147,8 @@ class Snapshot:
         return self.contents.absent(group) or "it was not recorded"
 
     def moments_meta(self) -> dict[str, Any]:
-        """``{"step": int, "betas": (β1, β2)}`` of Adam's moments, for bias correction; raises `InputError` when
-        there are none.
+        """``{"step": int, "betas": (β1, β2)}`` of Adam's moments, for bias correction; raises
+        `InputError` when there are none.
         """
         meta = self.contents.moments_meta()
         if meta is None:
@@ -144,8 +157,8 @@ class Snapshot:
 
     @property
     def optimizer_step(self) -> int:
-        """The optimizer's own step count t in Adam's bias correction 1 − β^t (differs from ``step`` if it was
-        restarted).
+        """The optimizer's own step count t in Adam's bias correction 1 − β^t (differs from ``step``
+        if it was restarted).
         """
         return int(self.moments_meta()["step"])
 
@@ -161,25 +174,13 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """The fixed examples on which a run's predictions are compared: model inputs and targets (-100: not counted).
-
-    ``inputs``: a tensor for ``model(inputs)``, a tuple for ``model(*inputs)``, a dict for ``model(**inputs)``, or
-    None when only predictions were recorded. ``fingerprint``: SHA-256 of the contents.
-    """
-
-    inputs: Inputs | None
-    targets: Tensor | None
-    fingerprint: str
-
-
-@dataclass(frozen=True)
 class RunInfo:
     """What a run's files say of how it was trained; None where they don't.
 
-    ``settings``: the optimizer's, common to all its groups, and ``groups`` where they differ. ``parameters``: one
-    ``{name, shape, dtype, trainable}`` each. ``tied``: other names of shared parameters → the name under which they
-    are stored. ``model``: ``package.module:factory`` that builds the architecture. ``notes``: free metadata.
+    ``settings``: the optimizer's, common to all its groups, and ``groups`` where they differ.
+    ``parameters``: one ``{name, shape, dtype, trainable}`` each. ``tied``: other names of shared
+    parameters → the name under which they are stored. ``model``: ``package.module:factory`` that
+    builds the architecture. ``notes``: free metadata.
     """
 
     optimizer: str | None = None
@@ -206,11 +207,12 @@ class RunInfo:
 
 @dataclass
 class Run:
-    """One recorded run, whatever tool wrote it. ``steps`` and the list of snapshots are in memory, the tensors are
-    not.
+    """One recorded run, whatever tool wrote it. ``steps`` and the list of snapshots are in memory,
+    the tensors are not.
 
-    ``steps``: index ``step`` (optimizer steps done), columns any of ``loss`` (nats), ``lr``, ``wall`` (seconds since
-    the start), ``examples``, ``tokens`` (seen since the row before), and whatever else was logged.
+    ``steps``: index ``step`` (optimizer steps done), columns any of ``loss`` (nats), ``lr``,
+    ``wall`` (seconds since the start), ``examples``, ``tokens`` (seen since the row before), and
+    whatever else was logged.
     """
 
     name: str
@@ -228,14 +230,13 @@ class Run:
     @cached_property
     def probe(self) -> Probe | None:
         """The probe, read when first asked for; None when the run has none."""
-        from thermo_opt.runs.probe import load_probe, make_probe
-
         if self.probe_path is not None:
             probe = load_probe(self.probe_path)
             expected = self.info.probe_fingerprint
             if expected is not None and probe.fingerprint != expected:
                 raise InputError(
-                    f"{self.probe_path} isn't the probe that was recorded (its fingerprint differs from run.json's); "
+                    f"{self.probe_path} isn't the probe that was recorded (its fingerprint differs "
+                    "from run.json's); "
                     "restore the file"
                 )
             return probe
@@ -252,27 +253,34 @@ class Run:
     def clock_readings(self, clock: str, steps: np.ndarray | Sequence[int]) -> np.ndarray:
         """Cumulative reading of ``clock`` at these step numbers (THEORY §1), float64, shape (K,).
 
-        ``step``: the numbers themselves; ``flow``: Σ lr; ``wall``: seconds; ``examples``, ``tokens``: data seen.
-        Differences of successive readings are the τ of the intervals between. Raises `InputError` naming the data
-        that are absent.
+        ``step``: the numbers themselves; ``flow``: Σ lr; ``wall``: seconds; ``examples``,
+        ``tokens``: data seen. Differences of successive readings are the τ of the intervals
+        between. Raises `InputError` naming the data that are absent.
         """
         at = np.asarray(steps, dtype=np.int64)
         if clock not in CLOCKS:
             raise InputError(f"unknown clock {clock!r}; choose one of {', '.join(CLOCKS)}")
         if clock == "step" or at.size == 0:
             return at.astype(np.float64)
-        if clock == "examples" and "examples" not in self.steps and self.info.batch_size is not None:
+        if (
+            clock == "examples"
+            and "examples" not in self.steps
+            and self.info.batch_size is not None
+        ):
             return at.astype(np.float64) * self.info.batch_size
         column = {"flow": "lr"}.get(clock, clock)
         if column not in self.steps:
             raise InputError(
-                f"{self.path}: clock {clock!r} needs {column!r} for each step, which this run didn't log; use clock "
+                f"{self.path}: clock {clock!r} needs {column!r} for each step, which this run "
+                "didn't log; use clock "
                 "'step'"
             )
         values = self.steps[column].astype(np.float64)
         values = values[values.index > 0]
         if clock == "flow":
-            logged = values.index[np.isfinite(values.to_numpy()) & (values.index <= at.max())].to_numpy()
+            logged = values.index[
+                np.isfinite(values.to_numpy()) & (values.index <= at.max())
+            ].to_numpy()
             if len(logged) < at.max():
                 gap = int(np.searchsorted(logged - np.arange(1, len(logged) + 1), 1)) + 1
                 self._refuse_clock(clock, column, gap, int(at.max()) - len(logged), int(at.max()))
@@ -281,7 +289,9 @@ class Run:
             return np.where(at > 0, values.reindex(at).to_numpy(), 0.0)
         else:
             self._require_rows(clock, column, values, at[at > 0])
-            self._require_rows(clock, column, values, values.index[values.index <= at.max()].to_numpy())
+            self._require_rows(
+                clock, column, values, values.index[values.index <= at.max()].to_numpy()
+            )
         total = np.concatenate([[0.0], np.cumsum(values.to_numpy())])
         return total[np.searchsorted(values.index.to_numpy(), at, side="right")]
 
@@ -292,6 +302,7 @@ class Run:
 
     def _refuse_clock(self, clock: str, column: str, first: int, missing: int, needed: int) -> None:
         raise InputError(
-            f"{self.path}: clock {clock!r} needs {column!r} at step {first}, which this run didn't log "
+            f"{self.path}: clock {clock!r} needs {column!r} at step {first}, which this run didn't "
+            "log "
             f"({missing} of {needed} needed steps lack it); log every step, or use clock 'step'"
         )

@@ -1,7 +1,8 @@
-"""Tensor files opened lazily and safely: a file is mapped, its header checked, and no code in it can run.
+"""Tensor files opened lazily and safely: a file is mapped, its header checked, and no code in it
+can run.
 
-Two kinds, one interface (`TensorFile`): safetensors, and what `torch.save` writes (loaded with ``weights_only=True``
-only).
+Two kinds, one interface (`TensorFile`): safetensors, and what `torch.save` writes (loaded with
+``weights_only=True`` only).
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ class TensorFile(Protocol):
 
 
 class Checksum:
-    """Checksum of a tensor's dtype, shape and bytes, taken piece by piece while they are in the processor's cache.
+    """Checksum of a tensor's dtype, shape and bytes, taken piece by piece while they are in the
+    processor's cache.
 
-    The bytes are folded into 1024 columns of 64-bit words, each summed modulo 2^64, and the CRC-32 of the sums is
-    taken. Any flipped bit, cut or zeroed stretch changes it; the fold runs at memory speed (tens of GB/s), several
-    times a plain CRC.
+    The bytes are folded into 1024 columns of 64-bit words, each summed modulo 2^64, and the CRC-32
+    of the sums is taken. Any flipped bit, cut or zeroed stretch changes it; the fold runs at memory
+    speed (tens of GB/s), several times a plain CRC.
     """
 
     def __init__(self, dtype: torch.dtype, shape: Sequence[int]) -> None:
@@ -57,7 +59,8 @@ class Checksum:
         self._rest = b""
 
     def add(self, piece: Tensor) -> None:
-        """Count the next elements of the tensor; pieces but the last hold a multiple of 8192 bytes."""
+        """Count the next elements of the tensor; pieces but the last hold a multiple of 8192
+        bytes."""
         flat = (piece if piece.is_cpu else piece.cpu()).contiguous().reshape(-1)
         data = (flat.detach() if flat.requires_grad else flat).view(torch.uint8).numpy()
         whole = data.nbytes // (8 * _ROW) * (8 * _ROW)
@@ -91,8 +94,8 @@ def metadata_checksum(metadata: Mapping[str, str]) -> str:
 
 
 class SafetensorsFile:
-    """One safetensors file, mapped (a small one is read whole, which is quicker). Its sizes are checked on opening; each
-    tensor, where the file carries checksums, when loaded.
+    """One safetensors file, mapped (a small one is read whole, which is quicker). Its sizes are
+    checked on opening; each tensor, where the file carries checksums, when loaded.
 
     Raises `InputError` naming the file when it is missing, cut short or altered.
     """
@@ -110,7 +113,10 @@ class SafetensorsFile:
             else:
                 self._file = safe_open(path, framework="pt")
                 self.metadata = self._file.metadata() or {}
-                self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
+                self.shapes = {
+                    name: tuple(self._file.get_slice(name).get_shape())
+                    for name in self._file.keys()  # noqa: SIM118
+                }
         except (SafetensorError, OSError) as error:
             raise _unreadable(path, error) from None
         self._checksums: dict[str, str] | None = None
@@ -121,23 +127,29 @@ class SafetensorsFile:
         try:
             checksums = dict(json.loads(self.metadata["checksums"]))
         except (ValueError, TypeError):
-            raise InputError(f"{self.path} is damaged: its checksums can't be read; {_REMEDY}") from None
-        if checksums.pop("", None) not in (None, metadata_checksum(self.metadata)) or set(checksums) != set(
-            self.shapes
-        ):
-            raise InputError(f"{self.path} is damaged: its header doesn't match its checksums; {_REMEDY}")
+            raise InputError(
+                f"{self.path} is damaged: its checksums can't be read; {_REMEDY}"
+            ) from None
+        if checksums.pop("", None) not in (None, metadata_checksum(self.metadata)) or set(
+            checksums
+        ) != set(self.shapes):
+            raise InputError(
+                f"{self.path} is damaged: its header doesn't match its checksums; {_REMEDY}"
+            )
         return checksums
 
     def load(self, name: str) -> Tensor:
-        """The tensor ``name``, mapped; raises `InputError` when its bytes don't match the file's checksum."""
+        """The tensor ``name``, mapped; raises `InputError` when its bytes don't match the file's
+        checksum."""
         tensor = self._mapped(name)
         if self._checksums is not None and checksum(tensor) != self._checksums[name]:
             raise self._damaged(name)
         return tensor
 
     def pieces(self, name: str, size: int) -> Iterator[Tensor]:
-        """The tensor's elements in order, ``size`` (a multiple of 8192) at a time; raises `InputError` after the last
-        when they don't match the file's checksum. Each piece is verified as it is handed out, so that memory is read once.
+        """The tensor's elements in order, ``size`` (a multiple of 8192) at a time; raises
+        `InputError` after the last when they don't match the file's checksum. Each piece is
+        verified as it is handed out, so that memory is read once.
         """
         tensor = self._mapped(name)
         expected = None if self._checksums is None else self._checksums[name]
@@ -162,17 +174,20 @@ class SafetensorsFile:
 
 
 def _start(path: Path) -> bytes:
-    """The first bytes of a file, one more than `_SMALL` if it has them: all of a small one in one opening."""
+    """The first bytes of a file, one more than `_SMALL` if it has them: all of a small one in one
+    opening."""
     with open(path, "rb", buffering=0) as file:
         return file.read(min(os.fstat(file.fileno()).st_size, _SMALL) + 1)
 
 
 class TorchFile:
-    """One file written by `torch.save`, its nested dictionaries kept in ``content``; ``shapes`` and ``load`` see
-    ``tensors(content)``.
+    """One file written by `torch.save`, its nested dictionaries kept in ``content``; ``shapes`` and
+    ``load`` see ``tensors(content)``.
     """
 
-    def __init__(self, path: Path, tensors: Callable[[Any], Mapping[str, Tensor]] = lambda content: content) -> None:
+    def __init__(
+        self, path: Path, tensors: Callable[[Any], Mapping[str, Tensor]] = lambda content: content
+    ) -> None:
         self.path = path
         self.content = load_torch(path)
         self._tensors = tensors(self.content)
@@ -186,19 +201,26 @@ class TorchFile:
 
 
 def load_torch(path: Path) -> Any:
-    """What `torch.save` wrote to ``path``, restricted to tensors and plain values; a pickle that holds more is
-    refused, never run.
+    """What `torch.save` wrote to ``path``, restricted to tensors and plain values; a pickle that
+    holds more is refused, never run.
     """
     try:
         zipped = zipfile.is_zipfile(path)  # the format of torch < 1.6 can't be mapped
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what can't be read is refused anyway
+            warnings.filterwarnings(
+                "ignore", "Detected pickle protocol"
+            )  # what can't be read is refused anyway
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         reason = str(error)
-        if "nsupported" in reason or "weights_only" in reason.lower() or "WeightsUnpickler" in reason:
+        if (
+            "nsupported" in reason
+            or "weights_only" in reason.lower()
+            or "WeightsUnpickler" in reason
+        ):
             raise InputError(
-                f"{path} holds more than tensors and plain values ({_refused(reason)}); nothing in it was run: "
+                f"{path} holds more than tensors and plain values ({_refused(reason)}); nothing in "
+                "it was run: "
                 "save its state_dict alone, or remove the file"
             ) from None
         raise _unreadable(path, error) from None
@@ -212,9 +234,11 @@ def _opened(path: Path, opener: Callable[[Path], Any], modified: int, size: int)
 
 
 def opened(path: Path, opener: Callable[[Path], Any]) -> Any:
-    """``opener(path)``, remembered for the last few unchanged files: consecutive tensors come from one opening.
+    """``opener(path)``, remembered for the last few unchanged files: consecutive tensors come from
+    one opening.
 
-    ``opener`` must be a module-level function or class. Memory stays flat however many files a run has.
+    ``opener`` must be a module-level function or class. Memory stays flat however many files a run
+    has.
     """
     try:
         stat = os.stat(path)
@@ -237,7 +261,9 @@ _REMEDY = "restore the file from a copy, or remove it to use the rest of the run
 
 def _unreadable(path: Path, error: BaseException) -> InputError:
     reason = str(error).strip().splitlines()
-    return InputError(f"{path} can't be read ({reason[0] if reason else type(error).__name__}); {_REMEDY}")
+    return InputError(
+        f"{path} can't be read ({reason[0] if reason else type(error).__name__}); {_REMEDY}"
+    )
 
 
 def _refused(reason: str) -> str:

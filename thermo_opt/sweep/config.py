@@ -1,15 +1,18 @@
 """A sweep as a TOML file: what is trained, by which methods, over which settings and seeds.
 
-output = "runs/digits"              folder of the recorded runs, relative to where the command is run
+output = "runs/digits"              folder of the recorded runs, relative to where the command is
+run
 
 [task]
-name = "digits"                     or: factory = "package.module:function" (see `thermo_opt.sweep.tasks`)
+name = "digits"                     or: factory = "package.module:function" (see
+`thermo_opt.sweep.tasks`)
 likelihood = "categorical"          categorical, bernoulli or gaussian
 
 [training]
 steps = 200
 batch_size = 64                     0: all training data at once
-seeds = [0, 1, 2]                   of the weights and of the order of the data: the same for every method
+seeds = [0, 1, 2]                   of the weights and of the order of the data: the same for every
+method
 every = 2                           steps between snapshots of the predictions on the probe
 schedule = "cosine"                 of the learning rate, to 0; or "constant"
 threads = 1                         of each run (a sum's rounding depends on it)
@@ -21,7 +24,8 @@ x = "steps"                         steps or examples; seconds
 
 [[method]]
 name = "Adam"                       its label; default: the optimizer
-optimizer = "Adam"                  of torch.optim, or "NGDT", or "package.module:function", called with the model
+optimizer = "Adam"                  of torch.optim, or "NGDT", or "package.module:function", called
+with the model
 settings = { weight_decay = 0.01 }  the same in all its runs
 grid = { lr = [1e-3, 3e-3, 1e-2] }  every combination is a run (for each seed)
 """
@@ -37,8 +41,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from thermo_opt.audit.front import CLOCK_OF
 from thermo_opt.errors import InputError
+from thermo_opt.fronts.front import CLOCK_OF
 from thermo_opt.runs.run import LIKELIHOODS
 from thermo_opt.sweep.tasks import TASKS
 
@@ -59,7 +63,8 @@ class Training:
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer with fixed ``settings`` and a ``grid`` of settings to try in every combination."""
+    """An optimizer with fixed ``settings`` and a ``grid`` of settings to try in every
+    combination."""
 
     name: str
     optimizer: str
@@ -69,7 +74,8 @@ class Method:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep: everything its result depends on, in plain values. ``name``: its folder's."""
+    """One run of a sweep: everything its result depends on, in plain values. ``name``: its
+    folder's."""
 
     name: str
     method: str
@@ -81,7 +87,8 @@ class Trial:
     seed: int
 
     def facts(self) -> dict[str, Any]:
-        """What two trials must share for one's record to stand for the other; kept in the run's notes."""
+        """What two trials must share for one's record to stand for the other; kept in the run's
+        notes."""
         return {
             "task": self.task,
             "likelihood": self.likelihood,
@@ -111,7 +118,9 @@ class Sweep:
         for method in self.methods:
             for values in itertools.product(*method.grid.values()):
                 chosen = dict(zip(method.grid, values, strict=True))
-                label = "-".join([method.name, *(f"{key}={value}" for key, value in chosen.items())])
+                label = "-".join(
+                    [method.name, *(f"{key}={value}" for key, value in chosen.items())]
+                )
                 settings = {**method.settings, **chosen}
                 for seed in self.seeds:
                     name = re.sub(r"[^\w.=+-]+", "_", f"{label}-seed={seed}")
@@ -131,14 +140,16 @@ class Sweep:
         for trial in trials:
             if trial.name.casefold() in seen:
                 raise InputError(
-                    f"two runs would be named {trial.name}: give each method its own name, each value once"
+                    f"two runs would be named {trial.name}: give each method its own name, each "
+                    "value once"
                 )
             seen.add(trial.name.casefold())
         return trials
 
 
 def read_config(path: Path) -> Sweep:
-    """Read and check a sweep's TOML file; InputError names the key and, for a misspelt one, the nearest known."""
+    """Read and check a sweep's TOML file; InputError names the key and, for a misspelt one, the
+    nearest known."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -152,18 +163,29 @@ def read_config(path: Path) -> Sweep:
 
 
 def parse_config(content: Mapping[str, Any]) -> Sweep:
-    """A sweep from the values of its file; raises InputError as `read_config`, without the file's name."""
+    """A sweep from the values of its file; raises InputError as `read_config`, without the file's
+    name."""
     _known(content, ("output", "task", "training", "pareto", "method"), "the file")
     task, training, pareto = (_table(content, key) for key in ("task", "training", "pareto"))
     _known(task, ("name", "factory", "likelihood"), "[task]")
-    _known(training, ("steps", "batch_size", "seeds", "every", "schedule", "threads", "device"), "[training]")
+    _known(
+        training,
+        ("steps", "batch_size", "seeds", "every", "schedule", "threads", "device"),
+        "[training]",
+    )
     _known(pareto, ("target_loss", "x"), "[pareto]")
     methods = content.get("method")
     if not isinstance(methods, list) or not methods:
         raise InputError("there is no method: add at least one [[method]] with an optimizer")
     seeds = training.get("seeds", [0])
-    if not isinstance(seeds, list) or not seeds or not all(_whole(seed) and seed >= 0 for seed in seeds):
-        raise InputError(f"[training] seeds is {seeds!r}: give a list of whole numbers, 0 or larger")
+    if (
+        not isinstance(seeds, list)
+        or not seeds
+        or not all(_whole(seed) and seed >= 0 for seed in seeds)
+    ):
+        raise InputError(
+            f"[training] seeds is {seeds!r}: give a list of whole numbers, 0 or larger"
+        )
     if len(set(seeds)) < len(seeds):
         raise InputError(f"[training] seeds is {seeds!r}: give each seed once")
     return Sweep(
@@ -179,7 +201,9 @@ def parse_config(content: Mapping[str, Any]) -> Sweep:
             device=_text(training, "device", "[training]", "cpu"),
         ),
         seeds=tuple(seeds),
-        methods=tuple(_method(method, position) for position, method in enumerate(methods, start=1)),
+        methods=tuple(
+            _method(method, position) for position, method in enumerate(methods, start=1)
+        ),
         target_loss=_targets(pareto.get("target_loss")),
         x=_choice(pareto, "x", tuple(CLOCK_OF), "[pareto]", "steps"),
     )
@@ -194,16 +218,24 @@ def _method(content: Any, position: int) -> Method:
     settings, grid = (_table(content, key, where) for key in ("settings", "grid"))
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
-            raise InputError(f"{where}: grid.{key} is {values!r}: give a list of values, or put it under settings")
+            raise InputError(
+                f"{where}: grid.{key} is {values!r}: give a list of values, or put it under "
+                "settings"
+            )
     twice = sorted(set(settings) & set(grid))
     if twice:
         raise InputError(f"{where}: {twice[0]} stands in settings and in grid: keep one")
-    return Method(_text(content, "name", where, optimizer.rpartition(":")[2]), optimizer, settings, grid)
+    return Method(
+        _text(content, "name", where, optimizer.rpartition(":")[2]), optimizer, settings, grid
+    )
 
 
 def _task(content: Mapping[str, Any]) -> str:
     if ("name" in content) == ("factory" in content):
-        raise InputError(f"[task] needs either a name ({', '.join(TASKS)}) or a factory (package.module:function)")
+        raise InputError(
+            f"[task] needs either a name ({', '.join(TASKS)}) or a factory "
+            "(package.module:function)"
+        )
     if "factory" in content:
         factory = _text(content, "factory", "[task]")
         if ":" not in factory:
@@ -216,8 +248,12 @@ def _targets(value: Any) -> tuple[float, ...] | None:
     if value is None:
         return None
     values = value if isinstance(value, list) else [value]
-    if not values or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-        raise InputError(f"[pareto] target_loss is {value!r}: give a number or a list of numbers, in nats")
+    if not values or not all(
+        isinstance(v, int | float) and not isinstance(v, bool) for v in values
+    ):
+        raise InputError(
+            f"[pareto] target_loss is {value!r}: give a number or a list of numbers, in nats"
+        )
     return tuple(float(v) for v in values)
 
 
@@ -226,7 +262,9 @@ def nearest(word: str, known: Any) -> str:
     known = list(known)
     by_case = [k for k in known if k.casefold() == word.casefold()]
     # among the closest, the one as long as the word: swapped letters are the commonest slip
-    close = by_case or sorted(difflib.get_close_matches(word, known, n=3), key=lambda k: abs(len(k) - len(word)))
+    close = by_case or sorted(
+        difflib.get_close_matches(word, known, n=3), key=lambda k: abs(len(k) - len(word))
+    )
     return f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}"
 
 
@@ -247,13 +285,19 @@ def _text(content: Mapping[str, Any], key: str, where: str, default: str | None 
     value = content.get(key, default)
     if not isinstance(value, str) or not value:
         raise InputError(
-            f"{where} needs {key}, a text" if key not in content else f"{where}: {key} is {value!r}: give a text"
+            f"{where} needs {key}, a text"
+            if key not in content
+            else f"{where}: {key} is {value!r}: give a text"
         )
     return value
 
 
 def _choice(
-    content: Mapping[str, Any], key: str, known: tuple[str, ...], where: str, default: str | None = None
+    content: Mapping[str, Any],
+    key: str,
+    known: tuple[str, ...],
+    where: str,
+    default: str | None = None,
 ) -> str:
     value = _text(content, key, where, default)
     if value not in known:

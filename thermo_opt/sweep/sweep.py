@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from thermo_opt.audit.front import CLOCK_OF, ParetoFront, pareto
-from thermo_opt.audit.track import read_track
 from thermo_opt.errors import InputError
+from thermo_opt.fronts.front import CLOCK_OF, ParetoFront, pareto
+from thermo_opt.fronts.trajectory import read_track
 from thermo_opt.runs import load_run
 from thermo_opt.sweep.config import Sweep, Trial
 from thermo_opt.sweep.training import UNFINISHED, check, finished, train
@@ -20,7 +20,8 @@ TABLE, PAGE, FIGURE = "table.csv", "pareto.html", "pareto.png"
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished sweep: its front, how many runs it trained this time, and the runs without a path, with the reason."""
+    """A finished sweep: its front, how many runs it trained this time, and the runs without a path,
+    with the reason."""
 
     front: ParetoFront
     trained: int
@@ -28,13 +29,18 @@ class Outcome:
 
 
 def run_sweep(
-    sweep: Sweep, *, jobs: int = 1, progress: Callable[[str, int], Callable[[int], None]] | None = None
+    sweep: Sweep,
+    *,
+    jobs: int = 1,
+    progress: Callable[[str, int], Callable[[int], None]] | None = None,
 ) -> Outcome:
-    """Train what isn't recorded yet, then write the table, the page and the figure of the speed-cost front.
+    """Train what isn't recorded yet, then write the table, the page and the figure of the
+    speed-cost front.
 
-    Every run is checked before the first is trained: its settings, one step of each method, one probe for all seeds. A
-    killed sweep, called again, repeats no finished run, and ends as if it had not been killed. ``jobs``: runs trained at
-    a time (through joblib, in processes). Raises InputError for what the configuration can't mean.
+    Every run is checked before the first is trained: its settings, one step of each method, one
+    probe for all seeds. A killed sweep, called again, repeats no finished run, and ends as if it
+    had not been killed. ``jobs``: runs trained at a time (through joblib, in processes). Raises
+    InputError for what the configuration can't mean.
     """
     trials = sweep.trials()
     output = sweep.output
@@ -66,10 +72,14 @@ def _check(sweep: Sweep, waiting: list[Trial]) -> None:
         probes[trial.seed] = check(trial, step=trial.method not in stepped)
         stepped.add(trial.method)
     if len(set(probes.values())) > 1:
-        raise InputError(f"[task] {sweep.task}: its probe changes with the seed: make it the same for every seed")
+        raise InputError(
+            f"[task] {sweep.task}: its probe changes with the seed: make it the same for every seed"
+        )
 
 
-def _train(waiting: list[Trial], output: Path, jobs: int, advance: Callable[[int], None] | None) -> None:
+def _train(
+    waiting: list[Trial], output: Path, jobs: int, advance: Callable[[int], None] | None
+) -> None:
     from joblib import Parallel, delayed
 
     work = (delayed(train)(trial, output) for trial in waiting)

@@ -1,4 +1,5 @@
-"""One run of a sweep: built from its trial alone, trained, recorded, and put in place only when it is whole."""
+"""One run of a sweep: built from its trial alone, trained, recorded, and put in place only when it
+is whole."""
 
 from __future__ import annotations
 
@@ -26,26 +27,34 @@ UNFINISHED = ".unfinished"
 
 
 def finished(trial: Trial, output: Path) -> bool:
-    """Whether the trial's run is recorded already; InputError when another trial's lies in its place."""
+    """Whether the trial's run is recorded already; InputError when another trial's lies in its
+    place."""
     folder = output / trial.name
     if not (folder / RUN_FILE).is_file():
         if folder.exists():
-            raise InputError(f"{folder} exists and holds no run of this sweep: move it, or choose another output")
+            raise InputError(
+                f"{folder} exists and holds no run of this sweep: move it, or choose another output"
+            )
         return False
     was = read_run_file(folder).get("notes", {}).get("sweep")
     now = trial.facts()
     if was != now:
-        changed = next((k for k in now if not isinstance(was, dict) or was.get(k) != now[k]), "settings")
+        changed = next(
+            (k for k in now if not isinstance(was, dict) or was.get(k) != now[k]), "settings"
+        )
         raise InputError(
-            f"{folder} was trained with another {changed} than the sweep now says: choose another output, or remove it"
+            f"{folder} was trained with another {changed} than the sweep now says: choose another "
+            "output, or remove it"
         )
     return True
 
 
 def train(trial: Trial, output: Path) -> None:
-    """Train and record a trial, from its seed on the same numbers every time. A loss that isn't finite ends it early.
+    """Train and record a trial, from its seed on the same numbers every time. A loss that isn't
+    finite ends it early.
 
-    Recorded under `UNFINISHED` and renamed when whole, so that a killed sweep leaves no half a run where a run should be.
+    Recorded under `UNFINISHED` and renamed when whole, so that a killed sweep leaves no half a run
+    where a run should be.
     """
     scratch = Path(tempfile.mkdtemp(prefix=f"{trial.name}.", dir=output / UNFINISHED))
     threads = torch.get_num_threads()
@@ -58,7 +67,8 @@ def train(trial: Trial, output: Path) -> None:
     snapshots = load_run(scratch / "run").snapshots
     if not snapshots or snapshots[-1].step != done:
         raise InputError(
-            f"{output}: {trial.name} could not be recorded to its end: make room on the disk and run it again"
+            f"{output}: {trial.name} could not be recorded to its end: make room on the disk and "
+            "run it again"
         )
     try:
         os.rename(scratch / "run", output / trial.name)
@@ -69,7 +79,8 @@ def train(trial: Trial, output: Path) -> None:
 
 
 def check(trial: Trial, step: bool) -> str:
-    """Build a trial, and take one optimizer step where ``step``: InputError if it can't be; returns its probe's fingerprint."""
+    """Build a trial, and take one optimizer step where ``step``: InputError if it can't be; returns
+    its probe's fingerprint."""
     from thermo_opt.runs.probe import make_probe
 
     with torch.random.fork_rng():
@@ -77,7 +88,9 @@ def check(trial: Trial, step: bool) -> str:
         try:
             model.to(trial.training.device).train()
         except (RuntimeError, AssertionError) as error:
-            raise InputError(f"[training] device {trial.training.device!r} can't be used: {error}") from None
+            raise InputError(
+                f"[training] device {trial.training.device!r} can't be used: {error}"
+            ) from None
         optimizer = build_optimizer(trial, model)
         if step:
             try:
@@ -87,38 +100,49 @@ def check(trial: Trial, step: bool) -> str:
             except InputError:
                 raise
             except Exception as error:  # the user's model or optimizer
-                raise InputError(f"{trial.method} can't take a step ({type(error).__name__}: {error})") from error
+                raise InputError(
+                    f"{trial.method} can't take a step ({type(error).__name__}: {error})"
+                ) from error
     return make_probe(*probe).fingerprint
 
 
 def build_optimizer(trial: Trial, model: nn.Module) -> torch.optim.Optimizer:
-    """The trial's optimizer on this model; InputError names the method and what is wrong with its settings."""
+    """The trial's optimizer on this model; InputError names the method and what is wrong with its
+    settings."""
     try:
         if trial.optimizer == "NGDT":
             from thermo_opt.optim import NGDT
 
             return NGDT(model, likelihood=trial.likelihood, **trial.settings)
         if ":" in trial.optimizer:
-            made = load_function(trial.optimizer, f"{trial.method}: optimizer")(model, **trial.settings)
+            made = load_function(trial.optimizer, f"{trial.method}: optimizer")(
+                model, **trial.settings
+            )
         else:
             made = _torch_optimizer(trial.optimizer)(model.parameters(), **trial.settings)
     except (TypeError, ValueError, KeyError) as error:  # InputError is a ValueError
         raise InputError(f"{trial.method} with {trial.settings}: {error}") from None
     if not isinstance(made, torch.optim.Optimizer):
-        raise InputError(f"{trial.method}: {trial.optimizer} returned {type(made).__name__}, not a torch Optimizer")
+        raise InputError(
+            f"{trial.method}: {trial.optimizer} returned {type(made).__name__}, not a torch "
+            "Optimizer"
+        )
     return made
 
 
 def _torch_optimizer(name: str) -> Any:
     known = {key: value for key, value in vars(torch.optim).items() if isinstance(value, type)}
-    known = {k: v for k, v in known.items() if issubclass(v, torch.optim.Optimizer) and k != "Optimizer"}
+    known = {
+        k: v for k, v in known.items() if issubclass(v, torch.optim.Optimizer) and k != "Optimizer"
+    }
     if name not in known:
         raise InputError(f"optimizer {name!r} is unknown: {nearest(name, ['NGDT', *known])}")
     return known[name]
 
 
 def batches(data: Any, trial: Trial) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled passes over the training data without end, in an order that depends on the seed alone."""
+    """Shuffled passes over the training data without end, in an order that depends on the seed
+    alone."""
     from torch.utils.data import default_collate
 
     tensors = is_pair(data)
@@ -129,17 +153,24 @@ def batches(data: Any, trial: Trial) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
         order = torch.randperm(count, generator=generator) if size < count else torch.arange(count)
         for rows in order[: count // size * size].split(size):
-            x, y = (part[rows] for part in data) if tensors else default_collate([data[int(i)] for i in rows])
+            x, y = (
+                (part[rows] for part in data)
+                if tensors
+                else default_collate([data[int(i)] for i in rows])
+            )
             yield x.to(device), y.to(device)
 
 
 def loss_of(outputs: Tensor, targets: Tensor, likelihood: str) -> Tensor:
-    """Mean negative log-likelihood, nats an example (a counted position, for sequences); Gaussian: of variance 1."""
+    """Mean negative log-likelihood, nats an example (a counted position, for sequences); Gaussian:
+    of variance 1."""
     if likelihood == "categorical":
         return functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
     targets = targets.reshape(outputs.shape).to(outputs.dtype)
     if likelihood == "bernoulli":
-        return functional.binary_cross_entropy_with_logits(outputs, targets, reduction="sum") / len(outputs)
+        return functional.binary_cross_entropy_with_logits(outputs, targets, reduction="sum") / len(
+            outputs
+        )
     constant = 0.5 * math.log(2 * math.pi) * outputs[0].numel()
     return 0.5 * (outputs - targets).square().sum() / len(outputs) + constant
 

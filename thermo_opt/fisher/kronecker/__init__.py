@@ -1,4 +1,5 @@
-"""Kronecker-factored curvature: layer rules, factor statistics, blocks; the same pieces serve the metrics and NGD-T."""
+"""Kronecker-factored curvature: layer rules, factor statistics, blocks; the same pieces serve the
+metrics and NGD-T."""
 
 from thermo_opt.fisher.kronecker.blocks import (
     Block,
@@ -11,7 +12,14 @@ from thermo_opt.fisher.kronecker.blocks import (
     nearest_product,
 )
 from thermo_opt.fisher.kronecker.factors import Moment, gradient_moment, input_moment
-from thermo_opt.fisher.kronecker.rules import RULES, KroneckerRule, Rule, ScaleRule, register, rule_for
+from thermo_opt.fisher.kronecker.rules import (
+    RULES,
+    KroneckerRule,
+    Rule,
+    ScaleRule,
+    register,
+    rule_for,
+)
 
 __all__ = [
     "RULES",

@@ -1,9 +1,9 @@
 """Blocks of a block-diagonal metric, each with a cached eigendecomposition (THEORY §7).
 
-A block acts on tensors in its own coordinates: matrices (…, out, in) for Kronecker blocks, vectors (…, k) for dense
-ones, any shape for diagonal ones. Leading dimensions are a batch of independent blocks (groups of a convolution,
-channels). Every block is ``U diag(σ) Uᵀ`` for an orthogonal U, so all of its linear algebra follows from `project`,
-`unproject`, `eigenvalues`.
+A block acts on tensors in its own coordinates: matrices (…, out, in) for Kronecker blocks, vectors
+(…, k) for dense ones, any shape for diagonal ones. Leading dimensions are a batch of independent
+blocks (groups of a convolution, channels). Every block is ``U diag(σ) Uᵀ`` for an orthogonal U, so
+all of its linear algebra follows from `project`, `unproject`, `eigenvalues`.
 """
 
 from __future__ import annotations
@@ -49,13 +49,15 @@ class Block(ABC):
         return (spectral.inverse(self.eigenvalues, damping, cut) * self.project(g).square()).sum()
 
     def split(self, g: Tensor, cut: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Range and null components of g; the null part is ``U ((1 − mask) ∘ Uᵀ g)`` with mask = σ > cut."""
+        """Range and null components of g; the null part is ``U ((1 − mask) ∘ Uᵀ g)`` with mask = σ
+        > cut."""
         null = self.unproject(torch.where(self.eigenvalues > cut, 0.0, self.project(g)))
         return g - null, null
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """The block as one matrix on the flattened coordinates. For small blocks: memory O(size²)."""
+        """The block as one matrix on the flattened coordinates. For small blocks: memory
+        O(size²)."""
 
     @property
     def trace(self) -> float:
@@ -69,7 +71,8 @@ class Block(ABC):
 
 
 class Factor:
-    """One side of a Kronecker product: a matrix (…, k, k), or the diagonal (k,) of one, with its spectrum on demand."""
+    """One side of a Kronecker product: a matrix (…, k, k), or the diagonal (k,) of one, with its
+    spectrum on demand."""
 
     def __init__(self, matrix: Tensor, diagonal: bool = False) -> None:
         self.matrix = matrix
@@ -78,10 +81,13 @@ class Factor:
 
     @property
     def spectrum(self) -> spectral.Spectrum:
-        """Cached eigendecomposition; for a diagonal side the values in place, and no basis is formed."""
+        """Cached eigendecomposition; for a diagonal side the values in place, and no basis is
+        formed."""
         if self._spectrum is None:
             if self.diagonal:
-                self._spectrum = spectral.Spectrum(self.matrix.clamp(min=0), self.matrix.new_empty(0))
+                self._spectrum = spectral.Spectrum(
+                    self.matrix.clamp(min=0), self.matrix.new_empty(0)
+                )
             else:
                 self._spectrum = spectral.eigh(self.matrix)
         return self._spectrum
@@ -92,7 +98,8 @@ class Factor:
         return self._spectrum is not None and not self._spectrum.note
 
     def update(self, matrix: Tensor, spectrum: spectral.Spectrum | None = None) -> None:
-        """Replace the matrix, and its spectrum (given, or recomputed with the previous one as the last resort)."""
+        """Replace the matrix, and its spectrum (given, or recomputed with the previous one as the
+        last resort)."""
         last, self.matrix = self._spectrum, matrix
         if spectrum is None and not self.diagonal:
             spectrum = spectral.eigh(matrix, last=last)
@@ -117,22 +124,30 @@ class Factor:
 
     def full_basis(self) -> Tensor:
         """The eigenbasis, the unit basis of a diagonal side spelt out."""
-        return torch.diag_embed(torch.ones_like(self.matrix)) if self.diagonal else self.spectrum.basis
+        return (
+            torch.diag_embed(torch.ones_like(self.matrix)) if self.diagonal else self.spectrum.basis
+        )
 
     @property
     def trace(self) -> Tensor:
         """Trace (…,), without an eigendecomposition."""
-        return self.matrix.sum(-1) if self.diagonal else self.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return (
+            self.matrix.sum(-1) if self.diagonal else self.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+        )
 
 
 class KroneckerBlock(Block):
-    """``A ⊗ G``, acting on matrices V (…, out, in) as ``G V A``; eigenvalues ``g_i a_j`` in the basis U_G · U_Aᵀ.
+    """``A ⊗ G``, acting on matrices V (…, out, in) as ``G V A``; eigenvalues ``g_i a_j`` in the
+    basis U_G · U_Aᵀ.
 
-    ``A``: input side (…, in, in), or (in,) with ``diagonal_A``; ``G``: output side, likewise. Products cost
-    O(out · in · (out + in)); the eigendecompositions, O(out³ + in³), are made on first use and kept.
+    ``A``: input side (…, in, in), or (in,) with ``diagonal_A``; ``G``: output side, likewise.
+    Products cost O(out · in · (out + in)); the eigendecompositions, O(out³ + in³), are made on
+    first use and kept.
     """
 
-    def __init__(self, A: Tensor, G: Tensor, diagonal_A: bool = False, diagonal_G: bool = False) -> None:
+    def __init__(
+        self, A: Tensor, G: Tensor, diagonal_A: bool = False, diagonal_G: bool = False
+    ) -> None:
         self.A = Factor(A, diagonal_A)
         self.G = Factor(G, diagonal_G)
 
@@ -154,9 +169,12 @@ class KroneckerBlock(Block):
         return self.G.left(self.A.right(v))
 
     def solve_factored(self, g: Tensor, damping: float) -> Tensor:
-        """``((A + π√λ I) ⊗ (G + √λ/π I))⁻¹ g`` (Martens & Grosse 2015, §6.3), π as in `factored_damping`."""
+        """``((A + π√λ I) ⊗ (G + √λ/π I))⁻¹ g`` (Martens & Grosse 2015, §6.3), π as in
+        `factored_damping`."""
         on_a, on_g = factored_damping(self.A, self.G, damping)
-        values = (self.G.values + on_g[..., None])[..., :, None] * (self.A.values + on_a[..., None])[..., None, :]
+        values = (self.G.values + on_g[..., None])[..., :, None] * (
+            self.A.values + on_a[..., None]
+        )[..., None, :]
         return self.unproject(self.project(g) / values)
 
     def dense(self) -> Tensor:
@@ -165,7 +183,10 @@ class KroneckerBlock(Block):
     @property
     def trace(self) -> float:
         return float(
-            (self.A.full().diagonal(dim1=-2, dim2=-1).sum(-1) * self.G.full().diagonal(dim1=-2, dim2=-1).sum(-1)).sum()
+            (
+                self.A.full().diagonal(dim1=-2, dim2=-1).sum(-1)
+                * self.G.full().diagonal(dim1=-2, dim2=-1).sum(-1)
+            ).sum()
         )
 
     @property
@@ -178,8 +199,9 @@ class KroneckerBlock(Block):
 
 
 class EigenvalueCorrectedBlock(KroneckerBlock):
-    """EKFAC: the eigenbasis of ``A ⊗ G`` with eigenvalues (…, out, in) equal to the second moments of the per-example
-    gradients projected on it, the closest such operator to F in Frobenius norm (George et al. 2018)."""
+    """EKFAC: the eigenbasis of ``A ⊗ G`` with eigenvalues (…, out, in) equal to the second moments
+    of the per-example gradients projected on it, the closest such operator to F in Frobenius norm
+    (George et al. 2018)."""
 
     def __init__(self, base: KroneckerBlock, eigenvalues: Tensor) -> None:
         self.A, self.G = base.A, base.G
@@ -260,10 +282,11 @@ class DiagonalBlock(Block):
 
 
 def factored_damping(A: Factor, G: Factor, damping: float) -> tuple[Tensor, Tensor]:
-    """The two sides' shares ``(π√λ, √λ/π)`` of a damping λ, with ``π² = (tr A / dim A) / (tr G / dim G)``.
+    """The two sides' shares ``(π√λ, √λ/π)`` of a damping λ, with ``π² = (tr A / dim A) / (tr G /
+    dim G)``.
 
-    An approximation to ``A ⊗ G + λI`` that keeps the Kronecker form (Martens & Grosse 2015, §6.3). π = 1 if a trace
-    is zero.
+    An approximation to ``A ⊗ G + λI`` that keeps the Kronecker form (Martens & Grosse 2015, §6.3).
+    π = 1 if a trace is zero.
     """
     mean_a, mean_g = A.values.mean(-1), G.values.mean(-1)
     pi = (mean_a / mean_g).sqrt()
@@ -272,10 +295,12 @@ def factored_damping(A: Factor, G: Factor, damping: float) -> tuple[Tensor, Tens
 
 
 def nearest_product(terms: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """One Kronecker pair for a sum ``S = Σ X_k ⊗ Y_k``: the product of the partial traces of S over its trace.
+    """One Kronecker pair for a sum ``S = Σ X_k ⊗ Y_k``: the product of the partial traces of S over
+    its trace.
 
-    For a weight used by several layers (tied weights): exact when there is one term, and it keeps the trace and both
-    partial traces of S. Each term is (X, Y), both full matrices or both diagonals on a side.
+    For a weight used by several layers (tied weights): exact when there is one term, and it keeps
+    the trace and both partial traces of S. Each term is (X, Y), both full matrices or both
+    diagonals on a side.
     """
     weights = [(_trace(x), _trace(y)) for x, y in terms]
     total = sum(tx * ty for tx, ty in weights)

@@ -1,4 +1,5 @@
-"""Output gradients whose outer products make up Λ, and their backward passes to chosen places in the graph."""
+"""Output gradients whose outer products make up Λ, and their backward passes to chosen places in
+the graph."""
 
 from __future__ import annotations
 
@@ -16,17 +17,19 @@ from thermo_opt.fisher.predictor import Part, Predictor
 from thermo_opt.fisher.scores import Targets, check_targets, cotangents
 
 _BATCHED_ELEMENTS = 1 << 22
-"""Most gradient elements in one batched backward pass; beyond it one pass a column is as fast and smaller."""
+"""Most gradient elements in one batched backward pass; beyond it one pass a column is as fast and
+smaller."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns s with ``E[Σ s sᵀ] = Λ`` per loss term, for one kind of ``targets`` (see `thermo_opt.fisher.scores`).
+    """Columns s with ``E[Σ s sᵀ] = Λ`` per loss term, for one kind of ``targets`` (see
+    `thermo_opt.fisher.scores`).
 
-    All loss terms travel back together. Those of one sequence meet in layers that mix positions (attention), and
-    those of the whole batch in a table of positions broadcast over it; random signs, one a loss term, keep their
-    cross terms out of the mean. They change nothing where each row of a layer belongs to one loss term. The same
-    seed gives the same columns in every pass.
+    All loss terms travel back together. Those of one sequence meet in layers that mix positions
+    (attention), and those of the whole batch in a table of positions broadcast over it; random
+    signs, one a loss term, keep their cross terms out of the mean. They change nothing where each
+    row of a layer belongs to one loss term. The same seed gives the same columns in every pass.
     """
 
     predictor: Predictor
@@ -45,28 +48,42 @@ class Columns:
         return self.targets == "empirical" or (self.targets == "sampled" and self.samples == 1)
 
     def at(self, number: int, part: Part, f: Tensor) -> Tensor:
-        """(K, *f.shape) columns for microbatch ``number`` with outputs f; zero where a prediction isn't counted."""
+        """(K, *f.shape) columns for microbatch ``number`` with outputs f; zero where a prediction
+        isn't counted."""
         generator = torch.Generator(device=f.device).manual_seed(self.seed + number)
-        columns = cotangents(self.predictor, part, f.detach(), self.targets, self.samples, generator).movedim(-1, 0)
-        if self.targets == "sampled":  # draws are independent and their scores have mean zero already
+        columns = cotangents(
+            self.predictor, part, f.detach(), self.targets, self.samples, generator
+        ).movedim(-1, 0)
+        if (
+            self.targets == "sampled"
+        ):  # draws are independent and their scores have mean zero already
             return columns
-        bits = torch.randint(0, 2, f.shape[:-1], generator=generator, dtype=f.dtype, device=f.device)
+        bits = torch.randint(
+            0, 2, f.shape[:-1], generator=generator, dtype=f.dtype, device=f.device
+        )
         return columns.mul_(torch.rsub(bits, 1, alpha=2).unsqueeze(-1))
 
 
 def pull_back(
-    f: Tensor, columns: Tensor, ends: Sequence[GradientEdge] | Sequence[Tensor], sizes: Sequence[int]
+    f: Tensor,
+    columns: Tensor,
+    ends: Sequence[GradientEdge] | Sequence[Tensor],
+    sizes: Sequence[int],
 ) -> Iterator[list[Tensor | None]]:
-    """Gradients at ``ends`` for all columns, some at a time: lists of tensors (K', *shape), None where unconnected.
+    """Gradients at ``ends`` for all columns, some at a time: lists of tensors (K', *shape), None
+    where unconnected.
 
-    No weight gradients are computed on the way: about half the cost of an ordinary backward pass a column.
+    No weight gradients are computed on the way: about half the cost of an ordinary backward pass a
+    column.
     """
     chunk = max(1, min(len(columns), _BATCHED_ELEMENTS // max(sum(sizes), 1)))
     pieces = columns.split(chunk) if len(columns) > chunk else (columns,)
     for number, piece in enumerate(pieces):
         keep = number < len(pieces) - 1
         if len(piece) > 1:
-            grads = torch.autograd.grad(f, ends, piece, retain_graph=keep, allow_unused=True, is_grads_batched=True)
+            grads = torch.autograd.grad(
+                f, ends, piece, retain_graph=keep, allow_unused=True, is_grads_batched=True
+            )
         else:
             one = torch.autograd.grad(f, ends, piece[0], retain_graph=keep, allow_unused=True)
             grads = tuple(None if g is None else g.unsqueeze(0) for g in one)

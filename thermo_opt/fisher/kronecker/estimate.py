@@ -12,17 +12,25 @@ from thermo_opt.fisher.kronecker import factors
 from thermo_opt.fisher.kronecker.blocks import EigenvalueCorrectedBlock, KroneckerBlock
 from thermo_opt.fisher.kronecker.columns import Columns, one_by_one, pull_back
 from thermo_opt.fisher.kronecker.layers import Cover, Layer, Use, cover, recording
-from thermo_opt.fisher.kronecker.placement import Placed, place_diagonal, place_kronecker, place_scale, place_tied
+from thermo_opt.fisher.kronecker.placement import (
+    Placed,
+    place_diagonal,
+    place_kronecker,
+    place_scale,
+    place_tied,
+)
 from thermo_opt.fisher.kronecker.rules import KroneckerRule, ScaleRule
 from thermo_opt.fisher.predictor import Predictor
 
 DENSE_SCALES = 1024
-"""Most scale and shift parameters of one layer that share a dense block; above it, one small block a channel."""
+"""Most scale and shift parameters of one layer that share a dense block; above it, one small block
+a channel."""
 
 
 @dataclass
 class Estimate:
-    """Blocks covering every trainable parameter once, and what was approximated (``diagonal``: worth a warning)."""
+    """Blocks covering every trainable parameter once, and what was approximated (``diagonal``:
+    worth a warning)."""
 
     blocks: list[Placed]
     notes: list[str] = field(default_factory=list)
@@ -30,7 +38,11 @@ class Estimate:
 
 
 def estimate(
-    predictor: Predictor, columns: Columns, setting: str, corrected: bool = False, max_side: int = 8192
+    predictor: Predictor,
+    columns: Columns,
+    setting: str,
+    corrected: bool = False,
+    max_side: int = 8192,
 ) -> Estimate:
     """K-FAC's blocks on the predictor's batch; with ``corrected``, EKFAC's (a second pass)."""
     plan = cover(predictor.model, predictor.modules)
@@ -48,11 +60,14 @@ def estimate(
 
 @dataclass
 class _Samples:
-    """The uses of one layer in one microbatch, with equal numbers of examples: joined along the shared positions."""
+    """The uses of one layer in one microbatch, with equal numbers of examples: joined along the
+    shared positions."""
 
     layer: Layer
     uses: list[Use]
-    projected: Tensor | None = None  # inputs in the eigenbasis of A, made once for all pieces of gradients
+    projected: Tensor | None = (
+        None  # inputs in the eigenbasis of A, made once for all pieces of gradients
+    )
 
     def inputs(self) -> Tensor:
         rule, module = self.layer.rule, self.layer.module
@@ -67,7 +82,9 @@ class _Samples:
         rule, module = self.layer.rule, self.layer.module
         assert isinstance(rule, KroneckerRule)
         if len(self.uses) == 1:
-            return factors.input_moment(rule, module, self.uses[0].input(), setting, diagonal=diagonal)
+            return factors.input_moment(
+                rule, module, self.uses[0].input(), setting, diagonal=diagonal
+            )
         return factors.samples_moment(rule, module, self.inputs(), setting, diagonal=diagonal)
 
     def gradients(self, grads: Sequence[Tensor]) -> Tensor:
@@ -84,7 +101,8 @@ class _Samples:
 def _visits(
     predictor: Predictor, columns: Columns, layers: Sequence[Layer]
 ) -> Iterator[tuple[Layer, _Samples, list[Tensor] | None]]:
-    """For every microbatch and layer: its samples once with None, then with each piece of output gradients (K, …)."""
+    """For every microbatch and layer: its samples once with None, then with each piece of output
+    gradients (K, …)."""
     with recording(layers) as uses:
         for number, (part, f, _) in enumerate(predictor.graphs(once=columns.single)):
             groups = _grouped(uses)
@@ -96,11 +114,16 @@ def _visits(
                 rest = iter(grads)
                 for samples in groups:
                     own = [next(rest) for _ in samples.uses]
-                    # A call whose result the outputs don't depend on has no gradient and no share in F.
-                    kept = [(use, g) for use, g in zip(samples.uses, own, strict=True) if g is not None]
+                    # A call whose result the outputs don't depend on has no gradient and no share
+                    # in F.
+                    kept = [
+                        (use, g) for use, g in zip(samples.uses, own, strict=True) if g is not None
+                    ]
                     if kept:
                         whole = len(kept) == len(own)
-                        alive = samples if whole else _Samples(samples.layer, [use for use, _ in kept])
+                        alive = (
+                            samples if whole else _Samples(samples.layer, [use for use, _ in kept])
+                        )
                         yield samples.layer, alive, [g for _, g in kept]
             uses.clear()  # also of what a checkpointed layer recomputed during the backward pass
 
@@ -183,7 +206,10 @@ def _sum_for(layer: Layer, setting: str, max_side: int) -> _KroneckerSum | _Scal
 
 
 def _blocks(
-    plan: Cover, sums: dict[Layer, _KroneckerSum | _ScaleSum], predictor: Predictor, columns: Columns
+    plan: Cover,
+    sums: dict[Layer, _KroneckerSum | _ScaleSum],
+    predictor: Predictor,
+    columns: Columns,
 ) -> Estimate:
     placed: list[Placed] = []
     notes: list[str] = []
@@ -205,7 +231,9 @@ def _blocks(
             A, G = done
             tied = [(local, i) for local, i in layer.own if i in plan.tied]
             if not tied:
-                placed.append(place_kronecker(layer, KroneckerBlock(A, G, total.diagonal_A, total.diagonal_G)))
+                placed.append(
+                    place_kronecker(layer, KroneckerBlock(A, G, total.diagonal_A, total.diagonal_G))
+                )
                 continue
             for local, i in layer.own:
                 if local != "weight" or A.dim() > 2:
@@ -220,7 +248,10 @@ def _blocks(
             loose.add(i)
         else:
             placed.append(block)
-            notes.append(f"tied weights {block.name}: one block, the nearest Kronecker product of the sum over uses")
+            notes.append(
+                f"tied weights {block.name}: one block, the nearest Kronecker product of the sum "
+                "over uses"
+            )
     # A layer that never ran doesn't loosen a parameter to which another layer has given a block.
     covered = {i for block in placed for i in block.positions}
     loose -= covered
@@ -228,17 +259,23 @@ def _blocks(
     if loose:
         order = sorted(loose)
         values = _diagonal(predictor, columns, order)
-        placed += [place_diagonal(predictor.names[i], i, v) for i, v in zip(order, values, strict=True)]
+        placed += [
+            place_diagonal(predictor.names[i], i, v) for i, v in zip(order, values, strict=True)
+        ]
         names = ", ".join(predictor.names[i] for i in order)
         diagonal = f"no Kronecker rule applies to {names}: diagonal blocks there"
         notes.append(diagonal)
     if silent:
-        notes.append(f"modules never called in the forward pass, or without effect on the outputs: {', '.join(silent)}")
+        notes.append(
+            "modules never called in the forward pass, or without effect on the outputs: "
+            f"{', '.join(silent)}"
+        )
     return Estimate(placed, notes, diagonal)
 
 
 def _diagonal(predictor: Predictor, columns: Columns, positions: Sequence[int]) -> list[Tensor]:
-    """Diagonal of F for some parameters, example by example: exact for one loss term each, else unbiased by the signs."""
+    """Diagonal of F for some parameters, example by example: exact for one loss term each, else
+    unbiased by the signs."""
     single = one_by_one(predictor)
     values = [predictor.values[i] for i in positions]
     totals = [torch.zeros_like(v, dtype=factors.working_dtype(v.dtype)) for v in values]
@@ -252,8 +289,13 @@ def _diagonal(predictor: Predictor, columns: Columns, positions: Sequence[int]) 
 
 
 def _correct(result: Estimate, plan: Cover, predictor: Predictor, columns: Columns) -> None:
-    """Replace each untied layer's Kronecker block by its eigenvalue-corrected one (George et al. 2018)."""
-    places = {placed.name: n for n, placed in enumerate(result.blocks) if isinstance(placed.block, KroneckerBlock)}
+    """Replace each untied layer's Kronecker block by its eigenvalue-corrected one (George et al.
+    2018)."""
+    places = {
+        placed.name: n
+        for n, placed in enumerate(result.blocks)
+        if isinstance(placed.block, KroneckerBlock)
+    }
     layers = [layer for layer in plan.layers if layer.name in places]
     totals: dict[str, Tensor] = {}
     for layer, samples, grads in _visits(predictor, columns, layers):
@@ -264,7 +306,9 @@ def _correct(result: Estimate, plan: Cover, predictor: Predictor, columns: Colum
         if samples.projected is None:
             samples.projected = projected_inputs(layer, block, samples.inputs())
         squares = _squares(layer, block, samples.projected, samples.gradients(grads))
-        totals[layer.name] = squares if layer.name not in totals else totals[layer.name].add_(squares)
+        totals[layer.name] = (
+            squares if layer.name not in totals else totals[layer.name].add_(squares)
+        )
     for name, total in totals.items():
         old = result.blocks[places[name]]
         assert isinstance(old.block, KroneckerBlock)
@@ -272,20 +316,26 @@ def _correct(result: Estimate, plan: Cover, predictor: Predictor, columns: Colum
         result.blocks[places[name]] = Placed(name, block, old.positions, old.gather, old.scatter)
 
 
-def projected_squares(layer: Layer, block: KroneckerBlock, inputs: Tensor, gradients: Tensor) -> Tensor:
-    """``Σ_n (U_Gᵀ (Σ_r g_r a_rᵀ) U_A)²`` (…, out, in) from a layer's samples: n inputs, K·n gradients."""
+def projected_squares(
+    layer: Layer, block: KroneckerBlock, inputs: Tensor, gradients: Tensor
+) -> Tensor:
+    """``Σ_n (U_Gᵀ (Σ_r g_r a_rᵀ) U_A)²`` (…, out, in) from a layer's samples: n inputs, K·n
+    gradients."""
     return _squares(layer, block, projected_inputs(layer, block, inputs), gradients)
 
 
 def projected_inputs(layer: Layer, block: KroneckerBlock, inputs: Tensor) -> Tensor:
-    """Input samples, bias column included, in the eigenbasis of A; indices and absent weights stay as they are."""
+    """Input samples, bias column included, in the eigenbasis of A; indices and absent weights stay
+    as they are."""
     rule, module = layer.rule, layer.module
     assert isinstance(rule, KroneckerRule)
     if rule.one_hot or not rule.covers(module, "weight"):
         return inputs
     bias = rule.covers(module, "bias")
     if block.A.diagonal:
-        return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1) if bias else inputs
+        return (
+            torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1) if bias else inputs
+        )
     basis = _aligned(block.A.spectrum.basis)
     return (inputs @ basis[..., :-1, :]).add_(basis[..., -1:, :]) if bias else inputs @ basis
 
@@ -295,7 +345,9 @@ def _squares(layer: Layer, block: KroneckerBlock, a: Tensor, gradients: Tensor) 
     assert isinstance(rule, KroneckerRule)
     g = gradients if block.G.diagonal else gradients @ _aligned(block.G.spectrum.basis)
     if rule.one_hot:
-        return factors.squared_one_hot_gradients(a.repeat(len(g) // len(a), 1), g, rule.shape(module)[2])
+        return factors.squared_one_hot_gradients(
+            a.repeat(len(g) // len(a), 1), g, rule.shape(module)[2]
+        )
     if not rule.covers(module, "weight"):
         return g.sum(-2).square().sum(-2).unsqueeze(-1)
     total = None

@@ -1,13 +1,17 @@
 """Statistics of Kronecker factors, with one normalisation throughout (THEORY §1).
 
-For M loss terms (examples, or predicted tokens) with gradients g of each *unaveraged* loss term, and a weight shared
+For M loss terms (examples, or predicted tokens) with gradients g of each *unaveraged* loss term,
+and a weight shared
 over r positions, the block of ``F = (1/M) Σ J ᵀΛJ`` is approximated by ``A ⊗ G``:
 
-- expand: ``A = mean over examples and positions of a aᵀ``, ``G = (1/M) Σ over examples and positions of g gᵀ``;
-- reduce: ``A = mean over examples of ā āᵀ`` with ā the mean over positions, ``G = (1/M) Σ (Σ_r g)(Σ_r g)ᵀ``.
+- expand: ``A = mean over examples and positions of a aᵀ``, ``G = (1/M) Σ over examples and
+positions of g gᵀ``;
+- reduce: ``A = mean over examples of ā āᵀ`` with ā the mean over positions, ``G = (1/M) Σ (Σ_r
+g)(Σ_r g)ᵀ``.
 
-A backward pass of the mean loss yields g/M, so there ``G = M · Σ (g/M)(g/M)ᵀ``. Uses of one module in a forward pass
-count as further positions. Sources: Martens & Grosse 2015; Grosse & Martens 2016; Eschenhagen et al. 2023.
+A backward pass of the mean loss yields g/M, so there ``G = M · Σ (g/M)(g/M)ᵀ``. Uses of one module
+in a forward pass count as further positions. Sources: Martens & Grosse 2015; Grosse & Martens 2016;
+Eschenhagen et al. 2023.
 """
 
 from __future__ import annotations
@@ -21,12 +25,14 @@ from torch.nn import functional
 from thermo_opt.fisher.kronecker.rules import KroneckerRule, Module, Setting
 
 _COPIED = 1 << 15
-"""Most numbers in input samples that are copied to append a column of ones: beyond it, summing their columns is cheaper."""
+"""Most numbers in input samples that are copied to append a column of ones: beyond it, summing
+their columns is cheaper."""
 
 
 @dataclass
 class Moment:
-    """A sum of outer products and how many rows it holds: ``total`` (…, k, k), or (k,) for one-hot rows."""
+    """A sum of outer products and how many rows it holds: ``total`` (…, k, k), or (k,) for one-hot
+    rows."""
 
     total: Tensor
     rows: int
@@ -50,20 +56,27 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 def working(t: Tensor) -> Tensor:
     """The tensor in the precision of its factors."""
     dtype = working_dtype(t.dtype)
-    return t if t.dtype is dtype else t.to(dtype)  # a call with nothing to do costs as much as a small operation
+    return (
+        t if t.dtype is dtype else t.to(dtype)
+    )  # a call with nothing to do costs as much as a small operation
 
 
-def outer(rows: Tensor, ones: bool = False, dtype: torch.dtype | None = None, diagonal: bool = False) -> Tensor:
-    """``Σ rows rowsᵀ``: (…, rows, k) → (…, k, k), or its diagonal (…, k); with ``ones``, a last column of ones joins
-    in.
+def outer(
+    rows: Tensor, ones: bool = False, dtype: torch.dtype | None = None, diagonal: bool = False
+) -> Tensor:
+    """``Σ rows rowsᵀ``: (…, rows, k) → (…, k, k), or its diagonal (…, k); with ``ones``, a last
+    column of ones joins in.
 
-    The column costs a column sum rather than a copy of the rows. Half precision is accumulated in float32.
+    The column costs a column sum rather than a copy of the rows. Half precision is accumulated in
+    float32.
     """
     rows = working(rows) if dtype is None else rows.to(dtype)
     count, k = rows.shape[-2:]
     if diagonal:
         total = rows.square().sum(-2)
-        return torch.cat([total, total.new_full((*total.shape[:-1], 1), count)], -1) if ones else total
+        return (
+            torch.cat([total, total.new_full((*total.shape[:-1], 1), count)], -1) if ones else total
+        )
     if not ones:
         return rows.mT @ rows
     total = rows.new_empty(*rows.shape[:-2], k + 1, k + 1)
@@ -76,7 +89,8 @@ def outer(rows: Tensor, ones: bool = False, dtype: torch.dtype | None = None, di
 
 
 def flatten(samples: Tensor, setting: Setting, mean: bool) -> Tensor:
-    """Samples (…, n, r, k) as rows (…, rows, k): every position ("expand") or its mean or sum an example ("reduce")."""
+    """Samples (…, n, r, k) as rows (…, rows, k): every position ("expand") or its mean or sum an
+    example ("reduce")."""
     if setting == "expand":
         return samples.flatten(-3, -2)
     return samples.mean(-2) if mean else samples.sum(-2)
@@ -90,9 +104,11 @@ def input_moment(
     dtype: torch.dtype | None = None,
     diagonal: bool = False,
 ) -> Moment:
-    """Sum for the input factor A of one use of ``module``, bias column included; its ``mean`` is A. Cost O(rows · in²).
+    """Sum for the input factor A of one use of ``module``, bias column included; its ``mean`` is A.
+    Cost O(rows · in²).
 
-    One-hot rules give token counts (vocabulary,), a diagonal A; ``diagonal`` asks for no more than that of any rule.
+    One-hot rules give token counts (vocabulary,), a diagonal A; ``diagonal`` asks for no more than
+    that of any rule.
     """
     if not rule.covers(module, "weight"):
         samples = x
@@ -119,7 +135,10 @@ def samples_moment(
     if not rule.covers(module, "weight"):
         groups = rule.shape(module)[0]
         shape = (1,) if diagonal else (1, 1)
-        one = torch.ones((groups, *shape) if groups > 1 else shape, dtype=dtype or working_dtype(module.bias.dtype))
+        one = torch.ones(
+            (groups, *shape) if groups > 1 else shape,
+            dtype=dtype or working_dtype(module.bias.dtype),
+        )
         return Moment(one.to(module.bias.device), 1)
     rows = flatten(samples, setting, mean=True)
     ones = rule.covers(module, "bias")
@@ -137,7 +156,8 @@ def gradient_moment(
     dtype: torch.dtype | None = None,
     diagonal: bool = False,
 ) -> Tensor:
-    """Sum for the output factor G of one use: ``Σ g gᵀ`` (…, out, out), or its diagonal. Cost O(rows · out²).
+    """Sum for the output factor G of one use: ``Σ g gᵀ`` (…, out, out), or its diagonal. Cost
+    O(rows · out²).
 
     Divide by M for unaveraged g, multiply by M for g of the mean loss.
     """
@@ -146,7 +166,8 @@ def gradient_moment(
 
 
 def example_gradients(a: Tensor, g: Tensor, ones: bool = False) -> Tensor:
-    """Per-example gradient matrices ``Σ_r g_r a_rᵀ``: a (…, n, r, in), g (…, n, r, out) → (…, n, out, in[+1]).
+    """Per-example gradient matrices ``Σ_r g_r a_rᵀ``: a (…, n, r, in), g (…, n, r, out) → (…, n,
+    out, in[+1]).
 
     Cost O(n · r · out · in).
     """
@@ -155,11 +176,11 @@ def example_gradients(a: Tensor, g: Tensor, ones: bool = False) -> Tensor:
 
 
 def squared_example_gradients(a: Tensor, g: Tensor, limit: int = 1 << 20) -> Tensor:
-    """``Σ_n (Σ_r g_r a_rᵀ)²`` elementwise, (…, out, in); with both sides projected on an eigenbasis, EKFAC's
-    eigenvalues.
+    """``Σ_n (Σ_r g_r a_rᵀ)²`` elementwise, (…, out, in); with both sides projected on an
+    eigenbasis, EKFAC's eigenvalues.
 
-    One matrix product where nothing is shared (r = 1); otherwise examples in turn, at most ``limit`` elements at a
-    time.
+    One matrix product where nothing is shared (r = 1); otherwise examples in turn, at most
+    ``limit`` elements at a time.
     """
     if a.shape[-2] == 1:
         return g.squeeze(-2).square().mT @ a.squeeze(-2).square()
@@ -173,7 +194,8 @@ def squared_example_gradients(a: Tensor, g: Tensor, limit: int = 1 << 20) -> Ten
 
 
 def squared_one_hot_gradients(indices: Tensor, g: Tensor, size: int) -> Tensor:
-    """`squared_example_gradients` for one-hot inputs: indices (n, r), g (n, r, out) → (out, size). O(n · r · out)."""
+    """`squared_example_gradients` for one-hot inputs: indices (n, r), g (n, r, out) → (out, size).
+    O(n · r · out)."""
     keys = (indices + size * torch.arange(len(indices), device=indices.device)[:, None]).flatten()
     unique, where = keys.unique(return_inverse=True)
     sums = g.new_zeros(len(unique), g.shape[-1]).index_add_(0, where, g.flatten(0, 1))

@@ -18,7 +18,8 @@ from thermo_opt.fisher.kronecker.rules import Rule, ScaleRule, rule_for
 
 @dataclass(frozen=True)
 class Layer:
-    """A module that a rule covers: ``own`` are (local name, position among the model's trainable parameters)."""
+    """A module that a rule covers: ``own`` are (local name, position among the model's trainable
+    parameters)."""
 
     name: str
     module: nn.Module
@@ -30,8 +31,9 @@ class Layer:
 class Cover:
     """How a model's trainable parameters fall to layers.
 
-    ``layers``: in the order of ``named_modules``. ``tied``: positions of parameters that several layers share.
-    ``rest``: positions no rule covers, and ``unruled``: the modules (name, type) that own them.
+    ``layers``: in the order of ``named_modules``. ``tied``: positions of parameters that several
+    layers share. ``rest``: positions no rule covers, and ``unruled``: the modules (name, type) that
+    own them.
     """
 
     layers: tuple[Layer, ...]
@@ -41,11 +43,14 @@ class Cover:
 
 
 def cover(model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = None) -> Cover:
-    """Assign every trainable parameter of ``model`` to the layers whose rule covers it. No forward pass.
+    """Assign every trainable parameter of ``model`` to the layers whose rule covers it. No forward
+    pass.
 
     ``modules``: the model's named modules, where they are known already.
     """
-    owning = [(name, module) for name, module in modules or model.named_modules() if module._parameters]
+    owning = [
+        (name, module) for name, module in modules or model.named_modules() if module._parameters
+    ]
     position: dict[int, int] = {}
     for _, module in owning:
         for p in module._parameters.values():
@@ -61,7 +66,11 @@ def cover(model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = No
             layers.append(Layer(name, module, rule, own))
             for _, i in own:
                 owners[i] = owners.get(i, 0) + 1
-        others = [k for k, p in module._parameters.items() if p is not None and p.requires_grad and k not in ruled]
+        others = [
+            k
+            for k, p in module._parameters.items()
+            if p is not None and p.requires_grad and k not in ruled
+        ]
         if others:
             unruled.append((name, type(module).__name__))
     tied = frozenset(i for i, count in owners.items() if count > 1)
@@ -71,10 +80,11 @@ def cover(model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = No
 
 @dataclass
 class Use:
-    """One call of a layer: its input (for scale rules, already normalised) and where its output sits in the autograd
-    graph.
+    """One call of a layer: its input (for scale rules, already normalised) and where its output
+    sits in the autograd graph.
 
-    The graph edge is taken when the module returns, so a later in-place activation doesn't change what it refers to.
+    The graph edge is taken when the module returns, so a later in-place activation doesn't change
+    what it refers to.
     """
 
     layer: Layer
@@ -87,7 +97,8 @@ class Use:
         """The recorded input; `InputError` if it has been overwritten since."""
         if self.x._version != self.version:
             raise InputError(
-                f"the input of module {self.layer.name!r} was changed in place after the module had used it; "
+                f"the input of module {self.layer.name!r} was changed in place after the module "
+                "had used it; "
                 "use the out-of-place operation there"
             )
         return self.x
@@ -95,10 +106,13 @@ class Use:
 
 @contextmanager
 def recording(layers: Iterable[Layer]) -> Iterator[list[Use]]:
-    """Record every call of these layers whose output takes part in autograd; the hooks are gone on leaving."""
+    """Record every call of these layers whose output takes part in autograd; the hooks are gone on
+    leaving."""
     uses: list[Use] = []
     handles = [
-        layer.module.register_forward_hook(_recorder(layer, uses), with_kwargs=True, always_call=False)
+        layer.module.register_forward_hook(
+            _recorder(layer, uses), with_kwargs=True, always_call=False
+        )
         for layer in layers
     ]
     try:
@@ -109,7 +123,9 @@ def recording(layers: Iterable[Layer]) -> Iterator[list[Use]]:
 
 
 def _recorder(layer: Layer, uses: list[Use]) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
         if not (isinstance(output, Tensor) and output.requires_grad and torch.is_grad_enabled()):
             return
         x = (args[0] if args else next(iter(kwargs.values()))).detach()

@@ -25,11 +25,13 @@ from thermo_opt.fisher.scores import Targets
 
 
 class KroneckerMetric(Metric):
-    """A block-diagonal metric whose blocks know their eigenbasis, so every operation is exact for it.
+    """A block-diagonal metric whose blocks know their eigenbasis, so every operation is exact for
+    it.
 
-    ``rtol``, ``atol``: with λ = 0 eigenvalues below ``max(rtol·σ_max, atol)`` count as null, σ_max over all blocks (the
-    products ``a_i g_j`` for Kronecker blocks). Products cost O(out · in · (out + in)) a layer; the first `solve`,
-    `split`, `dual_norm` or `diagnostics` decomposes the factors, O(out³ + in³), once.
+    ``rtol``, ``atol``: with λ = 0 eigenvalues below ``max(rtol·σ_max, atol)`` count as null, σ_max
+    over all blocks (the products ``a_i g_j`` for Kronecker blocks). Products cost O(out · in · (out
+    + in)) a layer; the first `solve`, `split`, `dual_norm` or `diagnostics` decomposes the factors,
+    O(out³ + in³), once.
     """
 
     def __init__(
@@ -65,7 +67,9 @@ class KroneckerMetric(Metric):
     def _vector(self, v: Sequence[Tensor], name: str = "v") -> list[Tensor]:
         return [t.to(self.work) for t in self.vector(v, name, cast=False)]
 
-    def _apply(self, v: Sequence[Tensor], operation: Callable[[Block, Tensor], Tensor]) -> list[Tensor]:
+    def _apply(
+        self, v: Sequence[Tensor], operation: Callable[[Block, Tensor], Tensor]
+    ) -> list[Tensor]:
         out: list[Tensor] = [torch.empty(0)] * len(self.shapes)
         for placed in self.blocks:
             result = placed.scatter(operation(placed.block, placed.take(v)))
@@ -98,12 +102,17 @@ class KroneckerMetric(Metric):
         return Bracket(value, value)
 
     def inverse_root(self, v: Sequence[Tensor]) -> list[Tensor]:
-        """``F_λ^{-1/2} v`` for λ > 0, symmetric in v: what a certified preconditioner needs (`JacobianMetric.dual_norm`)."""
+        """``F_λ^{-1/2} v`` for λ > 0, symmetric in v: what a certified preconditioner needs
+        (`JacobianMetric.dual_norm`)."""
         if self.damping == 0:
-            raise InputError("the inverse root needs damping > 0: the undamped metric may be singular")
+            raise InputError(
+                "the inverse root needs damping > 0: the undamped metric may be singular"
+            )
         roots = self._apply(
             self._vector(v),
-            lambda block, x: block.unproject((block.eigenvalues + self.damping).rsqrt() * block.project(x)),
+            lambda block, x: block.unproject(
+                (block.eigenvalues + self.damping).rsqrt() * block.project(x)
+            ),
         )
         return self._own(roots)
 
@@ -123,11 +132,14 @@ class KroneckerMetric(Metric):
         for placed in self.blocks:
             own = [v[i] for i in placed.positions]
             damped = self.damping * dot(own, own)
-            shares[placed.name] = max(float(placed.block.quadratic(placed.gather(own))), 0.0) + damped
+            shares[placed.name] = (
+                max(float(placed.block.quadratic(placed.gather(own))), 0.0) + damped
+            )
         return shares
 
     def diagnostics(self) -> dict[str, Any]:
-        """``rank``, ``condition`` (σ_max over the least kept σ), ``trace`` of F; ``blocks``: name, type, shape, notes."""
+        """``rank``, ``condition`` (σ_max over the least kept σ), ``trace`` of F; ``blocks``: name,
+        type, shape, notes."""
         rank, least, largest = 0, math.inf, 0.0
         for placed in self.blocks:
             values = placed.block.eigenvalues
@@ -155,7 +167,9 @@ class KroneckerMetric(Metric):
         """F_λ as a (P, P) float64 matrix, assembled block by block; for P ≤ `DENSE_LIMIT`."""
         check_dense(self.size)
         full = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.device)
-        numbers = torch.arange(self.size, device=self.device).split([math.prod(s) for s in self.shapes])
+        numbers = torch.arange(self.size, device=self.device).split(
+            [math.prod(s) for s in self.shapes]
+        )
         index = [t.reshape(s) for t, s in zip(numbers, self.shapes, strict=True)]
         for placed in self.blocks:
             at = placed.take(index).flatten()
@@ -164,15 +178,18 @@ class KroneckerMetric(Metric):
 
 
 def kfac(model: nn.Module, batch: Any, **options: Any) -> KroneckerMetric:
-    """K-FAC: one block ``A ⊗ G`` a layer (weight and bias joined), F's own block where A and G are independent.
+    """K-FAC: one block ``A ⊗ G`` a layer (weight and bias joined), F's own block where A and G are
+    independent.
 
-    Options: those of `kronecker_metric`. Martens & Grosse 2015; Grosse & Martens 2016; Eschenhagen et al. 2023.
+    Options: those of `kronecker_metric`. Martens & Grosse 2015; Grosse & Martens 2016; Eschenhagen
+    et al. 2023.
     """
     return kronecker_metric("kfac", model, batch, **options)
 
 
 def ekfac(model: nn.Module, batch: Any, **options: Any) -> KroneckerMetric:
-    """EKFAC: K-FAC's eigenbasis, with eigenvalues re-estimated from per-example gradients in a second pass.
+    """EKFAC: K-FAC's eigenbasis, with eigenvalues re-estimated from per-example gradients in a
+    second pass.
 
     Options: those of `kronecker_metric`. Tied weights keep K-FAC's eigenvalues. George et al. 2018.
     """
@@ -198,21 +215,27 @@ def kronecker_metric(
     """The block-diagonal metric of a model on a batch.
 
     ``setting``: how positions that share a weight enter, "expand" or "reduce" (see
-    `thermo_opt.fisher.kronecker.factors`). ``targets``: whose Fisher: "exact" (all classes, c backward passes),
-    "sampled" (``samples`` draws from the model) or "empirical" (the data's). ``seed``: of those draws, and of the
-    signs that keep the loss terms of a sequence apart. ``max_side``: a wider side of a block keeps only the diagonal
-    of its factor. Other options: those of `Predictor`.
+    `thermo_opt.fisher.kronecker.factors`). ``targets``: whose Fisher: "exact" (all classes, c
+    backward passes), "sampled" (``samples`` draws from the model) or "empirical" (the data's).
+    ``seed``: of those draws, and of the signs that keep the loss terms of a sequence apart.
+    ``max_side``: a wider side of a block keeps only the diagonal of its factor. Other options:
+    those of `Predictor`.
 
-    Embeddings: diagonal A (token frequencies); normalisation layers: one dense block of scale and shift (above 1024
-    parameters one small block a channel); tied weights: the nearest Kronecker product of the sum over their uses;
-    parameters without a rule: a diagonal block, named once in a warning. Raises `InputError` for unknown settings or
-    targets and for a batch that disagrees with the likelihood.
+    Embeddings: diagonal A (token frequencies); normalisation layers: one dense block of scale and
+    shift (above 1024 parameters one small block a channel); tied weights: the nearest Kronecker
+    product of the sum over their uses; parameters without a rule: a diagonal block, named once in a
+    warning. Raises `InputError` for unknown settings or targets and for a batch that disagrees with
+    the likelihood.
     """
     if setting not in SETTINGS:
         raise InputError(f"setting {setting!r} is not one of {', '.join(SETTINGS)}")
     predictor = Predictor(model, batch, likelihood, copied=False, **options)
-    result = estimate(predictor, Columns(predictor, targets, samples, seed), setting, kind == "ekfac", max_side)
-    metric = KroneckerMetric(kind, predictor.names, predictor.values, result.blocks, damping, rtol, atol)
+    result = estimate(
+        predictor, Columns(predictor, targets, samples, seed), setting, kind == "ekfac", max_side
+    )
+    metric = KroneckerMetric(
+        kind, predictor.names, predictor.values, result.blocks, damping, rtol, atol
+    )
     metric.notes = [*predictor.notes, *result.notes]
     if result.diagonal:
         warnings.warn(result.diagonal, stacklevel=4)

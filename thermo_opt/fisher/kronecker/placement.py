@@ -8,14 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thermo_opt.fisher.kronecker.blocks import Block, DenseBlock, DiagonalBlock, KroneckerBlock, nearest_product
+from thermo_opt.fisher.kronecker.blocks import (
+    Block,
+    DenseBlock,
+    DiagonalBlock,
+    KroneckerBlock,
+    nearest_product,
+)
 from thermo_opt.fisher.kronecker.layers import Layer
 from thermo_opt.fisher.kronecker.rules import KroneckerRule
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A block, the positions of its parameters, and the maps parameters' tensors ↔ the block's coordinates."""
+    """A block, the positions of its parameters, and the maps parameters' tensors ↔ the block's
+    coordinates."""
 
     name: str
     block: Block
@@ -42,7 +49,8 @@ def place_kronecker(layer: Layer, block: KroneckerBlock) -> Placed:
 
 
 def place_scale(layer: Layer, moment: Tensor) -> Placed:
-    """The block of a layer's scale and shift: dense for a (k, k) moment, a 2×2 block a channel for a (d, 2, 2) one."""
+    """The block of a layer's scale and shift: dense for a (k, k) moment, a 2×2 block a channel for
+    a (d, 2, 2) one."""
     positions = tuple(i for _, i in layer.own)
     shapes = [tuple(getattr(layer.module, local).shape) for local, _ in layer.own]
     if moment.dim() == 2:
@@ -52,7 +60,9 @@ def place_scale(layer: Layer, moment: Tensor) -> Placed:
             DenseBlock(moment),
             positions,
             lambda tensors: torch.cat([t.flatten() for t in tensors]),
-            lambda x: [part.reshape(shape) for part, shape in zip(x.split(sizes), shapes, strict=True)],
+            lambda x: [
+                part.reshape(shape) for part, shape in zip(x.split(sizes), shapes, strict=True)
+            ],
         )
     return Placed(
         layer.name,
@@ -65,14 +75,19 @@ def place_scale(layer: Layer, moment: Tensor) -> Placed:
 
 def place_diagonal(name: str, position: int, values: Tensor) -> Placed:
     """A diagonal block of one parameter."""
-    return Placed(name, DiagonalBlock(values), (position,), lambda tensors: tensors[0], lambda x: [x])
+    return Placed(
+        name, DiagonalBlock(values), (position,), lambda tensors: tensors[0], lambda x: [x]
+    )
 
 
-def place_tied(position: int, weight: Tensor, terms: Sequence[tuple[Layer, Tensor, Tensor]]) -> Placed | None:
-    """One Kronecker block for a weight that several layers share: the nearest product of the sum of their blocks.
+def place_tied(
+    position: int, weight: Tensor, terms: Sequence[tuple[Layer, Tensor, Tensor]]
+) -> Placed | None:
+    """One Kronecker block for a weight that several layers share: the nearest product of the sum of
+    their blocks.
 
-    ``terms``: (layer, A of the weight alone, G). None when the layers don't read the weight as one matrix or its
-    transpose.
+    ``terms``: (layer, A of the weight alone, G). None when the layers don't read the weight as one
+    matrix or its transpose.
     """
     first = terms[0][0]
     rule, module = first.rule, first.module

@@ -1,9 +1,10 @@
 """Layer rules: how a module's parameters see its input and the gradient at its output.
 
-A Kronecker rule turns a module's input x and output gradient g into factor samples, per example and shared position:
-for a weight matrix W (out × in, bias as a last input column) the gradient of one example is ``Σ_r g_r a_rᵀ`` over the
-r positions that share W (time steps, pixels). A scale rule gives the per-example gradients of a normalisation layer's
-scale and shift. The table `RULES` maps module types to rules; `register` extends it.
+A Kronecker rule turns a module's input x and output gradient g into factor samples, per example and
+shared position: for a weight matrix W (out × in, bias as a last input column) the gradient of one
+example is ``Σ_r g_r a_rᵀ`` over the r positions that share W (time steps, pixels). A scale rule
+gives the per-example gradients of a normalisation layer's scale and shift. The table `RULES` maps
+module types to rules; `register` extends it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Setting = str
-"""Weight sharing: "expand" (every position counts as an example) or "reduce" (positions are summed first)."""
+"""Weight sharing: "expand" (every position counts as an example) or "reduce" (positions are summed
+first)."""
 SETTINGS = ("expand", "reduce")
 
 Module = Any
@@ -27,7 +29,8 @@ Module = Any
 
 
 class Rule:
-    """What every rule knows: which of a module's own parameters it covers, in the order weight, bias."""
+    """What every rule knows: which of a module's own parameters it covers, in the order weight,
+    bias."""
 
     names: tuple[str, ...] = ("weight", "bias")
 
@@ -45,8 +48,8 @@ class Rule:
 class KroneckerRule(Rule):
     """Rule of a module that is linear in a matrix: factor samples, and parameters ↔ matrix.
 
-    Matrices are ``(out, in)``, or ``(groups, out, in)`` for grouped convolutions; a trainable bias is the last input
-    column.
+    Matrices are ``(out, in)``, or ``(groups, out, in)`` for grouped convolutions; a trainable bias
+    is the last input column.
     """
 
     one_hot: bool = False
@@ -54,10 +57,12 @@ class KroneckerRule(Rule):
 
     @abstractmethod
     def inputs(self, module: Module, x: Tensor) -> Tensor:
-        """Input samples (…, n, r, in) without the bias column; for a one-hot rule the indices (n, r)."""
+        """Input samples (…, n, r, in) without the bias column; for a one-hot rule the indices (n,
+        r)."""
 
     def mean_inputs(self, module: Module, x: Tensor) -> Tensor:
-        """Mean over the shared positions, (…, n, 1, in): the reduce setting's samples, without making all of `inputs`."""
+        """Mean over the shared positions, (…, n, 1, in): the reduce setting's samples, without
+        making all of `inputs`."""
         return self.inputs(module, x).mean(-2, keepdim=True)
 
     @abstractmethod
@@ -74,10 +79,12 @@ class KroneckerRule(Rule):
 
     @abstractmethod
     def shape(self, module: Module) -> tuple[int, int, int]:
-        """(groups, out, in), a trainable bias column counted in; with groups = 1 matrices have no group axis."""
+        """(groups, out, in), a trainable bias column counted in; with groups = 1 matrices have no
+        group axis."""
 
     def to_matrix(self, module: Module, tensors: Sequence[Tensor]) -> Tensor:
-        """Tensors aligned with `parameters(module)` as one matrix (…, out, in[+1]): a view where there is no bias."""
+        """Tensors aligned with `parameters(module)` as one matrix (…, out, in[+1]): a view where
+        there is no bias."""
         parts = []
         rest = list(tensors)
         if self.covers(module, "weight"):
@@ -104,7 +111,8 @@ class KroneckerRule(Rule):
 
 
 class LinearRule(KroneckerRule):
-    """``torch.nn.Linear``: any leading dimensions; the first is the example, the others share the weight."""
+    """``torch.nn.Linear``: any leading dimensions; the first is the example, the others share the
+    weight."""
 
     def inputs(self, module: Module, x: Tensor) -> Tensor:
         return _positions(x, x.shape[-1])
@@ -124,7 +132,8 @@ class LinearRule(KroneckerRule):
 
 
 class TransposedLinearRule(LinearRule):
-    """A linear layer that stores its weight as (in, out), such as the ``Conv1D`` of GPT-2 in transformers."""
+    """A linear layer that stores its weight as (in, out), such as the ``Conv1D`` of GPT-2 in
+    transformers."""
 
     def weight_matrix(self, module: Module, weight: Tensor) -> Tensor:
         return weight.mT
@@ -136,8 +145,8 @@ class TransposedLinearRule(LinearRule):
 class ConvRule(KroneckerRule):
     """``Conv1d``/``Conv2d``/``Conv3d`` with groups, stride, dilation, any padding and padding mode.
 
-    Positions are the output pixels. Input features are ordered (kernel…, channel), so that a patch is copied in runs of
-    channels; `weight_matrix` follows the same order. One matrix a group.
+    Positions are the output pixels. Input features are ordered (kernel…, channel), so that a patch
+    is copied in runs of channels; `weight_matrix` follows the same order. One matrix a group.
     """
 
     def inputs(self, module: Module, x: Tensor) -> Tensor:
@@ -163,15 +172,18 @@ class ConvRule(KroneckerRule):
 
     def shape(self, module: Module) -> tuple[int, int, int]:
         groups = module.groups
-        inputs = module.weight[0].numel() * self.covers(module, "weight") + self.covers(module, "bias")
+        inputs = module.weight[0].numel() * self.covers(module, "weight") + self.covers(
+            module, "bias"
+        )
         return groups, module.weight.shape[0] // groups, inputs
 
 
 class EmbeddingRule(KroneckerRule):
-    """``torch.nn.Embedding``: a linear layer on one-hot rows, so A is diagonal (token frequencies) and never formed.
+    """``torch.nn.Embedding``: a linear layer on one-hot rows, so A is diagonal (token frequencies)
+    and never formed.
 
-    The matrix is the transposed table, (dim, vocabulary). ``padding_idx`` gets no gradient. Always in the expand
-    setting: reduced one-hot rows would no longer have a diagonal second moment.
+    The matrix is the transposed table, (dim, vocabulary). ``padding_idx`` gets no gradient. Always
+    in the expand setting: reduced one-hot rows would no longer have a diagonal second moment.
     """
 
     names = ("weight",)
@@ -201,15 +213,16 @@ class EmbeddingRule(KroneckerRule):
 class ScaleRule(Rule):
     """Scale and shift of a normalisation layer, or any elementwise affine map ``y = γ x̂ + β``.
 
-    ``axes``: "last" when the parameters span the trailing dimensions (LayerNorm, RMSNorm), "channel" when they
-    index dimension 1 (BatchNorm, GroupNorm, InstanceNorm).
+    ``axes``: "last" when the parameters span the trailing dimensions (LayerNorm, RMSNorm),
+    "channel" when they index dimension 1 (BatchNorm, GroupNorm, InstanceNorm).
     """
 
     axes: str
     batched_statistics: bool = False
 
     def normalised(self, module: Module, x: Tensor) -> Tensor:
-        """x̂, the module's output without its scale and shift (BatchNorm: with the statistics of its current mode)."""
+        """x̂, the module's output without its scale and shift (BatchNorm: with the statistics of
+        its current mode)."""
         if isinstance(module, nn.LayerNorm):
             return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
         if isinstance(module, nn.GroupNorm):
@@ -219,14 +232,24 @@ class ScaleRule(Rule):
             use_batch = module.training or module.running_mean is None
             if instance:
                 return F.instance_norm(
-                    x, module.running_mean, module.running_var, None, None, use_batch, 0.0, module.eps
+                    x,
+                    module.running_mean,
+                    module.running_var,
+                    None,
+                    None,
+                    use_batch,
+                    0.0,
+                    module.eps,
                 )
             mean, var = (None, None) if use_batch else (module.running_mean, module.running_var)
             return F.batch_norm(x, mean, var, None, None, use_batch, 0.0, module.eps)
         return F.rms_norm(x, list(module.normalized_shape), None, module.eps)
 
-    def rows(self, module: Module, normalised: Tensor, g: Tensor, setting: Setting = "reduce") -> Tensor:
-        """Gradients of (scale, shift), flattened to (rows, k): a row an example ("reduce") or a position ("expand")."""
+    def rows(
+        self, module: Module, normalised: Tensor, g: Tensor, setting: Setting = "reduce"
+    ) -> Tensor:
+        """Gradients of (scale, shift), flattened to (rows, k): a row an example ("reduce") or a
+        position ("expand")."""
         parts = []
         for name, _ in self.parameters(module):
             sample = g * normalised if name == "weight" else g
@@ -289,12 +312,18 @@ def rule_for(module: Module) -> Rule | None:
 
 
 def patches(module: Module, x: Tensor, mean: bool = False) -> Tensor:
-    """Input patches of a convolution, (n, positions, kernel·channels); with groups (groups, n, positions, …/groups).
+    """Input patches of a convolution, (n, positions, kernel·channels); with groups (groups, n,
+    positions, …/groups).
 
-    One padded channels-last copy of x and one copy into patches; cost O(n · positions · kernel · channels). With
-    ``mean`` over the positions, (…, n, 1, …), the second copy is spared.
+    One padded channels-last copy of x and one copy into patches; cost O(n · positions · kernel ·
+    channels). With ``mean`` over the positions, (…, n, 1, …), the second copy is spared.
     """
-    kernel, stride, dilation, groups = module.kernel_size, module.stride, module.dilation, module.groups
+    kernel, stride, dilation, groups = (
+        module.kernel_size,
+        module.stride,
+        module.dilation,
+        module.groups,
+    )
     padding = module._reversed_padding_repeated_twice
     if any(padding):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -302,7 +331,10 @@ def patches(module: Module, x: Tensor, mean: bool = False) -> Tensor:
     x = x.movedim(1, -1).contiguous()
     n, *size, channels = x.shape
     step = x.stride()
-    places = [(s - d * (k - 1) - 1) // t + 1 for s, k, t, d in zip(size, kernel, stride, dilation, strict=True)]
+    places = [
+        (s - d * (k - 1) - 1) // t + 1
+        for s, k, t, d in zip(size, kernel, stride, dilation, strict=True)
+    ]
     windows = x.as_strided(
         (n, *places, *kernel, channels),
         (

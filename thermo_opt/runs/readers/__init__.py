@@ -27,10 +27,11 @@ FORMATS = tuple(_READERS)
 def load_run(path: str | os.PathLike[str], format: str | None = None) -> Run:
     """Open a recorded run, whichever tool wrote it; tensors are read only when asked for.
 
-    Recognised from the files: our own layout (``run.json``), Hugging Face `Trainer` output (``checkpoint-*/``),
-    Lightning (``*.ckpt``), a folder of torch state dicts (``*.pt``, ``*.pth``), a folder of safetensors. ``format``,
-    one of `FORMATS`, overrides. Raises `InputError` naming the folder or file when it is missing, empty, damaged, or
-    of no known or of more than one layout.
+    Recognised from the files: our own layout (``run.json``), Hugging Face `Trainer` output
+    (``checkpoint-*/``), Lightning (``*.ckpt``), a folder of torch state dicts (``*.pt``,
+    ``*.pth``), a folder of safetensors. ``format``, one of `FORMATS`, overrides. Raises
+    `InputError` naming the folder or file when it is missing, empty, damaged, or of no known or of
+    more than one layout.
     """
     folder = arguments.path("path", path)
     try:
@@ -47,14 +48,18 @@ def load_run(path: str | os.PathLike[str], format: str | None = None) -> Run:
         found = [name for name, (recognise, _) in _READERS.items() if recognise(folder)]
         if not found:
             raise InputError(
-                f"{folder} holds no recorded run of a known layout (run.json, checkpoint-*/, *.ckpt, *.pt, "
+                f"{folder} holds no recorded run of a known layout (run.json, checkpoint-*/, "
+                "*.ckpt, *.pt, "
                 "*.safetensors); "
                 "give the folder that directly holds one"
             )
         if len(found) > 1 and found[0] not in ("thermo-opt", "huggingface"):
-            raise InputError(f"{folder} could be read as {' or '.join(found)}; choose with --format")
+            raise InputError(
+                f"{folder} could be read as {' or '.join(found)}; choose with --format"
+            )
         return _READERS[found[0]][1](folder)
     except OSError as error:
         raise InputError(
-            f"{error.filename or folder} can't be read ({error.strerror or error}); check its permissions"
+            f"{error.filename or folder} can't be read ({error.strerror or error}); check its "
+            "permissions"
         ) from None

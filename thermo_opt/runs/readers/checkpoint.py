@@ -1,5 +1,5 @@
-"""What the readers of other tools' checkpoints share: weights of a state dict, and an optimizer's moments under
-their names.
+"""What the readers of other tools' checkpoints share: weights of a state dict, and an optimizer's
+moments under their names.
 """
 
 from __future__ import annotations
@@ -23,24 +23,27 @@ from thermo_opt.runs.run import Run, RunInfo
 Shape = tuple[int, ...]
 
 _STATISTICS = ("running_mean", "running_var")
-"""Floating-point buffers by the names `torch.nn` gives them; all others in a state dict count as weights."""
+"""Floating-point buffers by the names `torch.nn` gives them; all others in a state dict count as
+weights."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
 class Checkpoint(ABC):
-    """Contents of one checkpoint of another tool: ``params/``, ``buffers/`` and, where they can be named, Adam's
-    moments.
+    """Contents of one checkpoint of another tool: ``params/``, ``buffers/`` and, where they can be
+    named, Adam's moments.
 
-    A format says where weights and optimizer state lie, and which orders of parameters its optimizer may have.
+    A format says where weights and optimizer state lie, and which orders of parameters its
+    optimizer may have.
     """
 
     path: Path
 
     @abstractmethod
     def weights(self) -> Mapping[str, Any]:
-        """Names of the stored weights and buffers, in the file's order (values: whatever `weight` needs)."""
+        """Names of the stored weights and buffers, in the file's order (values: whatever `weight`
+        needs)."""
 
     @abstractmethod
     def weight(self, name: str) -> Tensor:
@@ -51,8 +54,13 @@ class Checkpoint(ABC):
         """The optimizer's ``state_dict()``: ``{"state": {index: …}, "param_groups": […]}``."""
 
     def parameter_orders(self, groups: int) -> Sequence[Sequence[Sequence[str]]]:
-        """Possible orders of the parameters in the optimizer: for each, one list of names a group. First fit wins."""
-        names = [name.removeprefix("params/") for name in self._weight_shapes if name.startswith("params/")]
+        """Possible orders of the parameters in the optimizer: for each, one list of names a group.
+        First fit wins."""
+        names = [
+            name.removeprefix("params/")
+            for name in self._weight_shapes
+            if name.startswith("params/")
+        ]
         return [[names] * groups]
 
     @cached_property
@@ -66,7 +74,8 @@ class Checkpoint(ABC):
 
     @cached_property
     def _indices(self) -> dict[str, int] | str:
-        """Name of each parameter that has moments → its index in the optimizer; or why they can't be told."""
+        """Name of each parameter that has moments → its index in the optimizer; or why they can't
+        be told."""
         state = self.optimizer_state()
         if state is None:
             return "no optimizer state was saved with it"
@@ -77,16 +86,21 @@ class Checkpoint(ABC):
         orders = self.parameter_orders(len(found))
         for order in orders:
             if len(order) == len(found):
-                indices = _assign(found, [[(name, known[name]) for name in group if name in known] for group in order])
+                indices = _assign(
+                    found,
+                    [[(name, known[name]) for name in group if name in known] for group in order],
+                )
                 if indices is not None:
                     return self._in_step(indices, state)
         return (
-            "its optimizer state doesn't name the parameters, and the moments' shapes leave more than one possibility"
+            "its optimizer state doesn't name the parameters, and the moments' shapes "
+            "leave more than one possibility"
         )
 
     @staticmethod
     def _in_step(indices: dict[str, int], state: Mapping[str, Any]) -> dict[str, int]:
-        """Those as often updated as the most advanced one: the others' bias correction would be another."""
+        """Those as often updated as the most advanced one: the others' bias correction would be
+        another."""
         done = {name: int(state["state"][index].get("step", 0)) for name, index in indices.items()}
         return {name: index for name, index in indices.items() if done[name] == max(done.values())}
 
@@ -139,8 +153,8 @@ def open_run(
     steps: pd.DataFrame | None = None,
     **info: Any,
 ) -> Run:
-    """A `Run` of checkpoints ``(step, contents)``; the optimizer's settings and the layout are those of the first
-    one.
+    """A `Run` of checkpoints ``(step, contents)``; the optimizer's settings and the layout are
+    those of the first one.
     """
     snapshots = link([(step, contents.path, contents) for step, contents in checkpoints])
     first = snapshots[0].contents
@@ -170,19 +184,26 @@ def open_run(
             parameters=parameters,
             **info,
         ),
-        steps=steps if steps is not None else pd.DataFrame(index=pd.Index([], name="step", dtype="int64")),
+        steps=steps
+        if steps is not None
+        else pd.DataFrame(index=pd.Index([], name="step", dtype="int64")),
         snapshots=snapshots,
         probe_path=find_probe(path),
     )
 
 
 def find_probe(path: Path) -> Path | None:
-    """The probe file laid beside a run's checkpoints, if any: ``probe.safetensors``, ``probe.npz`` or
-    ``probe.parquet``.
+    """The probe file laid beside a run's checkpoints, if any: ``probe.safetensors``, ``probe.npz``
+    or ``probe.parquet``.
     """
     stem = Path(PROBE_FILE).stem
     return next(
-        (file for suffix in (".safetensors", ".npz", ".parquet") if (file := path / (stem + suffix)).exists()), None
+        (
+            file
+            for suffix in (".safetensors", ".npz", ".parquet")
+            if (file := path / (stem + suffix)).exists()
+        ),
+        None,
     )
 
 
@@ -191,7 +212,8 @@ def step_in_name(path: Path) -> int:
     numbers = re.findall(r"\d+", path.stem)
     if not numbers:
         raise InputError(
-            f"{path}: there is no step number in its name; rename it like model-100{path.suffix}, or remove it"
+            f"{path}: there is no step number in its name; rename it like model-100{path.suffix}, "
+            "or remove it"
         )
     return int(numbers[-1])
 
@@ -215,22 +237,29 @@ def _moment_shapes(state: Mapping[str, Any]) -> list[dict[int, Shape | None]]:
 def _assign(
     found: list[dict[int, Shape | None]], order: Sequence[Sequence[tuple[str, Shape]]]
 ) -> dict[str, int] | None:
-    """Names for the indices of each group, if exactly one order-preserving choice has the right shapes."""
+    """Names for the indices of each group, if exactly one order-preserving choice has the right
+    shapes."""
     result: dict[str, int] = {}
     for group, names in zip(found, order, strict=True):
         if len(group) == len(names):
             pairs = [
-                (name, shape, index, own) for (name, shape), (index, own) in zip(names, group.items(), strict=True)
+                (name, shape, index, own)
+                for (name, shape), (index, own) in zip(names, group.items(), strict=True)
             ]
             if any(own is not None and own != shape for _, shape, _, own in pairs):
                 return None
             chosen = {name: index for name, _, index, own in pairs if own is not None}
         else:
             present = [(index, shape) for index, shape in group.items() if shape is not None]
-            positions = _only_embedding([shape for _, shape in present], [shape for _, shape in names])
+            positions = _only_embedding(
+                [shape for _, shape in present], [shape for _, shape in names]
+            )
             if positions is None:
                 return None
-            chosen = {names[position][0]: index for position, (index, _) in zip(positions, present, strict=True)}
+            chosen = {
+                names[position][0]: index
+                for position, (index, _) in zip(positions, present, strict=True)
+            }
         if result.keys() & chosen.keys():
             return None
         result |= chosen
@@ -238,8 +267,8 @@ def _assign(
 
 
 def _only_embedding(part: Sequence[Shape], whole: Sequence[Shape]) -> list[int] | None:
-    """Positions of ``part`` as a subsequence of ``whole``, if there is exactly one way: its leftmost and rightmost
-    fits agree.
+    """Positions of ``part`` as a subsequence of ``whole``, if there is exactly one way: its
+    leftmost and rightmost fits agree.
     """
 
     def leftmost(part: Sequence[Shape], whole: Sequence[Shape]) -> list[int] | None:

@@ -1,5 +1,5 @@
-"""Reader for what the Hugging Face `Trainer` leaves: ``checkpoint-*/`` with weights, ``optimizer.pt`` and
-``trainer_state.json``.
+"""Reader for what the Hugging Face `Trainer` leaves: ``checkpoint-*/`` with weights,
+``optimizer.pt`` and ``trainer_state.json``.
 
 ``training_args.bin`` is a pickle and never opened; code shipped with a model is never run.
 """
@@ -36,28 +36,41 @@ _CATEGORICAL = (
 
 
 def recognise(path: Path) -> bool:
-    """Whether a folder has ``checkpoint-<step>/`` folders with weights in them, or is one of them."""
-    return any(_has_weights(folder) for folder in _checkpoints(path).values()) or _is_checkpoint(path)
+    """Whether a folder has ``checkpoint-<step>/`` folders with weights in them, or is one of
+    them."""
+    return any(_has_weights(folder) for folder in _checkpoints(path).values()) or _is_checkpoint(
+        path
+    )
 
 
 def read(path: Path) -> Run:
     """Open the output folder of a Hugging Face `Trainer`."""
     folders = {step: folder for step, folder in _checkpoints(path).items() if _has_weights(folder)}
     if not folders:
-        hint = "give the folder that holds it" if _is_checkpoint(path) else "give a Trainer's output folder"
+        hint = (
+            "give the folder that holds it"
+            if _is_checkpoint(path)
+            else "give a Trainer's output folder"
+        )
         raise InputError(f"{path} has no checkpoint-<step> folders with {_WEIGHTS[0]}; {hint}")
     last = folders[max(folders)]
-    config_path = next((file for folder in folders.values() if (file := folder / "config.json").exists()), None)
+    config_path = next(
+        (file for folder in folders.values() if (file := folder / "config.json").exists()), None
+    )
     config = _read_json(config_path) if config_path else {}
     architectures = _architectures(config)
-    categorical = any(name.endswith(_CATEGORICAL) for name in architectures) and config.get("problem_type") in (
+    categorical = any(name.endswith(_CATEGORICAL) for name in architectures) and config.get(
+        "problem_type"
+    ) in (
         None,
         "single_label_classification",
     )
     state_path = last / "trainer_state.json"
     state = _read_json(state_path) if state_path.exists() else {}
     notes = {
-        key: state[key] for key in ("train_batch_size", "max_steps", "num_train_epochs") if state.get(key) is not None
+        key: state[key]
+        for key in ("train_batch_size", "max_steps", "num_train_epochs")
+        if state.get(key) is not None
     }
     return open_run(
         path,
@@ -73,7 +86,8 @@ def read(path: Path) -> Run:
 
 @dataclass
 class HuggingFaceCheckpoint(Checkpoint):
-    """One ``checkpoint-<step>/``: weights in one file or in shards, optimizer state in ``optimizer.pt``."""
+    """One ``checkpoint-<step>/``: weights in one file or in shards, optimizer state in
+    ``optimizer.pt``."""
 
     @cached_property
     def _files(self) -> dict[str, Path]:
@@ -83,15 +97,20 @@ class HuggingFaceCheckpoint(Checkpoint):
                 shards = _read_json(index).get("weight_map")
                 if not isinstance(shards, dict):
                     raise InputError(f"{index} has no weight_map; restore the file from a copy")
-                missing = sorted({shard for shard in shards.values() if not (self.path / shard).exists()})
+                missing = sorted(
+                    {shard for shard in shards.values() if not (self.path / shard).exists()}
+                )
                 if missing:
                     raise InputError(
-                        f"{self.path / missing[0]} is missing, though {index.name} lists it; restore the file"
+                        f"{self.path / missing[0]} is missing, though {index.name} lists it; "
+                        "restore the file"
                     )
                 return {key: self.path / shard for key, shard in shards.items()}
             if (self.path / name).exists():
                 return dict.fromkeys(self._open(self.path / name).shapes, self.path / name)
-        raise InputError(f"{self.path} has no {_WEIGHTS[0]}; restore the file, or remove this checkpoint")
+        raise InputError(
+            f"{self.path} has no {_WEIGHTS[0]}; restore the file, or remove this checkpoint"
+        )
 
     def weights(self) -> Mapping[str, Path]:
         """Weight → the file that holds it."""
@@ -108,20 +127,25 @@ class HuggingFaceCheckpoint(Checkpoint):
             return None
         state = opened(file, load_torch)
         if not isinstance(state, Mapping) or not {"state", "param_groups"} <= set(state):
-            raise InputError(f"{file} isn't a torch optimizer's state; remove it to audit the weights alone")
+            raise InputError(
+                f"{file} isn't a torch optimizer's state; remove it to audit the weights alone"
+            )
         return state
 
     def parameter_orders(self, groups: int) -> Sequence[Sequence[Sequence[str]]]:
-        """The Trainer's own grouping (decayed, then not) of the architecture that ``config.json`` names.
+        """The Trainer's own grouping (decayed, then not) of the architecture that ``config.json``
+        names.
 
-        Safetensors files are sorted by name, so without the architecture only moments whose shape is unique can be
-        named.
+        Safetensors files are sorted by name, so without the architecture only moments whose shape
+        is unique can be named.
         """
         config = self.path / "config.json"
         orders = _trainer_orders(config, config.stat().st_mtime_ns) if config.exists() else None
         if orders is not None:
             return [order for order in orders if len(order) == groups]
-        shapes = [shape for name, shape in self._weight_shapes.items() if name.startswith("params/")]
+        shapes = [
+            shape for name, shape in self._weight_shapes.items() if name.startswith("params/")
+        ]
         if len(set(shapes)) < len(shapes):
             return []
         by_shape = {
@@ -135,7 +159,11 @@ class HuggingFaceCheckpoint(Checkpoint):
             [state["state"].get(index, {}).get("exp_avg") for index in group["params"]]
             for group in state["param_groups"]
         ]
-        if any(entry is None or tuple(entry.shape) not in by_shape for group in entries for entry in group):
+        if any(
+            entry is None or tuple(entry.shape) not in by_shape
+            for group in entries
+            for entry in group
+        ):
             return []
         return [[[by_shape[tuple(entry.shape)] for entry in group] for group in entries]]
 
@@ -145,15 +173,18 @@ class HuggingFaceCheckpoint(Checkpoint):
 
 
 def model_from_config(config_path: Path, device: str = "cpu") -> nn.Module:
-    """The architecture that a ``config.json`` names, with fresh weights, built by the installed `transformers` alone.
+    """The architecture that a ``config.json`` names, with fresh weights, built by the installed
+    `transformers` alone.
 
-    Raises `InputError` when transformers is missing or doesn't have it; code shipped with a checkpoint is never run.
+    Raises `InputError` when transformers is missing or doesn't have it; code shipped with a
+    checkpoint is never run.
     """
     try:
         import transformers
     except ImportError:
         raise InputError(
-            f"{config_path}: building the model needs transformers; pip install 'thermo-opt[transformers]'"
+            f"{config_path}: building the model needs transformers; pip install "
+            "'thermo-opt[transformers]'"
         ) from None
     config = _read_json(config_path)
     kind, names = str(config.get("model_type")), _architectures(config)
@@ -162,7 +193,8 @@ def model_from_config(config_path: Path, device: str = "cpu") -> nn.Module:
         isinstance(architecture, type) and issubclass(architecture, nn.Module)
     ):
         raise InputError(
-            f"{config_path} names an architecture ({names[0] if names else kind}) that the installed transformers "
+            f"{config_path} names an architecture ({names[0] if names else kind}) that the "
+            "installed transformers "
             "lacks; "
             "give --model package.module:factory"
         )
@@ -172,7 +204,8 @@ def model_from_config(config_path: Path, device: str = "cpu") -> nn.Module:
     except Exception as error:  # each architecture checks its settings in its own way
         reason = " ".join(str(error).split())
         raise InputError(
-            f"{config_path}: {names[0]} can't be built from it ({reason or type(error).__name__}); restore the file, or "
+            f"{config_path}: {names[0]} can't be built from it ({reason or type(error).__name__}); "
+            "restore the file, or "
             "give --model package.module:factory"
         ) from None
 
@@ -184,8 +217,8 @@ def _architectures(config: Mapping[str, Any]) -> list[str]:
 
 @lru_cache(maxsize=2)
 def _trainer_orders(config_path: Path, modified: int) -> list[list[list[str]]] | None:
-    """Orders in which the Trainer may have given the architecture's parameters to its optimizer; None: it can't be
-    built.
+    """Orders in which the Trainer may have given the architecture's parameters to its optimizer;
+    None: it can't be built.
     """
     try:
         from transformers import Trainer
@@ -198,14 +231,17 @@ def _trainer_orders(config_path: Path, modified: int) -> list[list[list[str]]] |
     matrices = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
 
     def split(first: set[str]) -> list[list[str]]:
-        return [[name for name in names if name in first], [name for name in names if name not in first]]
+        return [
+            [name for name in names if name in first],
+            [name for name in names if name not in first],
+        ]
 
     return [split(decayed), split(matrices), [names]]
 
 
 def _training_curve(state: dict[str, Any], file: Path) -> pd.DataFrame:
-    """``log_history`` as a table, one row a step: the Trainer's names, but for lr, tokens (since the row before) and
-    wall.
+    """``log_history`` as a table, one row a step: the Trainer's names, but for lr, tokens (since
+    the row before) and wall.
     """
     history = state.get("log_history", [])
     if not isinstance(history, list) or not all(
@@ -217,7 +253,9 @@ def _training_curve(state: dict[str, Any], file: Path) -> pd.DataFrame:
         rows.setdefault(row["step"], {}).update(
             {key: value for key, value in row.items() if not isinstance(value, dict | list)}
         )
-    frame = pd.DataFrame([rows[step] for step in sorted(rows)], columns=None if rows else ["step"]).set_index("step")
+    frame = pd.DataFrame(
+        [rows[step] for step in sorted(rows)], columns=None if rows else ["step"]
+    ).set_index("step")
     frame = frame.rename(columns={"learning_rate": "lr", "train_runtime": "wall"})
     if "num_input_tokens_seen" in frame:
         frame["tokens"] = frame.pop("num_input_tokens_seen")
@@ -240,7 +278,9 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _has_weights(folder: Path) -> bool:
-    return any((folder / name).exists() or (folder / f"{name}.index.json").exists() for name in _WEIGHTS)
+    return any(
+        (folder / name).exists() or (folder / f"{name}.index.json").exists() for name in _WEIGHTS
+    )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Reader for a folder of safetensors files, one a checkpoint, with the step in each file's name.
 
-The tensors are a model's weights, or carry the group names of our own snapshots (``probe/logits``, ``params/…``): so
-predictions alone, written by any framework, can be audited.
+The tensors are a model's weights, or carry the group names of our own snapshots (``probe/logits``,
+``params/…``): so predictions alone, written by any framework, can be audited.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def recognise(path: Path) -> bool:
 
 
 def read(path: Path) -> Run:
-    """Open a folder of safetensors files: each a model's weights, the step being the last number in its name."""
+    """Open a folder of safetensors files: each a model's weights, the step being the last number in
+    its name."""
     files = _files(path)
     if not files:
         raise InputError(f"{path} has no .safetensors files; give the folder of a recorded run")
@@ -46,7 +47,10 @@ def read(path: Path) -> Run:
             probe_path=find_probe(path),
         )
     return open_run(
-        path, "safetensors", [(step_in_name(file), SafetensorsCheckpoint(file)) for file in files], clock="step"
+        path,
+        "safetensors",
+        [(step_in_name(file), SafetensorsCheckpoint(file)) for file in files],
+        clock="step",
     )
 
 
@@ -75,4 +79,8 @@ class SafetensorsCheckpoint(Checkpoint):
 
 
 def _files(path: Path) -> list[Path]:
-    return sorted(file for file in visible(path.glob("*.safetensors")) if file.is_file() and file.name != PROBE_FILE)
+    return sorted(
+        file
+        for file in visible(path.glob("*.safetensors"))
+        if file.is_file() and file.name != PROBE_FILE
+    )

@@ -1,0 +1,8 @@
+"""Audits: turn a recorded run into per-step scalars (a, d, Δ, τ) and a summary, through every lens
+it supports."""
+
+from thermo_opt.audits.auditor import audit
+from thermo_opt.audits.comparison import compare
+from thermo_opt.audits.results import Audit
+
+__all__ = ["Audit", "audit", "compare"]

@@ -1,0 +1,152 @@
+"""`audit`: choose the lenses a run supports, look through each, say what the others lacked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from numbers import Integral
+from os import PathLike
+from typing import Any, Literal
+
+import numpy as np
+
+from thermo_opt import arguments
+from thermo_opt.audits.results import Audit
+from thermo_opt.errors import InputError
+from thermo_opt.lenses.inputs import LensInputs, Progress, Unsupported
+from thermo_opt.lenses.optimizer_state import look_at_optimizer_state
+from thermo_opt.lenses.outputs import look_at_outputs
+from thermo_opt.lenses.parameters import look_at_parameters
+from thermo_opt.lenses.results import LENSES, LensAudit
+from thermo_opt.lenses.summary import Measurements, lens_audit
+from thermo_opt.runs import Probe, Run, load_run
+from thermo_opt.runs.probe import load_probe
+
+_GLANCE = 32
+"""Intervals the parameter lens looks at when nobody asked for it by name."""
+
+_LOOK: dict[str, Callable[[LensInputs], Measurements]] = {
+    "outputs": look_at_outputs,
+    "parameters": look_at_parameters,
+    "optimizer-state": look_at_optimizer_state,
+}
+
+
+def audit(
+    run: Run | str | PathLike[str],
+    *,
+    lens: str | Sequence[str] | None = None,
+    clock: str | None = None,
+    stride: int = 1,
+    model: Any = None,
+    probe: Probe | str | PathLike[str] | None = None,
+    batch_size: int | None = None,
+    steps: slice | Sequence[int] | None = None,
+    jobs: int = 1,
+    quadrature: Literal["start", "trapezoid"] = "start",
+    damping: float | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Audit:
+    """Audit a recorded run: how much its path dissipated, how much of it was unavoidable, where the
+    rest went (§2-5, §9).
+
+    ``run``: a `Run` or a path. ``lens``: one or several of ``outputs``, ``parameters``,
+    ``optimizer-state``; by default every lens the record supports, the reasons why others could not
+    look being kept in ``missing``. ``clock``: the unit of τ (step, flow, wall, examples, tokens);
+    by default the one its recorder named, else step. ``stride``: audit every ``stride``-th snapshot
+    (and the last): coarser audits give lower bounds. ``model`` (a module, or
+    ``package.module:factory``) and ``probe`` (a file, or a `Probe`) replay predictions from
+    recorded weights. ``batch_size`` gives the optimizer-state lens its nats. ``steps``: the audited
+    intervals the parameter lens looks at: by default all if it was asked for by name, else up to 32
+    spread evenly, since each costs dozens of Fisher products; ``quadrature``: its values at each
+    step's start, or
+    averaged over both ends; ``damping``: its λ, by default 1e-3 of the Fisher's mean eigenvalue at
+    the start; ``device``: where it computes, by default a GPU if there is one. ``jobs``: processes.
+    ``progress``: see `Progress`.
+
+    Raises InputError for a run that can't be read, a clock it has no data for, or a lens asked for
+    by name that it does not support. Cost: outputs lens O(snapshots x probe); optimizer-state
+    O(bytes of the snapshots).
+    """
+    stride, jobs = arguments.whole("stride", stride), arguments.whole("jobs", jobs, least=None)
+    if batch_size is not None:
+        batch_size = arguments.whole("batch_size", batch_size)
+    if damping is not None:
+        damping = arguments.positive("damping", damping)
+    if steps is not None and not isinstance(steps, slice):
+        steps = [
+            int(k)
+            for k in arguments.listed("steps", steps, Integral, "give a slice, or whole numbers")
+        ]
+    run = run if isinstance(run, Run) else load_run(run)
+    clock = clock or run.info.clock or "step"
+    wanted = _lenses(lens)
+    if len(run.snapshots) < 2:
+        raise InputError(
+            f"{run.path}: a path needs at least two snapshots and this run has "
+            f"{len(run.snapshots)}: "
+            "record or save checkpoints more often"
+        )
+    given = probe if isinstance(probe, Probe) or probe is None else load_probe(probe)
+    view = LensInputs(
+        run,
+        clock,
+        stride,
+        model,
+        given,
+        batch_size,
+        steps,
+        jobs,
+        quadrature,
+        damping,
+        device,
+        progress,
+    )
+    if lens is None and steps is None:
+        view.intervals = _spread(len(view.indices) - 1)
+    lenses: dict[str, LensAudit] = {}
+    missing: dict[str, str] = {}
+    for name in wanted:
+        try:
+            lenses[name] = lens_audit(_LOOK[name](view), run.name, name, clock)
+        except Unsupported as reason:
+            if lens is not None:
+                raise InputError(
+                    f"{run.path}: the {name} lens can't look at this run: {reason}"
+                ) from None
+            missing[name] = str(reason)
+    if not lenses:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+        raise InputError(f"{run.path}: no lens can look at this run ({reasons})")
+    return Audit(
+        run=run.name,
+        path=str(run.path),
+        lenses=lenses,
+        missing=missing,
+        curve=run.steps,
+        optimizer=run.info.optimizer,
+        probe=None if view.probe is None else view.probe.fingerprint,
+    )
+
+
+def _spread(count: int) -> list[int] | None:
+    """Up to `_GLANCE` of ``count`` intervals, evenly spread, the first and the last among them;
+    None for all."""
+    if count <= _GLANCE:
+        return None
+    return np.unique(np.linspace(0, count - 1, _GLANCE).round().astype(int)).tolist()
+
+
+def _lenses(lens: str | Sequence[str] | None) -> Sequence[str]:
+    if lens is None:
+        return LENSES
+    names = (
+        [lens]
+        if isinstance(lens, str)
+        else arguments.listed("lens", lens, str, f"use {', '.join(LENSES)}")
+    )
+    wanted = list(dict.fromkeys(names))
+    for name in wanted:
+        if name not in LENSES:
+            raise InputError(f"lens {name!r} is unknown: use one of {', '.join(LENSES)}")
+    return wanted

@@ -1,0 +1,73 @@
+"""An audit: one run through every lens that its record supports, and why the others could not
+look."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from thermo_opt.lenses.results import LENSES, LensAudit, summaries_json
+
+
+@dataclass(frozen=True)
+class Audit:
+    """A run's audit: every lens its record supports (``lenses``) and why the others could not look
+    (``missing``).
+
+    ``steps`` and ``summary`` are those of the headline lens (the first of `LENSES` present).
+    ``curve``: the recorded training curve, one row a logged step (index ``step``). ``optimizer``,
+    ``probe`` (the probe's fingerprint) and ``path`` identify the run.
+    """
+
+    run: str
+    path: str
+    lenses: dict[str, LensAudit]
+    missing: dict[str, str] = field(default_factory=dict)
+    curve: pd.DataFrame = field(default_factory=pd.DataFrame)
+    optimizer: str | None = None
+    probe: str | None = None
+
+    @property
+    def headline(self) -> LensAudit:
+        """The first of `LENSES` that the record supports."""
+        return next(self.lenses[name] for name in LENSES if name in self.lenses)
+
+    @property
+    def steps(self) -> pd.DataFrame:
+        """Per-interval scalars of the headline lens."""
+        return self.headline.steps
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Summary of the headline lens."""
+        return self.headline.summary
+
+    @property
+    def summaries(self) -> list[dict[str, Any]]:
+        """One summary a lens, headline first."""
+        return [self.lenses[name].summary for name in LENSES if name in self.lenses]
+
+    def to_json(self, path: str | PathLike[str] | None = None) -> str:
+        """The summaries as ``{"runs": [...]}``, the object the command line prints; also written to
+        ``path`` if given."""
+        text = summaries_json([self])
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    def to_html(self, path: str | PathLike[str]) -> Path:
+        """Write the one-file interactive report (opens offline) and return its path."""
+        from thermo_opt.report import write_report  # plotly is slow to import
+
+        return write_report([self], path)
+
+    def plot(self) -> Any:
+        """One Matplotlib figure with the audit's main panels; returns the
+        ``matplotlib.figure.Figure``."""
+        from thermo_opt.plots import overview
+
+        return overview(self)

@@ -1,0 +1,5 @@
+"""The command line."""
+
+from thermo_opt.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,48 @@
+"""Arguments and options that several commands share, declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RunPath = Annotated[
+    Path,
+    typer.Argument(help="Folder or file that a training run left on disk.", show_default=False),
+]
+RunPaths = Annotated[list[Path], typer.Argument(help="Recorded runs.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Html = Annotated[
+    Path | None, typer.Option(help="Also write a report page, one file that opens offline.")
+]
+Lens = Annotated[
+    list[str] | None,
+    typer.Option(help="outputs, parameters or optimizer-state; may be repeated. Default: all."),
+]
+Clock = Annotated[
+    str | None,
+    typer.Option(
+        help=(
+            "What counts as time: step, flow, wall, examples or tokens. Default: the "
+            "run's own, or step."
+        )
+    ),
+]
+Stride = Annotated[int, typer.Option(help="Use every M-th snapshot.", metavar="M")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="Architecture, as package.module:factory, to replay weights with."),
+]
+Probe = Annotated[
+    Path | None, typer.Option(help="Inputs and targets to replay on (safetensors, npz, parquet).")
+]
+Format = Annotated[str | None, typer.Option(help="Layout of the run, where its files don't tell.")]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Examples in a minibatch; the optimizer-state lens needs it.")
+]
+Steps = Annotated[
+    str | None, typer.Option(help="Intervals the parameter lens looks at.", metavar="A:B:C")
+]
+Jobs = Annotated[int, typer.Option(help="Processes.")]
+Output = Annotated[Path, typer.Option(help="Where to write the report page.")]

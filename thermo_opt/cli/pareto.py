@@ -1,0 +1,172 @@
+"""``thermo-opt pareto``: the speed-cost front of recorded runs, in the terminal, as JSON or as a
+page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from thermo_opt.cli.pages import check_page
+from thermo_opt.errors import InputError
+
+if TYPE_CHECKING:
+    from thermo_opt.fronts import ParetoFront, Target, Track
+
+_SHOWN = 24
+"""Rows a table in the terminal has at most; the front is always shown whole."""
+
+
+def pareto(
+    runs: Annotated[list[Path], typer.Argument(help="Recorded runs.", show_default=False)],
+    target_loss: Annotated[
+        list[float] | None,
+        typer.Option(
+            help=(
+                "Loss to reach, nats; may be repeated. Default: the lowest that half "
+                "of the runs reach."
+            )
+        ),
+    ] = None,
+    x: Annotated[
+        str, typer.Option(help="What time is: steps, seconds, examples, tokens or flow.")
+    ] = "steps",
+    html: Annotated[
+        Path | None, typer.Option(help="Also write a page, one file that opens offline.")
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Architecture, as package.module:factory, to replay weights with."),
+    ] = None,
+    probe: Annotated[Path | None, typer.Option(help="Inputs and targets to replay on.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="Layout of the runs, where their files don't tell.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Processes; more than one pays for large probes.")] = 1,
+) -> None:
+    """Draw what runs took, in time and dissipation, to reach a loss, beside the frontier that none
+    can cross."""
+    from thermo_opt.cli import terminal
+    from thermo_opt.fronts import CLOCK_OF
+    from thermo_opt.fronts import pareto as speed_cost_front
+
+    check_page(html, "--html")
+    if x not in CLOCK_OF:
+        raise InputError(f"--x {x}: use one of {', '.join(CLOCK_OF)}")
+    if jobs == 0:
+        raise InputError("--jobs 0: give at least one process, or -1 for all cores")
+    replay = {"model": model, "probe": probe} if model is not None or probe is not None else None
+    with terminal.Bars() as bars:
+        tracks = read_tracks(
+            runs, CLOCK_OF[x], format, replay, jobs, bars("reading runs", len(runs))
+        )
+    front = speed_cost_front(tracks, target_loss=target_loss, x=x)
+    if html is not None:
+        front.to_html(html)
+    if json:
+        terminal.print_json(front.to_json())
+        return
+    print_front(front)
+    if html is not None:
+        terminal.say(f"\nPage: {html.resolve()}")
+
+
+def read_tracks(
+    paths: Sequence[Path],
+    clock: str,
+    format: str | None = None,
+    replay: dict[str, Any] | None = None,
+    jobs: int = 1,
+    advance: Callable[[int], None] | None = None,
+) -> list[Track]:
+    """Each run's line in the speed-cost plane, in the order given; InputError names what can't be
+    read."""
+    from joblib import Parallel, delayed
+
+    tracks = []
+    for track in Parallel(n_jobs=jobs, return_as="generator")(
+        delayed(_read)(path, clock, format, replay) for path in paths
+    ):
+        tracks.append(track)
+        if advance is not None:
+            advance(1)
+    return tracks
+
+
+def _read(path: Path, clock: str, format: str | None, replay: dict[str, Any] | None) -> Track:
+    from thermo_opt.fronts import read_track, track_of
+    from thermo_opt.runs import load_run
+
+    run = load_run(path, format=format)
+    if replay is None:
+        return read_track(run, clock)
+    from thermo_opt.audits import audit
+
+    return track_of(audit(run, lens="outputs", clock=clock, **replay))
+
+
+def print_front(front: ParetoFront) -> None:
+    """One table a target, the fastest first, stars on the front; then the front in words."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from thermo_opt.report.front import sentences
+
+    console = Console(highlight=False)
+    for target in front.targets:
+        _print_target(console, front, target)
+    for sentence in sentences(front):
+        console.print(Text(sentence))
+
+
+def _print_target(console: Any, front: ParetoFront, target: Target) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    from thermo_opt.describe.quantities import DURATION_UNITS, cost_unit, number, percent
+
+    rows = front.rows(target.target_loss).sort_values("time", kind="stable", na_position="last")
+    others = rows[~rows["on_front"]].index
+    shown = rows.drop(others[max(0, _SHOWN - int(rows["on_front"].sum())) :])
+    console.print(Text(f"To reach loss {number(target.target_loss)}", style="bold"))
+    table = Table(
+        box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="dim"
+    )
+    table.add_column("run", overflow="fold", min_width=16)
+    table.add_column("group", overflow="fold")
+    for name in (
+        f"T, {DURATION_UNITS[front.clock]}",
+        f"Q, {cost_unit(front.clock)}",
+        "D*",
+        "effic.",
+        "",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in shown.to_dict("records"):
+        if row["censored"]:
+            values = [
+                f"> {number(row['duration'])}",
+                f"> {number(row['dissipation_total'])}",
+                number(row["least_distance"]),
+                "–",
+            ]
+        else:
+            values = [number(row[key]) for key in ("time", "dissipation", "least_distance")] + [
+                percent(row["efficiency"])
+            ]
+        table.add_row(Text(row["run"]), Text(row["group"]), *values, "★" if row["on_front"] else "")
+    console.print(table)
+    if len(shown) < len(rows):
+        console.print(
+            Text(
+                f"and {len(rows) - len(shown)} more runs (--html or --json has them all)",
+                style="dim",
+            )
+        )
+    console.print()

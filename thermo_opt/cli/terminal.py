@@ -1,0 +1,232 @@
+"""The report in a terminal: tables that fit 80 columns, sentences, and progress bars on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.measure import Measurement
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from thermo_opt.describe import sentences as words
+from thermo_opt.describe.quantities import QUANTITIES, number, percent, unit
+from thermo_opt.lenses.results import Audited
+
+_SPARE = (
+    "bound",
+    "loss_end",
+    "steadiness",
+    "least_distance",
+    "straightness",
+    "distance",
+    "ε",
+    "length",
+)
+"""Columns of a comparison that a narrow terminal does without, the first of them first."""
+_WIDEST = 1000
+"""Columns of text that no comparison needs."""
+_PATIENCE = 0.8
+"""Seconds before a progress bar appears: what is quicker shows none."""
+
+
+class Bars:
+    """Progress bars on stderr while in use as a context; called as ``bars(description, total)`` it
+    returns ``advance(n)``."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._timer = threading.Timer(_PATIENCE, self._progress.start)
+        self._timer.daemon = True
+        self._prefix = ""
+
+    def named(self, run: str) -> None:
+        """Bars from here on are about this run; earlier ones are done."""
+        for task in self._progress.tasks:
+            self._progress.update(task.id, visible=False)
+        self._prefix = f"{run}: "
+
+    def __call__(self, description: str, total: int) -> Callable[[int], None]:
+        task = self._progress.add_task(self._prefix + description, total=total)
+        return lambda n: self._progress.advance(task, n)
+
+    def __enter__(self) -> Bars:
+        self._timer.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._timer.cancel()
+        self._timer.join()
+        self._progress.stop()
+
+
+def print_json(text: str) -> None:
+    """One JSON object on stdout and nothing else."""
+    sys.stdout.write(text + "\n")
+
+
+def print_audit(audit: Audited) -> None:
+    """One run: the headline in words, a table with a column for each lens, and what they could not
+    see."""
+    console = Console(highlight=False)
+    title = Text(audit.run, style="bold")
+    if audit.optimizer:
+        title.append(f"  {audit.optimizer}", style="dim not bold")
+    console.print(title)
+    console.print(
+        Text(" ".join([words.headline(audit.summary), *words.explanation(words.told(audit))]))
+    )
+    table = _table()
+    table.add_column("")
+    table.add_column("", style="dim")
+    for summary in audit.summaries:
+        table.add_column(summary["lens"], justify="right")
+    for quantity in QUANTITIES:
+        values = (
+            [summary[quantity.key] for summary in audit.summaries] if quantity.key != "lens" else []
+        )
+        if any(value is not None for value in values):
+            clock = audit.summary["clock"]
+            notation = " ".join(
+                part for part in (quantity.symbol, unit(quantity.unit, clock)) if part
+            )
+            table.add_row(quantity.name, notation, *(number(value) for value in values))
+    console.print()
+    console.print(table)
+    _print_blind_spots(console, [audit])
+
+
+def print_comparison(audits: Sequence[Audited], table: pd.DataFrame) -> None:
+    """Several runs: one table a lens, the most efficient run first, then the comparison in
+    words."""
+    console = Console(highlight=False)
+    said = words.comparison([(audit.run, audit.headline) for audit in audits])
+    for lens, rows in table.groupby("lens", sort=False):
+        console.print(Text(f"{lens} lens: {words.LENS_WORDS[str(lens)]}", style="bold"))
+        console.print(
+            _comparison_table(
+                [{str(k): v for k, v in row.items()} for row in rows.to_dict("records")], console
+            )
+        )
+        console.print()
+    if said:
+        console.print(Text(said))
+    _print_blind_spots(console, audits)
+
+
+def print_info(facts: Mapping[str, Any]) -> None:
+    """What a run's record holds, one fact a line."""
+    console = Console(highlight=False)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for key, value in facts.items():
+        if value is not None:
+            text = ", ".join(map(str, value)) if isinstance(value, list) else _plain(value)
+            table.add_row(key.replace("_", " "), Text(text))
+    console.print(table)
+
+
+def say(text: str) -> None:
+    """A line on stdout, as it is."""
+    Console(highlight=False, soft_wrap=True).print(Text(text))
+
+
+def _comparison_table(rows: list[dict[str, Any]], console: Console) -> Table:
+    rows = [{key: None if _missing(value) else value for key, value in row.items()} for row in rows]
+    for row in rows:
+        known = row["dissipation"] is not None and row["duration"] is not None
+        row["bound"] = math.sqrt(2 * row["dissipation"] * row["duration"]) if known else None
+        row["ε"] = _range(row["alignment_lower"], row["alignment_upper"])
+    if any(row["least_distance"] is not None for row in rows):
+        columns = {"loss_end": "L(T)", "dissipation": "Q", "least_distance": "D*", "distance": "D"}
+        columns |= {"length": "ℒ", "bound": "√(2QT)"}
+    else:
+        columns = {
+            "dissipation": "Q",
+            "length": "ℒ",
+            "straightness": "straight",
+            "steadiness": "steady",
+            "ε": "ε",
+        }
+    columns = {
+        key: name for key, name in columns.items() if any(row[key] is not None for row in rows)
+    }
+    table = _filled(rows, columns)
+    for key in _SPARE:  # on a narrow terminal, whole columns fewer rather than all of them cut
+        if (
+            Measurement.get(console, console.options.update(max_width=_WIDEST), table).minimum
+            <= console.width
+        ):
+            break
+        columns.pop(key, None)
+        table = _filled(rows, columns)
+    return table
+
+
+def _filled(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> Table:
+    table = _table()
+    table.add_column("run", overflow="fold", min_width=20)
+    for name in columns.values():
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("effic.", justify="right", no_wrap=True)
+    for row in rows:
+        efficiency = "–" if row["efficiency"] is None else percent(row["efficiency"])
+        table.add_row(Text(row["run"]), *(number(row[key]) for key in columns), efficiency)
+    return table
+
+
+def _range(lower: float | None, upper: float | None) -> str | None:
+    """A bracket of the alignment as one entry."""
+    if lower is None or upper is None or upper - lower < 5e-4:
+        return None if lower is None else number(lower, 2)
+    return f"≥ {number(lower, 2)}" if upper >= 1 else f"{number(lower, 2)}–{number(upper, 2)}"
+
+
+def _table() -> Table:
+    return Table(
+        box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="dim"
+    )
+
+
+def _print_blind_spots(console: Console, audits: Iterable[Audited]) -> None:
+    spots = words.blind_spots(list(audits))
+    if spots:
+        console.print(Text("\nWhat the lenses could not see", style="bold"))
+    for lens, reason, runs in spots:
+        line = Text(f"{lens}: {reason}")
+        if runs:
+            line.append(f" ({runs})", style="dim")
+        console.print(Padding(line, (0, 0, 0, 2)))
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

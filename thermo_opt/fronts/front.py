@@ -1,0 +1,391 @@
+"""Speed against cost: what runs took, in time and in dissipation, to reach a loss, and which of
+them nothing beats (§5)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from thermo_opt import arguments
+from thermo_opt.audits.results import Audit
+from thermo_opt.errors import InputError
+from thermo_opt.fronts.dominance import attainable_area, dominated_area, hull, nondominated
+from thermo_opt.fronts.trajectory import Track, track_of
+
+CLOCK_OF = {
+    "steps": "step",
+    "seconds": "wall",
+    "examples": "examples",
+    "tokens": "tokens",
+    "flow": "flow",
+}
+"""What may stand on the time axis, and the clock on which time and dissipation are then
+measured."""
+
+COLUMNS = (
+    "run",
+    "group",
+    "target_loss",
+    "censored",
+    "step",
+    "time",
+    "dissipation",
+    "least_distance",
+    "efficiency",
+    "dissipation_scaled",
+    "on_front",
+    "energy",
+    "lowest_loss",
+    "duration",
+    "dissipation_total",
+    "path",
+)
+"""Columns of a front's table; see `ParetoFront`."""
+
+_SAME_START = 1e-6
+"""Relative spread of D* below which runs count as having one start."""
+_CORNER = "give two numbers, a time and a scaled dissipation"
+_MARGIN = 1.1
+"""How far beyond the front's own extremes the hypervolume's default corner lies."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One target loss's front.
+
+    ``least_distance``: D*(L*), the median over the runs on the front; dissipations are scaled to
+    it. ``corner``: (time, scaled dissipation) beyond which area does not count. ``hypervolume``:
+    the area below the corner that the runs dominate; ``coverage``: its share of the area that lies
+    above the frontier hyperbola there, 1 for a front that no run can beat. ``same_start``: whether
+    the runs that reach the target have one D*, so that scaling changes nothing.
+    """
+
+    target_loss: float
+    least_distance: float
+    corner: tuple[float, float]
+    hypervolume: float
+    coverage: float
+    same_start: bool
+
+    def least_dissipation(self, time: Any, efficiency: float = 1.0) -> Any:
+        """The contour of constant efficiency η: ``Q = D*²/(2 η T)`` at these times; η = 1 is the
+        universal frontier."""
+        return self.least_distance**2 / (2 * efficiency * np.asarray(time, dtype=np.float64))
+
+
+@dataclass(frozen=True)
+class ParetoFront:
+    """Time and dissipation that runs took to first reach each target loss, and which runs no other
+    beats.
+
+    ``table``: one row a run and target. ``step``, ``time`` (unit of ``clock``) and ``dissipation``
+    (Q, nats on the step clock) up to the crossing, interpolated between snapshots; NaN where
+    ``censored``: never reached within ``duration`` and ``dissipation_total``, which are then lower
+    bounds. ``least_distance``: D*(L*) from the run's own starting predictions; ``efficiency``
+    ``D*²/(2QT)`` ≤ 1; ``dissipation_scaled``: Q times (`Target.least_distance`/D*)², which puts
+    runs of different starts under one hyperbola; ``on_front``: not dominated in (time,
+    dissipation/D*²); ``energy``: joules to the crossing, where the run logged them. ``targets``:
+    one `Target` each.
+    """
+
+    x: str
+    clock: str
+    targets: tuple[Target, ...]
+    table: pd.DataFrame
+
+    @property
+    def hypervolume(self) -> float:
+        """`Target.hypervolume`, the mean over targets: clock units times the dissipation's."""
+        return float(np.mean([target.hypervolume for target in self.targets]))
+
+    @property
+    def coverage(self) -> float:
+        """`Target.coverage`, the mean over targets: one number in [0, 1]."""
+        return float(np.mean([target.coverage for target in self.targets]))
+
+    @property
+    def groups(self) -> list[str]:
+        """Groups in order of first appearance."""
+        return list(dict.fromkeys(self.table["group"]))
+
+    def rows(self, target_loss: float) -> pd.DataFrame:
+        """The table's rows of one target."""
+        return self.table[self.table["target_loss"] == target_loss]
+
+    def front(self, target_loss: float | None = None) -> pd.DataFrame:
+        """Rows of the non-dominated runs of a target (by default the first), fastest first."""
+        rows = self.rows(self.targets[0].target_loss if target_loss is None else target_loss)
+        return rows[rows["on_front"]].sort_values("time", kind="stable")
+
+    def hulls(self, target_loss: float) -> dict[str, np.ndarray]:
+        """For each group the corners (K, 2) of the convex hull, on logarithmic axes, of its (time,
+        scaled dissipation)."""
+        rows = self.rows(target_loss)
+        found = {}
+        for group, own in rows[~rows["censored"]].groupby("group", sort=False):
+            points = own[["time", "dissipation_scaled"]].to_numpy(dtype=np.float64)
+            found[str(group)] = points[hull(np.log(points[:, 0]), np.log(points[:, 1]))]
+        return found
+
+    def plot(
+        self, ax: Any = None, target_loss: float | None = None, *, energy: bool = False
+    ) -> Any:
+        """Draw the front of a target, by default the first, or with ``energy`` its joules against
+        its dissipation; returns the Matplotlib Axes (see `thermo_opt.plots.pareto`,
+        `thermo_opt.plots.energy`)."""
+        from thermo_opt.plots import front
+
+        return (front.energy if energy else front.pareto)(self, ax, target_loss)
+
+    def to_html(self, path: str | PathLike[str]) -> Path:
+        """Write a one-file page with a figure a target and the table (opens offline) and return its
+        path."""
+        from thermo_opt.report.front import write_front
+
+        return write_front(self, path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: ``x, clock, hypervolume, coverage, targets`` and ``runs``, the table's
+        rows; None for NaN."""
+        targets = [
+            {
+                "target_loss": target.target_loss,
+                "least_distance": target.least_distance,
+                "corner": list(target.corner),
+                "hypervolume": target.hypervolume,
+                "coverage": target.coverage,
+                "front": self.front(target.target_loss)["run"].tolist(),
+                "scaled": not target.same_start,
+            }
+            for target in self.targets
+        ]
+        return {
+            "x": self.x,
+            "clock": self.clock,
+            "hypervolume": self.hypervolume,
+            "coverage": self.coverage,
+            "targets": targets,
+            "runs": [
+                {str(k): _plain(v) for k, v in row.items()} for row in self.table.to_dict("records")
+            ],
+        }
+
+    def to_json(self, path: str | PathLike[str] | None = None) -> str:
+        """`to_dict` as strict JSON, also written to ``path`` if given."""
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+
+def pareto(
+    audits: Sequence[Audit | Track],
+    *,
+    target_loss: float | Sequence[float] | None = None,
+    x: str | None = None,
+    groups: Sequence[str] | None = None,
+    corner: tuple[float, float] | None = None,
+) -> ParetoFront:
+    """The speed-cost front of audited runs: least time and dissipation Q to first reach
+    ``target_loss`` (§4, §5).
+
+    ``target_loss``: one or several, nats an example; by default the lowest loss that at least half
+    of the runs reach. ``x``: what time is: steps, seconds, examples, tokens or flow (Σ lr); by
+    default the audits' own clock. Q is measured on the same clock, so that the universal frontier
+    ``Q·T = D*(L*)²/2`` holds. ``groups``: a label a run, by default its optimizer. ``corner``:
+    (time, scaled dissipation) that bounds the hypervolume, by default 1.1 times the front's
+    extremes: give one to compare fronts.
+
+    Time and dissipation at the crossing are interpolated along the geodesic between snapshots, and
+    are those of the recorded path: with sparse snapshots, dissipation is a lower bound. Runs of
+    different starts are made comparable by dividing Q by each run's own D*². A run that begins at
+    or below a target is refused: it has nothing to reach.
+
+    Raises InputError for runs whose probes, likelihoods or clocks differ (naming them), runs
+    without the outputs lens or targets, and a target that no run reaches, that isn't below every
+    run's start, or that rounding can't resolve. Cost: O(runs x (snapshots + probe)) a target.
+    """
+    audits = arguments.listed(
+        "audits", audits, (Audit, Track), "give a list of what to.audit returns"
+    )
+    if not audits:
+        raise InputError("nothing to compare: give at least one audited run")
+    if groups is not None:
+        groups = arguments.listed("groups", groups, str, "give one label a run")
+    if corner is not None and len(arguments.listed("corner", corner, Real, _CORNER)) != 2:
+        raise InputError(f"corner is {corner!r}; {_CORNER}")
+    if x is not None and x not in CLOCK_OF:
+        raise InputError(f"x={x!r} is unknown: use one of {', '.join(CLOCK_OF)}")
+    clock = None if x is None else CLOCK_OF[x]
+    own = [
+        audit.clock if isinstance(audit, Track) else str(audit.summary["clock"]) for audit in audits
+    ]
+    _same("clock", [audit.run for audit in audits], own, "audit them all on one clock")
+    tracks = [audit if isinstance(audit, Track) else track_of(audit, clock) for audit in audits]
+    clock = clock or own[0]
+    if tracks[0].clock != clock:
+        raise InputError(
+            f"these tracks were read on clock {tracks[0].clock!r}: read them with clock={clock!r}"
+        )
+    _comparable(tracks)
+    if groups is not None and len(groups) != len(tracks):
+        raise InputError(
+            f"there are {len(groups)} groups for {len(tracks)} runs: give one label a run"
+        )
+    labels = (
+        [track.optimizer or "unknown optimizer" for track in tracks]
+        if groups is None
+        else list(groups)
+    )
+    targets = _targets(tracks, target_loss)
+    found = [_front(tracks, labels, target, corner) for target in targets]
+    table = pd.concat([rows for _, rows in found], ignore_index=True)
+    name = next(word for word, own_clock in CLOCK_OF.items() if own_clock == clock)
+    return ParetoFront(name, clock, tuple(target for target, _ in found), table)
+
+
+def _front(
+    tracks: Sequence[Track],
+    labels: Sequence[str],
+    target_loss: float,
+    corner: tuple[float, float] | None,
+) -> tuple[Target, pd.DataFrame]:
+    crossings = [track.crossing(target_loss) for track in tracks]
+    time = np.array([c.time for c in crossings])
+    spent = np.array([c.dissipation for c in crossings])
+    least_distance = np.array([c.least_distance for c in crossings])
+    reached = np.array([c.reached for c in crossings])
+    per_distance = spent / least_distance**2  # Q/D*²: no unit of distance left, so starts compare
+    on_front = nondominated(time, per_distance)
+    # the front's own median, so that removing a dominated run changes nothing
+    reference = float(np.median(least_distance[on_front]))
+    scaled = per_distance * reference**2
+    least = 0.5 * reference**2
+    if corner is None:
+        corner = (_MARGIN * float(time[on_front].max()), _MARGIN * float(scaled[on_front].max()))
+    area = dominated_area(time, scaled, corner)
+    attainable = attainable_area(least, corner)
+    ends = least_distance[reached]
+    target = Target(
+        target_loss,
+        reference,
+        (float(corner[0]), float(corner[1])),
+        area,
+        float(area / attainable) if attainable > 0 else 0.0,
+        bool(np.ptp(ends) <= _SAME_START * reference),
+    )
+    rows = pd.DataFrame(
+        {
+            "run": [track.run for track in tracks],
+            "group": list(labels),
+            "target_loss": target_loss,
+            "censored": ~reached,
+            "step": [c.step for c in crossings],
+            "time": time,
+            "dissipation": spent,
+            "least_distance": least_distance,
+            "efficiency": 0.5 / (per_distance * time),
+            "dissipation_scaled": scaled,
+            "on_front": on_front,
+            "energy": [c.energy for c in crossings],
+            "lowest_loss": [track.best for track in tracks],
+            "duration": [track.time[-1] for track in tracks],
+            "dissipation_total": [track.dissipation[-1] for track in tracks],
+            "path": [track.path for track in tracks],
+        },
+        columns=list(COLUMNS),
+    )
+    return target, rows
+
+
+def _comparable(tracks: Sequence[Track]) -> None:
+    names = [track.run for track in tracks]
+    _same(
+        "probe",
+        names,
+        [track.probe or "none" for track in tracks],
+        "record or replay them on one probe",
+    )
+    kinds = [
+        track.start.likelihood
+        + (f" (σ² = {track.start.sigma2:g})" if track.start.log_p_y is None else "")
+        for track in tracks
+    ]
+    _same("likelihood", names, kinds, "losses of different likelihoods can't be compared")
+
+
+def _same(what: str, names: Sequence[str], values: Sequence[str], remedy: str) -> None:
+    """Refuse runs that differ in something, naming those that aren't like the majority."""
+    if len(set(values)) < 2:
+        return
+    usual = max(
+        set(values), key=lambda value: (list(values).count(value), -list(values).index(value))
+    )
+    other = [
+        f"{name} ({value[:16]})"
+        for name, value in zip(names, values, strict=True)
+        if value != usual
+    ]
+    rest = next(name for name, value in zip(names, values, strict=True) if value == usual)
+    listed = ", ".join(other[:5]) + (f" and {len(other) - 5} more" if len(other) > 5 else "")
+    raise InputError(f"{listed} and {rest} ({usual[:16]}) differ in their {what}: {remedy}")
+
+
+def _targets(tracks: Sequence[Track], target_loss: float | Sequence[float] | None) -> list[float]:
+    best = sorted(track.best for track in tracks)
+    if target_loss is None:
+        wanted = [best[(len(best) - 1) // 2]]
+    elif isinstance(target_loss, int | float | np.number):
+        wanted = [float(target_loss)]
+    else:
+        given = arguments.listed(
+            "target_loss", target_loss, Real, "give a loss in nats an example, or several"
+        )
+        wanted = list(dict.fromkeys(float(value) for value in given))
+    if not wanted:
+        raise InputError("there is no target loss: give at least one, or leave the argument out")
+    start = tracks[0].start
+    # a mean of n losses, each a difference of logarithms of order one or more, is known to a few
+    # units in the last place
+    resolution = 64 * np.finfo(np.float64).eps * max(1.0, abs(start.least_loss), abs(start.loss))
+    for target in wanted:
+        if not np.isfinite(target):
+            raise InputError(
+                f"target loss {target} isn't a finite number: give a loss in nats an example"
+            )
+        if target < start.least_loss + resolution:
+            raise InputError(
+                f"target loss {target:g} is below what floating point can resolve: losses start at "
+                f"{start.least_loss:g} "
+                f"and are known to about {resolution:.1g}; give a higher target"
+            )
+        above = [track for track in tracks if track.loss[0] <= target]
+        if above:
+            raise InputError(
+                f"{above[0].run} begins at loss {above[0].loss[0]:.6g}, not above the target "
+                f"{target:g}: there is nothing "
+                "to reach; give a lower target, or leave that run out"
+            )
+        if best[0] > target:
+            raise InputError(
+                f"no run reaches the target loss {target:g}, so the front is empty: the lowest "
+                f"loss is {best[0]:.6g}; "
+                "give a higher target, or longer runs"
+            )
+    return wanted
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    return value

@@ -1,0 +1,351 @@
+"""The parameter lens: each step's a, d and a certified bracket of Δ from the exact Fisher on the
+probe (§2, §3, §5).
+
+Everything is computed in float64 on the probe: the gradient is the probe loss's, the metric the
+true Fisher of the model's predictions on it. Dissipation is that of F; alignment compares a and Δ
+in one metric, F_λ = F + λI.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from joblib import Parallel, delayed
+from torch import Tensor, nn
+
+from thermo_opt import fisher
+from thermo_opt.errors import InputError
+from thermo_opt.fisher.certificate import gradient_norm
+from thermo_opt.fisher.exact import JacobianMetric
+from thermo_opt.fisher.metric import dot
+from thermo_opt.lenses.inputs import LensInputs, Unsupported
+from thermo_opt.lenses.outputs import least_distance
+from thermo_opt.lenses.path import squared_distance
+from thermo_opt.lenses.summary import Measurements
+from thermo_opt.manifold import embed
+from thermo_opt.runs import Probe, Run
+from thermo_opt.runs.probe import Inputs
+from thermo_opt.runs.probing import install, map_inputs, predict
+
+Quadrature = Literal["start", "trapezoid"]
+_RELATIVE_DAMPING = 1e-3
+"""λ over the Fisher's mean eigenvalue at the start, when the user gives none."""
+_TRACE_PROBES = 8
+_MOST_PRODUCTS = 60
+"""Fisher products after which Δ's bracket is taken as it is, if it hasn't reached 10 % before."""
+_WORTH_THREADS = 1e8
+"""Examples times parameters below which a Fisher product runs on one thread."""
+
+
+@dataclass
+class Interval:
+    """One audited step: scalars at its start (or averaged over both ends), and what really
+    happened."""
+
+    a: float
+    a_damped: float
+    d: float
+    lower: float
+    upper: float
+    loss: float
+    loss_end: float
+    kl: float
+    by_parameter: list[float]
+
+
+@dataclass
+class ParameterLens:
+    """What is needed to look at any interval of a run, in this process or another."""
+
+    run: Run
+    model: nn.Module
+    probe: Probe
+    likelihood: str
+    sigma2: float
+    damping: float
+    quadrature: Quadrature
+    microbatch: int | None
+
+    def interval(self, i: int, j: int) -> Interval | None:
+        """Scalars of the step from snapshot i to snapshot j, None where weights aren't finite. A
+        few dozen Fisher products."""
+        if not (self._finite(i) and self._finite(j)):
+            return None
+        end, loss_end, outputs_end = self._state(j)
+        start, loss, outputs = self._state(i)
+        step = [b - a for a, b in zip(start, end, strict=True)]
+        ends = [self._scalars(step)]
+        if self.quadrature == "trapezoid":
+            self._state(j)
+            ends.append(self._scalars(step))
+        a, d, lower, upper = (float(np.mean([e[k] for e in ends])) for k in range(4))
+        by_parameter = np.mean([e[4] for e in ends], axis=0)
+        divergence = fisher.likelihoods.likelihood(self.likelihood, self.sigma2).kl(
+            outputs, outputs_end
+        )
+        return Interval(
+            a=a,
+            a_damped=a + self.damping * dot(step, step),
+            d=d,
+            lower=lower,
+            upper=upper,
+            loss=loss,
+            loss_end=loss_end,
+            kl=self._mean(divergence),
+            by_parameter=by_parameter.tolist(),
+        )
+
+    def _metric(self, damping: float) -> JacobianMetric:
+        metric = fisher.make(
+            "exact",
+            self.model,
+            (self.probe.inputs, self.probe.targets),
+            likelihood=self.likelihood,
+            damping=damping,
+            sigma2=self.sigma2 if self.likelihood == "gaussian" else None,
+            microbatch=self.microbatch,
+        )
+        assert isinstance(metric, JacobianMetric)
+        return metric
+
+    def _scalars(self, step: list[Tensor]) -> tuple[float, float, float, float, np.ndarray]:
+        """(a, d, Δ_λ lower, Δ_λ upper, a by parameter) at the weights the model holds now."""
+        metric = self._metric(self.damping)
+        gradient = metric.predictor.loss_and_gradient()[1]
+        product = metric.matvec(step)
+        parts = np.array(
+            [
+                dot([v], [fv]) - self.damping * dot([v], [v])
+                for v, fv in zip(step, product, strict=True)
+            ]
+        )
+        bracket = gradient_norm(metric, max_iterations=_MOST_PRODUCTS)
+        return float(parts.sum()), -dot(gradient, step), bracket.lower, bracket.upper, parts
+
+    def _finite(self, index: int) -> bool:
+        return all(
+            bool(torch.isfinite(t.double()).all())
+            for t in self.run.snapshots[index].load_group("params").values()
+        )
+
+    def _state(self, index: int) -> tuple[list[Tensor], float, Tensor]:
+        """Install snapshot ``index``; its trainable weights, probe loss and outputs."""
+        install(self.model, self.run.snapshots[index], self.run.info.tied)
+        predictor = fisher.Predictor(
+            self.model,
+            (self.probe.inputs, self.probe.targets),
+            self.likelihood,
+            sigma2=self.sigma2 if self.likelihood == "gaussian" else None,
+            microbatch=self.microbatch,
+        )
+        return predictor.values, predictor.loss(), predictor.outputs()
+
+    def _mean(self, divergence: Tensor) -> float:
+        targets = self.probe.targets
+        if self.likelihood == "categorical" and targets is not None:
+            divergence = divergence.reshape(-1)[(targets != -100).reshape(-1).to(divergence.device)]
+        return max(float(divergence.double().mean()), 0.0)
+
+    def mean_eigenvalue(self, index: int) -> float:
+        """Trace of F over its size at a snapshot, estimated by quadratic forms of random signs
+        (Hutchinson; seeded)."""
+        values, _, _ = self._state(index)
+        metric = self._metric(0.0)
+        generator = torch.Generator().manual_seed(0)
+        signs = [
+            [torch.randint(0, 2, v.shape, generator=generator).to(v) * 2 - 1 for v in values]
+            for _ in range(_TRACE_PROBES)
+        ]
+        return float(np.mean([metric.quadratic(v) for v in signs])) / sum(v.numel() for v in values)
+
+
+def look_at_parameters(view: LensInputs) -> Measurements:
+    """Scalars of each audited step in the exact Fisher metric on the probe, with attribution to
+    parameters.
+
+    Raises Unsupported when weights, model or probe are missing. ``view.intervals`` selects a subset
+    of the steps; unless they follow one another, sums over the path are then unknown. Stops at the
+    first NaN or infinite weight.
+    """
+    run, probe = view.run, view.probe
+    if not run.snapshots[0].has_group("params"):
+        raise Unsupported("it holds no weights: record them with params=True")
+    if probe is None or probe.inputs is None or probe.targets is None:
+        raise Unsupported("the parameter lens needs a probe with inputs and targets: give --probe")
+    likelihood, notes = view.likelihood
+    targets = probe.targets
+    if likelihood == "categorical" and bool((targets.double() == targets.long()).all()):
+        targets = targets.long()  # class numbers that a file kept as floating-point or boolean
+    model = copy.deepcopy(view.model()).to(device=view.device, dtype=torch.float64).eval()
+    inputs = map_inputs(
+        probe.inputs, lambda t: (t.double() if t.is_floating_point() else t).to(view.device)
+    )
+    probe = Probe(inputs, targets, probe.fingerprint)
+    lens = ParameterLens(run, model, probe, likelihood, view.sigma2, 0.0, view.quadrature, None)
+    first_snapshot = run.snapshots[view.indices[0]]
+    if not lens._finite(view.indices[0]):
+        raise InputError(
+            f"{first_snapshot.path}: weights are NaN or infinite at step {first_snapshot.step}, "
+            "the first"
+        )
+    install(model, first_snapshot, run.info.tied)
+    predict(model, map_inputs(inputs, lambda t: t[:1]))  # refuses inputs that the model can't take
+    lens.microbatch = _microbatch(model, inputs)
+    pairs = list(zip(view.indices[:-1], view.indices[1:], strict=True))
+    chosen = _subset(len(pairs), view.intervals)
+    if view.damping is not None:
+        lens.damping = view.damping
+    else:
+        lens.damping = _RELATIVE_DAMPING * lens.mean_eigenvalue(pairs[0][0])
+    with _threads(model, targets.shape[0]):
+        seen = _finite_intervals(lens, [pairs[k] for k in chosen], view)
+    if len(seen) < len(chosen):
+        bad = run.snapshots[pairs[chosen[len(seen)]][1]]
+        if not seen:
+            raise InputError(
+                f"{bad.path}: weights are NaN or infinite by step {bad.step}, within the first "
+                "interval"
+            )
+        notes.append(
+            f"weights are NaN or infinite from step {bad.step}: only what precedes was audited"
+        )
+        chosen = chosen[: len(seen)]
+    first = _point(lens, pairs[chosen[0]][0])
+    last = _point(lens, pairs[chosen[-1]][1])
+    steps = np.array([run.snapshots[i].step for i in view.indices])
+    path = chosen == list(range(chosen[0], chosen[-1] + 1))
+    a = np.array([s.a for s in seen])
+    distance: float | None = float(np.sqrt(squared_distance(first, last, likelihood)))
+    notes = [
+        *notes,
+        f"alignment in F + λI with λ = {lens.damping:.3g}; dissipation in F; "
+        f"{view.quadrature}-point values",
+    ]
+    if not path:
+        distance = None
+        notes.append(
+            f"{len(chosen)} of {len(pairs)} intervals audited, not in a row: sums over the path "
+            "are unknown"
+        )
+    elif distance is not None and distance > np.sqrt(np.maximum(a, 0)).sum():
+        distance = None
+        notes.append(
+            "steps too long for a point metric (length below the distance): decomposition left to "
+            "the outputs lens"
+        )
+    notes.append(
+        "null-space decrease is zero: on the probe the gradient lies in the range of F, since "
+        "every target's probability is positive"
+    )
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    tau = view.tau(steps)[chosen]
+    share = np.array([s.by_parameter for s in seen]) / np.where(tau > 0, 2 * tau, np.inf)[:, None]
+    return Measurements(
+        step=steps[:-1][chosen],
+        step_end=steps[1:][chosen],
+        tau=tau,
+        a=np.maximum(a, 0.0),
+        d=np.array([s.d for s in seen]),
+        delta_lower=np.array([s.lower for s in seen]),
+        delta_upper=np.array([s.upper for s in seen]),
+        loss=np.array([s.loss for s in seen]),
+        loss_end=np.array([s.loss_end for s in seen]),
+        distance=distance,
+        least_distance=least_distance(first, seen[-1].loss_end, likelihood, view.sigma2)
+        if path
+        else None,
+        path=path,
+        a_alignment=np.maximum([s.a_damped for s in seen], 0.0),
+        notes=notes,
+        attribution=pd.DataFrame(share, columns=names),
+        extra={"kl_realised": np.array([s.kl for s in seen]), "null_decrease": np.zeros(len(seen))},
+    )
+
+
+def _finite_intervals(
+    lens: ParameterLens, pairs: Sequence[tuple[int, int]], view: LensInputs
+) -> list[Interval]:
+    """Scalars of these intervals up to the first whose weights aren't finite."""
+    advance = view.advance("parameter lens", len(pairs))
+    if view.jobs == 1:
+        intervals: Iterator[Interval | None] = (lens.interval(i, j) for i, j in pairs)
+    else:
+        intervals = Parallel(n_jobs=min(view.jobs, len(pairs)), return_as="generator")(
+            delayed(lens.interval)(i, j) for i, j in pairs
+        )
+    seen: list[Interval] = []
+    for interval in intervals:
+        if interval is None:
+            break
+        seen.append(interval)
+        if advance is not None:
+            advance(1)
+    return seen
+
+
+def _point(lens: ParameterLens, index: int) -> Any:
+    """The predictions of a snapshot as a point of the prediction manifold."""
+    outputs = lens._state(index)[2].cpu().numpy()
+    targets = None if lens.probe.targets is None else lens.probe.targets.cpu().numpy()
+    return embed(outputs, targets, likelihood=lens.likelihood, sigma2=lens.sigma2)
+
+
+@contextmanager
+def _threads(model: nn.Module, examples: int) -> Iterator[None]:
+    """One thread where the products are so small that handing them out costs more than they do; all
+    otherwise."""
+    before = torch.get_num_threads()
+    if examples * sum(p.numel() for p in model.parameters()) < _WORTH_THREADS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _subset(count: int, intervals: slice | Sequence[int] | None) -> list[int]:
+    if intervals is None:
+        return list(range(count))
+    chosen = range(count)[intervals] if isinstance(intervals, slice) else sorted(set(intervals))
+    kept = [k for k in chosen if 0 <= k < count]
+    if not kept or len(kept) != len(chosen):
+        raise InputError(
+            f"--steps selects none of the intervals 0 … {count - 1}, or others too: choose among "
+            "those"
+        )
+    return kept
+
+
+def _microbatch(model: nn.Module, inputs: Inputs) -> int | None:
+    """Examples at a time such that linearised products stay within a quarter of the free memory;
+    None for all at once."""
+    few = 2
+    inputs = map_inputs(inputs, lambda t: t[:few])
+    saved = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal saved
+        saved += tensor.numel() * tensor.element_size()
+        return tensor
+
+    device = next(model.parameters()).device
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        predictor = fisher.Predictor(model, (inputs, None))
+        predictor.graph(predictor.parts[0])
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    an_example = max(1, saved - weights) / few
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # the recorded graph of u ↦ Jᵀu, itself differentiable, holds about four times a training step's
+    # activations
+    return max(1, int(free / 4 / (4 * an_example)))
