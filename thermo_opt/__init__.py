@@ -58,7 +58,7 @@ _SUBPACKAGES = {
 }
 """Attribute → subpackage or module, where ``thermo_opt.attribute`` is one."""
 
-_RENAMED = {"least_distance": "least_distance"}
+_RENAMED = {"frontier_distance": "least_distance"}
 """Old public name → new."""
 
 __all__ = sorted([*_HOME, "fisher"])

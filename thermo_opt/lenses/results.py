@@ -46,10 +46,10 @@ can't know a value."""
 
 
 class Summary(RenamedKeys):
-    """A lens's summary, keys `SUMMARY_KEYS`; D and D* were called ``distance`` and
-    ``least_distance`` before."""
+    """A lens's summary, keys `SUMMARY_KEYS`; D and D* were called ``geodesic`` and ``frontier``
+    before."""
 
-    renamed = {"distance": "distance", "least_distance": "least_distance"}  # noqa: RUF012 (read only)
+    renamed = {"geodesic": "distance", "frontier": "least_distance"}  # noqa: RUF012 (read only)
 
 
 @dataclass(frozen=True)

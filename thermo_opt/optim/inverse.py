@@ -79,7 +79,7 @@ def plain_inverses(matrices: Sequence[Tensor], shifts: Sequence[Amount]) -> list
         eye = torch.eye(side, dtype=like.dtype, device=like.device).expand_as(factor)
         root = torch.linalg.solve_triangular(factor, eye, upper=False)[:, :k, :k]
         whole = root.mT @ root
-    else:  # LAPACK's result is column-major: its transpose, which equals it, is laid out as the products want it.
+    else:  # LAPACK's result is column-major: its equal transpose is laid out as products want
         whole = torch.cholesky_inverse(factor).mT[:, :k, :k]
     parts = whole.split(counts)
     return [
