@@ -2,12 +2,12 @@
 
     python tests/compare_checkouts.py OLD NEW [--only PATTERN] [--runs FOLDER] [--keep FOLDER]
 
-Each checkout runs in a process of its own with the same torch. Compared are: the weights after 60 steps
-of NGD-T on every configuration below; the same, continued by NEW from the optimizer state that OLD saved
-after 30; and every summary and table of steps of the audits of all runs in ``data/`` (of OLD, or
-``--runs``) and of a run that OLD's Recorder writes. Numbers must agree to the last bit. Options and keys
-that were renamed between the two are translated (`NEW_OPTIONS`, `NEW_KEYS`). Exit status: the number of
-differences.
+Each checkout runs in a process of its own with the same torch. Compared are: the weights after 60
+steps of NGD-T on every configuration below; the same, continued by NEW from the optimizer state
+that OLD saved after 30; and every summary and table of steps of the audits of all runs in ``data/``
+(of OLD, or ``--runs``) and of a run that OLD's Recorder writes. Numbers must agree to the last bit.
+Options and keys that were renamed between the two are translated (`NEW_OPTIONS`, `NEW_KEYS`). Exit
+status: the number of differences.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class Stacked(nn.Module):
     def __init__(self, skip: bool) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(32, 20), nn.Linear(20, 10)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(20), nn.Linear(20, 20)) for _ in range(10))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(20), nn.Linear(20, 20)) for _ in range(10)
+        )
         self.skip, self.passes = skip, 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,7 +92,8 @@ class Stacked(nn.Module):
 
 
 class Unruled(nn.Module):
-    """A parameter of the model's own, and a layer whose weight is used without calling the layer."""
+    """A parameter of the model's own, and a layer whose weight is used without calling the
+    layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,8 +113,18 @@ def mlp(*widths: int) -> nn.Module:
 
 def grouped() -> nn.Module:
     return nn.Sequential(
-        *(nn.Unflatten(1, (2, 4, 4)), nn.Conv2d(2, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
-        *(nn.Conv2d(8, 8, 3, padding=1, groups=4), nn.GroupNorm(2, 8), nn.GELU(), nn.Conv2d(8, 12, 2, stride=2)),
+        *(
+            nn.Unflatten(1, (2, 4, 4)),
+            nn.Conv2d(2, 8, 3, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+        ),
+        *(
+            nn.Conv2d(8, 8, 3, padding=1, groups=4),
+            nn.GroupNorm(2, 8),
+            nn.GELU(),
+            nn.Conv2d(8, 12, 2, stride=2),
+        ),
         *(nn.Flatten(), nn.Dropout(0.1), nn.Linear(48, 10)),
     )
 
@@ -141,15 +154,25 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "grouped convolution": config(grouped),
     "embedding": config(lambda: Tied(False), "tokens", rows=64),
     "weight decay and groups": config(lambda: mlp(32, 24, 16, 10), groups=True, weight_decay=0.1),
-    "hybrid null space": config(lambda: mlp(32, 24, 16, 10), null_space="hybrid", rtol=1e-3, eta_null=0.02),
+    "hybrid null space": config(
+        lambda: mlp(32, 24, 16, 10), null_space="hybrid", rtol=1e-3, eta_null=0.02
+    ),
     "low precision": config(lambda: mlp(32, 24, 16, 10).bfloat16(), weight_decay=0.01),
     "autocast": config(grouped, autocast=True),
     "diagonal blocks": config(lambda: mlp(32, 300, 10), overhead=1e-9),
-    "wide norm": config(lambda: nn.Sequential(nn.Linear(32, 600), nn.LayerNorm(600), nn.Linear(600, 10))),
-    "sampled labels, reduce": config(lambda: Tied(False), "tokens", targets="sampled", setting="reduce", rows=None),
+    "wide norm": config(
+        lambda: nn.Sequential(nn.Linear(32, 600), nn.LayerNorm(600), nn.Linear(600, 10))
+    ),
+    "sampled labels, reduce": config(
+        lambda: Tied(False), "tokens", targets="sampled", setting="reduce", rows=None
+    ),
     "pseudo-inverse": config(lambda: Stacked(False), null_space="none", atol=1e-6),
-    "ekfac, embedding": config(lambda: Tied(False), "tokens", metric="ekfac", decay=0.9, damping=1e-3),
-    "no momentum, accumulation": config(grouped, momentum=0.0, parts=2, calibrate=3, refresh_every=8),
+    "ekfac, embedding": config(
+        lambda: Tied(False), "tokens", metric="ekfac", decay=0.9, damping=1e-3
+    ),
+    "no momentum, accumulation": config(
+        grouped, momentum=0.0, parts=2, calibrate=3, refresh_every=8
+    ),
     "parameters without a rule": config(Unruled),
     "exact": config(lambda: mlp(32, 16, 10), metric="exact", weight_decay=0.02),
     "low-rank": config(lambda: mlp(32, 16, 10), metric="low-rank", null_space="hybrid"),
@@ -222,9 +245,14 @@ def trained(name: str, folder: Path, given: Path | None) -> None:
     model = chosen["build"]()
     opt = optimizer(model, chosen["options"])
     train(model, opt, chosen, 0, HALF)
-    torch.save({"model": model.state_dict(), "optimizer": opt.state_dict()}, folder / f"{name}.state")
+    torch.save(
+        {"model": model.state_dict(), "optimizer": opt.state_dict()}, folder / f"{name}.state"
+    )
     train(model, opt, chosen, HALF, STEPS)
-    results = {"weights": model.state_dict(), "last": {k: v for k, v in opt.last_step.items() if "seconds" not in k}}
+    results = {
+        "weights": model.state_dict(),
+        "last": {k: v for k, v in opt.last_step.items() if "seconds" not in k},
+    }
     if given is not None:
         saved = torch.load(given / f"{name}.state", weights_only=True)
         torch.manual_seed(7)
@@ -248,7 +276,9 @@ def record(folder: Path) -> None:
     opt = torch.optim.Adam(model.parameters(), 3e-3)
     source = batches("rows")
     options = {"params": True, "moments": True, "every": 2, "batch_size": 48}
-    with to.Recorder(folder / "recorded", model=model, optimizer=opt, probe=next(source), **options) as recorder:
+    with to.Recorder(
+        folder / "recorded", model=model, optimizer=opt, probe=next(source), **options
+    ) as recorder:
         for _ in range(20):
             x, y = next(source)
             opt.zero_grad()
@@ -287,7 +317,10 @@ def work(folder: Path, given: Path | None, runs: Path | None, names: list[str]) 
         if given is None:
             record(folder)
         recorded = (given or folder) / "recorded"
-        found = [recorded, *(sorted(p for p in runs.iterdir() if p.is_dir()) if runs is not None else [])]
+        found = [
+            recorded,
+            *(sorted(p for p in runs.iterdir() if p.is_dir()) if runs is not None else []),
+        ]
         audits = {run.name: audited(run) for run in found}
         (folder / "audits.json").write_text(json.dumps(audits))
 
@@ -309,7 +342,10 @@ def _weights(name: str, old: Path, new: Path) -> Iterator[str]:
         for key, tensor in was["weights"].items():
             other = now[kind][key]
             if not torch.equal(tensor, other):
-                apart = float((tensor.double() - other.double()).norm() / tensor.double().norm().clamp(min=1e-300))
+                apart = float(
+                    (tensor.double() - other.double()).norm()
+                    / tensor.double().norm().clamp(min=1e-300)
+                )
                 yield f"{name}, {kind}: {key} differs (relative {apart:.1e})"
     for key, value in was["last"].items():
         if key in now["last"] and now["last"][key] != value:
@@ -338,12 +374,18 @@ def _same(a: Any, b: Any) -> bool:
 
 def main() -> None:
     """Run both checkouts, compare, and exit with the number of differences."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
-    parser.add_argument("--only", default="", help="configurations whose name contains this ('audits' is one)")
+    parser.add_argument(
+        "--only", default="", help="configurations whose name contains this ('audits' is one)"
+    )
     parser.add_argument("--runs", type=Path, help="folder of recorded runs (default: OLD/data)")
-    parser.add_argument("--keep", type=Path, help="where OLD's results are kept, and taken from the next time")
+    parser.add_argument(
+        "--keep", type=Path, help="where OLD's results are kept, and taken from the next time"
+    )
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     names = [name for name in (*CONFIGURATIONS, "audits") if options.only in name]
@@ -359,8 +401,19 @@ def main() -> None:
             if folder is old and old.exists():
                 continue
             folder.mkdir(exist_ok=True)
-            command = [sys.executable, __file__, str(options.old), str(options.new), "--runs", str(runs.resolve())]
-            environment = {**os.environ, "PYTHONPATH": str(checkout.resolve()), "PYTHONDONTWRITEBYTECODE": "1"}
+            command = [
+                sys.executable,
+                __file__,
+                str(options.old),
+                str(options.new),
+                "--runs",
+                str(runs.resolve()),
+            ]
+            environment = {
+                **os.environ,
+                "PYTHONPATH": str(checkout.resolve()),
+                "PYTHONDONTWRITEBYTECODE": "1",
+            }
             rest = [f"--only={options.only}", "--worker", str(folder), given]
             subprocess.run([*command, *rest], check=True, cwd=checkout, env=environment)
         found = list(differences(old, new, names))
