@@ -28,6 +28,7 @@ from analysis.memory import state_size
 from analysis.methods import METHODS, Method, cosine
 from analysis.tasks import TASKS, Task, cross_entropy
 from analysis.timing import machine
+from thermo_opt.arguments import jsonable
 
 STRIDE = 10
 """Steps between rows of a `curve`."""
@@ -278,7 +279,7 @@ def record(trial: Trial, folder: Path) -> Trial:
     found["final_loss"], found["accuracy"] = tested
     found |= _audited(run)
     (run / RESULT).write_text(
-        json.dumps(_plain(found), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        json.dumps(jsonable(found), indent=2, allow_nan=False) + "\n", encoding="utf-8"
     )
     try:
         os.rename(run, folder)
@@ -359,16 +360,7 @@ def add_to_result(folder: Path, what: dict[str, Any]) -> None:
     """Add values to a finished run's result, or replace them; all at once, whenever the process may
     be killed."""
     path = folder / RESULT
-    found = json.loads(path.read_text(encoding="utf-8")) | _plain(what)
+    found = json.loads(path.read_text(encoding="utf-8")) | jsonable(what)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
-
-
-def _plain(found: Any) -> Any:
-    """The same with null for what isn't finite."""
-    if isinstance(found, dict):
-        return {key: _plain(value) for key, value in found.items()}
-    if isinstance(found, list):
-        return [_plain(value) for value in found]
-    return None if isinstance(found, float) and not math.isfinite(found) else found

@@ -6,13 +6,16 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from thermo_opt.errors import InputError
 
 T = TypeVar("T")
+
+_EXACT = 2**63
+"""From here on whole numbers are written as floating-point ones, which every reader of JSON has."""
 
 
 def whole(name: str, value: Any, least: int | None = 1) -> int:
@@ -52,6 +55,56 @@ def listed(name: str, values: Any, kind: type[T] | tuple[type[T], ...], remedy: 
         if not isinstance(value, kind):
             raise InputError(f"{name}[{position}] is {_short(value)}; {remedy}")
     return found
+
+
+def jsonable(value: Any) -> Any:
+    """``value`` as strict JSON can hold it.
+
+    Mappings and sequences member by member; numbers of NumPy and torch as Python's; what isn't
+    finite, or lies beyond a float, becomes None (null). Anything else is returned as it is, for the
+    encoder to refuse.
+    """
+    if isinstance(value, Mapping):
+        return {text(str(key)): jsonable(member) for key, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(member) for member in value]
+    if isinstance(value, str):
+        return text(value)
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value) if abs(int(value)) < _EXACT else _finite(value)
+    if isinstance(value, numbers.Real):
+        return _finite(value)
+    return jsonable(value.tolist()) if hasattr(value, "tolist") else value
+
+
+def scalar(value: Any) -> str | bool | int | float | None:
+    """A number or a text as strict JSON holds it (`jsonable`); None for anything else, and for what
+    isn't finite."""
+    try:
+        found = jsonable(value.item() if hasattr(value, "item") else value)
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        OverflowError,
+    ):  # a tensor of several elements, or on no device
+        return None
+    return found if isinstance(found, str | bool | int | float) else None
+
+
+def text(value: str) -> str:
+    """Text that can be written as UTF-8: lone surrogates are replaced."""
+    return value.encode("utf-8", "replace").decode("utf-8")
+
+
+def _finite(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _short(value: Any) -> str:

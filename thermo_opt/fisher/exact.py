@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from thermo_opt.errors import InputError
+from thermo_opt.errors import InputError, first_line
 from thermo_opt.fisher.decomposed import DecomposedMetric
 from thermo_opt.fisher.krylov import Shifted, bracket, conjugate_gradient, preconditioned
 from thermo_opt.fisher.likelihoods import Likelihood
@@ -189,7 +189,7 @@ class JacobianMetric(Metric):
                 raise
             self._cache = False
             self.predictor.note(
-                f"no second derivative for this model ({_first_line(error)}): forward mode used "
+                f"no second derivative for this model ({first_line(error)}): forward mode used "
                 "throughout"
             )
 
@@ -202,7 +202,7 @@ class JacobianMetric(Metric):
                     raise
                 self._forward = False
                 self.predictor.note(
-                    f"no forward-mode derivative for this model ({_first_line(error)}): "
+                    f"no forward-mode derivative for this model ({first_line(error)}): "
                     "double-backward used"
                 )
         try:
@@ -213,7 +213,7 @@ class JacobianMetric(Metric):
                 raise
             raise InputError(
                 "the model can be differentiated neither in forward mode nor twice "
-                f"({_first_line(error)}); "
+                f"({first_line(error)}); "
                 "use kind 'low-rank' or 'kfac', which need one backward pass only"
             ) from error
 
@@ -336,7 +336,7 @@ class JacobianMetric(Metric):
                     self._double = double
                 except RuntimeError as error:
                     self.predictor.note(
-                        f"the model doesn't run in float64 ({_first_line(error)}): {self.dtype} "
+                        f"the model doesn't run in float64 ({first_line(error)}): {self.dtype} "
                         "products used"
                     )
         self._double._asked = LINEARISE_AT  # a Krylov method is about to ask for many
@@ -368,10 +368,6 @@ def _unsupported(error: Exception) -> bool:
             "differentiate twice",
         )
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def exact(

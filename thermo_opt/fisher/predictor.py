@@ -8,11 +8,11 @@ define one predictive distribution per example.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,22 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from thermo_opt.errors import InputError
 from thermo_opt.fisher.fused import FusedTangents
 from thermo_opt.fisher.likelihoods import Likelihood
 from thermo_opt.fisher.likelihoods import likelihood as named_likelihood
-
-_STOCHASTIC = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+from thermo_opt.models import (
+    STOCHASTIC,
+    arguments_of,
+    evaluated,
+    example_count,
+    is_batched,
+    map_tensors,
+    outputs_of,
+    slice_inputs,
+    tensors_in,
+)
 
 
 @dataclass(frozen=True)
@@ -118,12 +126,12 @@ class Predictor:
         self.device, self.dtype = self.values[0].device, self.values[0].dtype
 
         self.batch = map_batch(Batch.of(batch), lambda t: t.to(self.device))
-        self.examples = _examples(self.batch.inputs)
+        self.examples = example_count(self.batch.inputs)
         if microbatch is not None and microbatch < 1:
             raise InputError(f"microbatch must be at least 1, got {microbatch}")
         self.microbatch = min(microbatch or self.examples, self.examples)
         frozen = sorted(
-            {type(m).__name__ for _, m in self.modules if isinstance(m, _STOCHASTIC) and m.training}
+            {type(m).__name__ for _, m in self.modules if isinstance(m, STOCHASTIC) and m.training}
         )
         if frozen:
             self.note(
@@ -258,30 +266,16 @@ class Predictor:
         twin.examples = int(examples.numel())
         return twin
 
-    @contextlib.contextmanager
-    def evaluation(self, once: bool = False) -> Iterator[None]:
-        """Every module in evaluation mode, attention by kernels that can be differentiated in every
-        way, unless only ``once`` and backwards is enough; the model's flags are restored on
-        leaving."""
-        training = [m for _, m in self.modules if m.training]
-        fastpath = torch.backends.mha.get_fastpath_enabled()
-        _set_training(training, False)
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            # Fused attention kernels have neither forward-mode nor second derivatives, nor batched
-            # backward passes.
-            with contextlib.nullcontext() if once else sdpa_kernel(SDPBackend.MATH):
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
-            _set_training(training, True)
+    def evaluation(self, once: bool = False) -> AbstractContextManager[None]:
+        """`models.evaluated` of all modules; ``once``: backwards, once, is all that follows."""
+        return evaluated([module for _, module in self.modules], fused=once)
 
     def call(self, values: Sequence[Tensor], inputs: Any) -> Tensor:
         """f (…, c) at these parameter values; to be used inside `evaluation`."""
-        args, kwargs = _arguments(inputs)
+        args, kwargs = arguments_of(inputs)
         state = dict(zip(self.names, values, strict=True)) | self._fixed
         return self.likelihood.outputs(
-            _logits(functional_call(self.model, state, args, kwargs, tie_weights=self._tied))
+            outputs_of(functional_call(self.model, state, args, kwargs, tie_weights=self._tied))
         )
 
     def jvp(self, part: Part, v: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -304,9 +298,9 @@ class Predictor:
         ):
             # The model as it is: nothing to substitute, and nobody adds to the parameters' grad.
             leaves: list[Tensor] = [p for p, _ in self._own]
-            args, kwargs = _arguments(part.inputs)
+            args, kwargs = arguments_of(part.inputs)
             with torch.enable_grad(), self.evaluation(once):
-                f = self.likelihood.outputs(_logits(self.model(*args, **kwargs)))
+                f = self.likelihood.outputs(outputs_of(self.model(*args, **kwargs)))
         else:
             leaves = [p.detach().requires_grad_() for p in self.values]
             with torch.enable_grad(), self.evaluation(once):
@@ -383,7 +377,7 @@ class Predictor:
                     "snapshot or lower the learning rate"
                 )
         if not all(
-            bool(torch.isfinite(t).all()) for t in _tensors(inputs) if t.is_floating_point()
+            bool(torch.isfinite(t).all()) for t in tensors_in(inputs) if t.is_floating_point()
         ):
             return "the batch's inputs hold NaN or infinity; remove those examples"
         found: list[str] = []
@@ -392,7 +386,7 @@ class Predictor:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 bad = any(
                     t.is_floating_point() and not bool(torch.isfinite(t).all())
-                    for t in _tensors(output)
+                    for t in tensors_in(output)
                 )
                 if bad and not found:
                     found.append(f"{name or 'the model itself'!s} ({type(module).__name__})")
@@ -481,16 +475,6 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], list[tuple[str, nn.Modu
     return state, modules, tied
 
 
-def _set_training(modules: Sequence[nn.Module], mode: bool) -> None:
-    """The modules' own flags, not their children's, and past the checks of
-    ``nn.Module.__setattr__``, which take ten times as long."""
-    for module in modules:
-        if "training" in vars(module):
-            vars(module)["training"] = mode
-        else:  # a scripted module keeps it elsewhere
-            module.training = mode
-
-
 def _value(value: Tensor, like: Tensor, copied: bool) -> Tensor:
     same = value is like and not copied
     return (
@@ -498,74 +482,6 @@ def _value(value: Tensor, like: Tensor, copied: bool) -> Tensor:
         if same
         else value.detach().to(dtype=like.dtype, device=like.device, copy=copied)
     )
-
-
-def _logits(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    logits = (
-        output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    )
-    if logits is None and isinstance(output, tuple | list) and output:
-        logits = output[0]
-    if not isinstance(logits, Tensor):
-        raise InputError(
-            f"the model returned {type(output).__name__}; it must return a tensor, a tuple that "
-            "starts with one, or .logits"
-        )
-    return logits
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    children = (
-        tree.values()
-        if isinstance(tree, Mapping)
-        else tree
-        if isinstance(tree, tuple | list)
-        else ()
-    )
-    return [t for child in children for t in _tensors(child)]
-
-
-def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Inputs of the same structure with every tensor replaced."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, Mapping):
-        return {key: map_tensors(value, function) for key, value in tree.items()}
-    return (
-        type(tree)(map_tensors(value, function) for value in tree)
-        if isinstance(tree, tuple | list)
-        else tree
-    )
-
-
-def _examples(inputs: Any) -> int:
-    sized = [t for t in _tensors(inputs) if t.dim() > 0]
-    if not sized:
-        raise InputError("the batch's inputs hold no tensor with a first dimension of examples")
-    if sized[0].shape[0] == 0:
-        raise InputError("the batch is empty")
-    return int(sized[0].shape[0])
-
-
-def is_batched(tensor: Tensor, examples: int) -> bool:
-    """Whether the tensor's first dimension counts the examples; other tensors are passed whole to
-    every microbatch."""
-    return tensor.dim() > 0 and tensor.shape[0] == examples
-
-
-def slice_inputs(inputs: Any, start: int, stop: int, examples: int) -> Any:
-    """Examples start … stop of the inputs."""
-    return map_tensors(inputs, lambda t: t[start:stop] if is_batched(t, examples) else t)
 
 
 def map_batch(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:

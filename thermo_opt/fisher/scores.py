@@ -16,14 +16,8 @@ from torch.func import vjp, vmap
 
 from thermo_opt.errors import InputError
 from thermo_opt.fisher.metric import flatten
-from thermo_opt.fisher.predictor import (
-    Part,
-    Predictor,
-    is_batched,
-    map_tensors,
-    materialise,
-    slice_inputs,
-)
+from thermo_opt.fisher.predictor import Part, Predictor, materialise
+from thermo_opt.models import is_batched, map_tensors, slice_inputs
 
 Targets = Literal["exact", "empirical", "sampled"]
 

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from thermo_opt import arguments
+from thermo_opt.arguments import jsonable
 from thermo_opt.audits.results import Audit
 from thermo_opt.errors import InputError
 from thermo_opt.fronts.dominance import attainable_area, dominated_area, hull, nondominated
@@ -173,9 +174,7 @@ class ParetoFront:
             "hypervolume": self.hypervolume,
             "coverage": self.coverage,
             "targets": targets,
-            "runs": [
-                {str(k): _plain(v) for k, v in row.items()} for row in self.table.to_dict("records")
-            ],
+            "runs": [jsonable(row) for row in self.table.to_dict("records")],
         }
 
     def to_json(self, path: str | PathLike[str] | None = None) -> str:
@@ -381,11 +380,3 @@ def _targets(tracks: Sequence[Track], target_loss: float | Sequence[float] | Non
                 "give a higher target, or longer runs"
             )
     return wanted
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bool | np.bool_):
-        return bool(value)
-    if isinstance(value, float | np.floating):
-        return float(value) if np.isfinite(value) else None
-    return value

@@ -31,9 +31,10 @@ from thermo_opt.lenses.outputs import least_distance
 from thermo_opt.lenses.path import squared_distance
 from thermo_opt.lenses.summary import Measurements
 from thermo_opt.manifold import embed
+from thermo_opt.models import map_tensors
 from thermo_opt.runs import Probe, Run
 from thermo_opt.runs.probe import Inputs
-from thermo_opt.runs.probing import install, map_inputs, predict
+from thermo_opt.runs.probing import install, predict
 
 Quadrature = Literal["start", "trapezoid"]
 _RELATIVE_DAMPING = 1e-3
@@ -185,7 +186,7 @@ def look_at_parameters(view: LensInputs) -> Measurements:
     if likelihood == "categorical" and bool((targets.double() == targets.long()).all()):
         targets = targets.long()  # class numbers that a file kept as floating-point or boolean
     model = copy.deepcopy(view.model()).to(device=view.device, dtype=torch.float64).eval()
-    inputs = map_inputs(
+    inputs = map_tensors(
         probe.inputs, lambda t: (t.double() if t.is_floating_point() else t).to(view.device)
     )
     probe = Probe(inputs, targets, probe.fingerprint)
@@ -197,7 +198,7 @@ def look_at_parameters(view: LensInputs) -> Measurements:
             "the first"
         )
     install(model, first_snapshot, run.info.tied)
-    predict(model, map_inputs(inputs, lambda t: t[:1]))  # refuses inputs that the model can't take
+    predict(model, map_tensors(inputs, lambda t: t[:1]))  # refuses inputs that the model can't take
     lens.microbatch = _microbatch(model, inputs)
     pairs = list(zip(view.indices[:-1], view.indices[1:], strict=True))
     chosen = _subset(len(pairs), view.intervals)
@@ -328,7 +329,7 @@ def _microbatch(model: nn.Module, inputs: Inputs) -> int | None:
     """Examples at a time such that linearised products stay within a quarter of the free memory;
     None for all at once."""
     few = 2
-    inputs = map_inputs(inputs, lambda t: t[:few])
+    inputs = map_tensors(inputs, lambda t: t[:few])
     saved = 0
 
     def count(tensor: Tensor) -> Tensor:

@@ -9,8 +9,6 @@ library by the class name in a checkpoint's config.
 from __future__ import annotations
 
 import copy
-import importlib
-import sys
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,9 +17,10 @@ from torch import Tensor, nn
 
 from thermo_opt.errors import InputError
 from thermo_opt.manifold import Point, embed
+from thermo_opt.models import load_factory, map_tensors
 from thermo_opt.runs import Probe, Run
 from thermo_opt.runs.probe import Inputs
-from thermo_opt.runs.probing import install, map_inputs, predict
+from thermo_opt.runs.probing import install, predict
 from thermo_opt.runs.readers.huggingface import model_from_config
 
 
@@ -79,7 +78,7 @@ class ReplayedPredictions:
                 else tensor.to(dtypes[0])
             )
 
-        self.inputs = map_inputs(self.probe.inputs, fitting) if dtypes else self.probe.inputs
+        self.inputs = map_tensors(self.probe.inputs, fitting) if dtypes else self.probe.inputs
 
     def outputs(self, index: int) -> Tensor:
         """The model's outputs with the weights of snapshot ``index``."""
@@ -135,7 +134,7 @@ def build_model(run: Run, spec: str | nn.Module | None = None) -> nn.Module:
     if spec is not None:
         return _call_factory(spec)
     recorded = run.info.model
-    if recorded is not None and recorded.startswith("thermo_opt."):
+    if recorded is not None and recorded.startswith("thermo_opt.demo_models:"):
         return _call_factory(recorded)
     if run.info.hf_config_path is not None:
         return model_from_config(run.info.hf_config_path)
@@ -144,17 +143,7 @@ def build_model(run: Run, spec: str | nn.Module | None = None) -> nn.Module:
 
 
 def _call_factory(spec: str) -> nn.Module:
-    module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute:
-        raise InputError(f"--model {spec!r} isn't of the form package.module:factory")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # as `python -m` would: a factory in the user's working directory
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (Exception, SystemExit) as error:  # the user's module may fail in any way
-        raise InputError(
-            f"--model {spec!r} can't be imported ({type(error).__name__}: {error})"
-        ) from None
+    factory = load_factory(spec, "--model")
     try:
         model = factory() if not isinstance(factory, nn.Module) else factory
     except (Exception, SystemExit) as error:

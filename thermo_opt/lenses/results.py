@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import pandas as pd
 
+from thermo_opt.arguments import jsonable
 from thermo_opt.deprecated import RenamedKeys
 from thermo_opt.manifold.start import Start
 
@@ -139,19 +140,7 @@ def summaries_json(audits: Iterable[Audited]) -> str:
     """``{"runs": [summary, ...]}`` of several audits as strict JSON: non-finite numbers become
     null."""
     return json.dumps(
-        {"runs": [_plain(s) for audit in audits for s in audit.summaries]},
+        {"runs": [jsonable(s) for audit in audits for s in audit.summaries]},
         indent=2,
         allow_nan=False,
     )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, np.integer):
-        return int(value)
-    if isinstance(value, float | np.floating):
-        return float(value) if np.isfinite(value) else None
-    return value

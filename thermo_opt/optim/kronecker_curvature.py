@@ -27,13 +27,13 @@ from thermo_opt.errors import InputError
 from thermo_opt.fisher.kronecker import KroneckerRule, ScaleRule
 from thermo_opt.fisher.kronecker.layers import Cover, Layer, cover
 from thermo_opt.fisher.likelihoods import Likelihood
-from thermo_opt.fisher.predictor import _logits as logits_of
+from thermo_opt.models import outputs_of, repeated
 from thermo_opt.optim.curvature import Curvature, Lengths, Passes, Recipe
 from thermo_opt.optim.damping import LEAST, damping_of
 from thermo_opt.optim.distributed import Processes
 from thermo_opt.optim.inverse import all_finite
 from thermo_opt.optim.kronecker_unit import KroneckerUnit, TiedUnit
-from thermo_opt.optim.observer import Forward, Tap, attach, on_gradient, quiet
+from thermo_opt.optim.observer import Forward, Tap, attach, on_gradient
 from thermo_opt.optim.schedule import Refresh
 from thermo_opt.optim.solvers import Solver, invert
 from thermo_opt.optim.units import DiagonalUnit, LayerUnit, ScaleUnit, Settings, Unit
@@ -294,8 +294,8 @@ class KroneckerCurvature(Curvature):
         if not numbers:
             return 1.0
         self._attach(numbers)
-        with torch.enable_grad(), quiet(self.model, None):
-            f = self.likelihood.outputs(logits_of(self.model(*forward.args, **forward.kwargs)))
+        with torch.enable_grad(), repeated(self.model):
+            f = self.likelihood.outputs(outputs_of(self.model(*forward.args, **forward.kwargs)))
             nll = self.likelihood.nll(f, self.likelihood.sample(f.detach()))
             torch.autograd.grad(
                 nll.mean(), [p for p in self.params if p.requires_grad], allow_unused=True

@@ -8,8 +8,7 @@ into nothing when the model is copied or pickled.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from thermo_opt.errors import InputError
-from thermo_opt.fisher.predictor import _logits as logits_of
-from thermo_opt.fisher.predictor import map_tensors
+from thermo_opt.models import map_tensors, mixes_examples, outputs_of, repeated
 
 
 class Tap:
@@ -78,41 +76,6 @@ def on_gradient(output: Any, receive: Callable[[Tensor], None]) -> bool:
     return True
 
 
-_STOCHASTIC = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
-
-
-def mixes_examples(model: nn.Module) -> bool:
-    """Whether an example's output depends on the others or on chance (Dropout, BatchNorm in
-    training mode)."""
-    return any(m.training and isinstance(m, _STOCHASTIC) for m in model.modules())
-
-
-@contextmanager
-def quiet(model: nn.Module, random_state: Tensor | None) -> Iterator[None]:
-    """Run ``model`` once more without a trace: BatchNorm's running statistics and the random state
-    stay as they were.
-
-    ``random_state``: the state before the pass to be repeated, so that Dropout draws the same
-    masks.
-    """
-    norms = [
-        m
-        for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats and m.training
-    ]
-    devices = [p.device for p in model.parameters() if p.is_cuda][:1]
-    with torch.random.fork_rng(devices):
-        if random_state is not None:
-            torch.random.set_rng_state(random_state)
-        for m in norms:
-            m.track_running_stats = False
-        try:
-            yield
-        finally:
-            for m in norms:
-                m.track_running_stats = True
-
-
 @dataclass
 class Forward:
     """One training pass of the whole model: its arguments, its outputs (detached), and what
@@ -164,8 +127,8 @@ class Forward:
                 return t[::stride] if t.dim() and t.shape[0] == count else t
 
             args, kwargs, old = map_tensors(args, rows), map_tensors(kwargs, rows), old[::stride]
-        with torch.no_grad(), quiet(model, self.random_state if mixed else None):
-            return old, logits_of(model(*args, **kwargs)).detach()
+        with torch.no_grad(), repeated(model, self.random_state if mixed else None):
+            return old, outputs_of(model(*args, **kwargs)).detach()
 
 
 class ModelObserver:
@@ -209,7 +172,7 @@ class ModelObserver:
     ) -> None:
         """Called when a training pass ends."""
         try:
-            outputs = logits_of(output)
+            outputs = outputs_of(output)
         except InputError:
             return  # a pass that returns something else than predictions: nothing to calibrate on
         seen = Forward(args, kwargs, outputs.detach(), self._random_state)

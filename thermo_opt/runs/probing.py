@@ -6,16 +6,22 @@ Used while recording (the training must be bit-identical to an unrecorded one) a
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from thermo_opt.errors import InputError
+from thermo_opt.errors import InputError, first_line
+from thermo_opt.models import (
+    call,
+    device_of,
+    full_precision,
+    map_tensors,
+    outputs_of,
+    tensors_in,
+    untouched,
+)
 from thermo_opt.runs.probe import Inputs
 from thermo_opt.runs.run import Snapshot
 
@@ -23,127 +29,68 @@ IGNORED = -100
 """Targets with this value are not counted, as in `torch.nn.functional.cross_entropy`."""
 
 
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluate ``model`` inside, and find it afterwards exactly as before.
+def predictions(
+    model: nn.Module, inputs: Inputs, batch_size: int = 256, autocast: bool = False
+) -> Iterator[Tensor]:
+    """The model's raw outputs, ``batch_size`` examples at a time, in the dtype it computes in.
 
-    Restores train/eval flags of each submodule, buffers (the objects and their contents), and the
-    random states of Python, NumPy and torch (CPU and CUDA). Gradients are off inside. Cost: one
-    copy of the buffers.
-    """
-    flags = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (the user's code may draw from it)
-    cuda = (
-        torch.cuda.get_rng_state_all()
-        if torch.cuda.is_available() and torch.cuda.is_initialized()
-        else None
-    )
-    try:
-        for module, _ in flags:
-            module.training = (
-                False  # not module.eval(): user modules override train() with side effects
-            )
-        with torch.no_grad():
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-        with torch.no_grad():
-            for module, name, buffer, content in buffers:
-                module._buffers[name] = buffer
-                if not _identical(buffer, content):
-                    buffer.copy_(content)
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+    Evaluated in eval mode without gradients and left `untouched` once the iterator is exhausted.
+    Cost: one forward pass.
 
+    Args:
+        model: returns anything `outputs_of` reads.
+        inputs: (n, …), a tensor for ``model(inputs)``, a tuple for ``model(*inputs)``, a dict for
+            ``model(**inputs)``; floating-point inputs are used in their own dtype.
+        batch_size: examples per forward pass.
+        autocast: leave the model's own ``torch.autocast`` on; off, it computes in the dtype of its
+            weights.
 
-def predict(model: nn.Module, inputs: Inputs, batch_size: int = 256) -> Tensor:
-    """The model's raw outputs (logits, means) on all inputs, on the CPU; float32, or float64 if the
-    model computes in float64.
-
-    ``inputs`` (n, …): a tensor for ``model(inputs)``, a tuple for ``model(*inputs)``, a dict for
-    ``model(**inputs)``; floating-point inputs are used in their own dtype. The model may return a
-    tensor, a tuple whose first element is the outputs, or an object or dict with ``logits``. It is
-    evaluated in eval mode without gradients and left `untouched`. Cost: one forward pass. Raises
-    `InputError` when there are no inputs or the model returns nothing of n rows.
+    Raises:
+        InputError: there are no inputs, or the model returns nothing of n rows.
     """
     n = row_count(inputs)
     if n == 0:
         raise InputError("probe: there are no inputs; give at least one example")
-    device = _device(model)
-    parts = []
-    plain = (
-        torch.autocast(device.type, enabled=False)
-        if torch.amp.is_autocast_available(device.type)
-        else nullcontext()
-    )
-    with untouched(model), plain:
+    device = device_of(model)
+    with untouched(model), nullcontext() if autocast else full_precision(device):
         for start in range(0, n, batch_size):
-            batch = _rows(inputs, slice(start, start + batch_size), device)
+            stop = min(start + batch_size, n)
+            batch = map_tensors(inputs, lambda t, a=start, b=stop: t[a:b].to(device))
             try:
-                outputs = outputs_of(_call(model, batch))
+                outputs = outputs_of(call(model, batch))
             except InputError:
                 raise
             except Exception as error:  # whatever a model raises on inputs it wasn't made for
                 raise InputError(
-                    f"probe: the model can't be evaluated on its inputs ({_first_line(error)}); "
-                    "check their shapes, "
-                    "types and names"
+                    f"probe: the model can't be evaluated on its inputs ({first_line(error)}); "
+                    "check their shapes, types and names"
                 ) from error
-            if outputs.ndim == 0 or len(outputs) != row_count(batch):
+            if outputs.ndim == 0 or len(outputs) != stop - start:
                 raise InputError(
                     f"probe: the model gives outputs of shape {tuple(outputs.shape)} for "
-                    f"{row_count(batch)} inputs; "
-                    "it must give one row of outputs an example"
+                    f"{stop - start} inputs; it must give one row of outputs per example"
                 )
-            parts.append(
-                outputs.detach().to(
-                    "cpu",
-                    outputs.dtype if outputs.dtype == torch.float64 else torch.float32,
-                    copy=True,
-                )
-            )
-    return torch.cat(parts)
+            yield outputs.detach()
 
 
-def outputs_of(result: Any) -> Tensor:
-    """The tensor of outputs in what a model returned: itself, its ``logits``, or the first element
-    of a tuple."""
-    if isinstance(result, Mapping):
-        result = result.get("logits")
-    elif not isinstance(result, Tensor) and hasattr(result, "logits"):
-        result = result.logits
-    elif isinstance(result, tuple | list) and result:
-        result = result[0]
-    if not isinstance(result, Tensor):
-        raise InputError(
-            f"the model returned {type(result).__name__}; it must return a tensor, a tuple "
-            "starting with one, or "
-            "'logits'"
-        )
-    return result
+def predict(
+    model: nn.Module, inputs: Inputs, batch_size: int = 256, autocast: bool = False
+) -> Tensor:
+    """All of `predictions` in one tensor on the CPU."""
+    return torch.cat([kept(part) for part in predictions(model, inputs, batch_size, autocast)])
+
+
+def kept(outputs: Tensor) -> Tensor:
+    """A copy on the CPU, in the dtype in which the outputs were computed."""
+    return outputs.detach().to("cpu", copy=True).contiguous()
 
 
 def row_count(inputs: Inputs) -> int:
-    """Number of examples n of probe inputs."""
-    tensors = (
-        [inputs]
-        if isinstance(inputs, Tensor)
-        else list(inputs.values() if isinstance(inputs, dict) else inputs)
-    )
-    counts = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
+    """Number of examples n of probe inputs, the same in each tensor."""
+    counts = {len(tensor) if tensor.ndim else 0 for tensor in tensors_in(inputs)}
     if len(counts) != 1:
         raise InputError(
-            f"probe: the inputs have {sorted(counts)} rows; give one row an example in each"
+            f"probe: the inputs have {sorted(counts)} rows; give one row per example in each"
         )
     return counts.pop()
 
@@ -238,36 +185,3 @@ def install(model: nn.Module, snapshot: Snapshot, tied: Mapping[str, str] | None
                     "name the right model"
                 )
             target.copy_(tensor)
-
-
-def _call(model: nn.Module, batch: Inputs) -> Any:
-    if isinstance(batch, dict):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
-
-
-def map_inputs(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
-    """Inputs of the same form, ``function`` of each tensor."""
-    if isinstance(inputs, dict):
-        return {key: function(value) for key, value in inputs.items()}
-    return tuple(map(function, inputs)) if isinstance(inputs, tuple) else function(inputs)
-
-
-def _rows(inputs: Inputs, rows: slice, device: torch.device) -> Inputs:
-    return map_inputs(inputs, lambda tensor: tensor[rows].to(device))
-
-
-def _device(model: nn.Module) -> torch.device:
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _identical(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) and torch.equal(
-        torch.isnan(a), torch.isnan(b)
-    )

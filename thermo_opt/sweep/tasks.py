@@ -7,8 +7,6 @@ on the seed; ``train``, a pair of tensors (inputs, targets) or a map-style datas
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from thermo_opt.errors import InputError
+from thermo_opt.models import load_factory
 
 Pair = tuple[Tensor, Tensor]
 Task = Callable[[int], tuple[nn.Module, Any, Pair]]
@@ -94,13 +93,7 @@ def build_task(task: str, seed: int) -> tuple[nn.Module, Any, Pair]:
 def load_function(spec: str, what: str) -> Callable[..., Any]:
     """The function that ``package.module:function`` names, looked for from the working directory
     too."""
-    module, _, name = spec.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # as `python -m` would: a module in the user's working directory
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{what} {spec!r} can't be imported ({error})") from None
+    function = load_factory(spec, what)
     if not callable(function):
         raise InputError(f"{what} {spec!r} is no function")
     return function

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from thermo_opt.errors import InputError
+from thermo_opt.models import outputs_of
 from thermo_opt.runs import Recorder, load_run
 from thermo_opt.runs.format import RUN_FILE, read_run_file
-from thermo_opt.runs.probing import outputs_of
 from thermo_opt.sweep.config import Trial, nearest
 from thermo_opt.sweep.tasks import build_task, is_pair, load_function
 

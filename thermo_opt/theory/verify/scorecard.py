@@ -8,11 +8,8 @@ whatever the optimizer says of itself.
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 import math
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,6 +21,7 @@ from torch import nn
 from thermo_opt import fisher, thermodynamics
 from thermo_opt.errors import InputError
 from thermo_opt.manifold import fisher_rao
+from thermo_opt.models import load_factory
 from thermo_opt.optim import NGDT
 from thermo_opt.theory.verify.networks import flat, images, mlp
 
@@ -205,24 +203,8 @@ def _resolve(factory: str | Factory) -> tuple[str, Factory]:
     made: Any = factory
     name = getattr(factory, "__name__", type(factory).__name__)
     if isinstance(factory, str):
-        module, _, name = factory.partition(":")
-        if not module or not name:
-            raise InputError(f"--optimizer {factory!r}: write package.module:factory")
-        if os.getcwd() not in sys.path:
-            sys.path.insert(
-                0, os.getcwd()
-            )  # as for `python -m`: a factory in the present folder is found
-        try:
-            home = importlib.import_module(module)
-        except Exception as error:  # also what the module raises while it is imported
-            raise InputError(
-                f"--optimizer {factory!r} can't be imported ({error}); check the module's name"
-            ) from None
-        if not hasattr(home, name):
-            raise InputError(
-                f"--optimizer {factory!r}: {module} has no {name!r}; check the factory's name"
-            )
-        made = getattr(home, name)
+        made = load_factory(factory, "--optimizer")
+        name = factory.partition(":")[2]
     if not callable(made):
         raise InputError(f"--optimizer {factory!r} is no factory: it must be callable with a model")
     if inspect.isclass(made):
