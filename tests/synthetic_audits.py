@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from thermo_opt.lenses.results import Audit, Landmarks, LensAudit
+from thermo_opt.audits import Audit
+from thermo_opt.lenses import Landmarks, LensAudit
 
 EXAMPLES, CLASSES = 30, 5
 

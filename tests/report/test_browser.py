@@ -15,7 +15,8 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.synthetic_audits import make_audit
-from thermo_opt.audits import SUMMARY_KEYS, Audit, summaries_json
+from thermo_opt.audits import Audit
+from thermo_opt.lenses import SUMMARY_KEYS, summaries_json
 from thermo_opt.report import write_report
 
 CHROMIUM = next(

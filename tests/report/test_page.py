@@ -15,8 +15,9 @@ import plotly.graph_objects as go
 import pytest
 
 from tests.synthetic_audits import make_audit
-from thermo_opt.audits import Audit, summaries_json
+from thermo_opt.audits import Audit
 from thermo_opt.errors import InputError
+from thermo_opt.lenses import summaries_json
 from thermo_opt.plots.palette import OKABE_ITO
 from thermo_opt.plots.series import MAX_LAYERS, heat
 from thermo_opt.report import write_report

@@ -13,7 +13,7 @@ def check_page(path: Path | None, option: str) -> None:
     somebody's own."""
     if path is None:
         return
-    if path.exists() and not _is_report(path):
+    if path.exists() and not is_report(path):
         raise InputError(
             f"{path} exists and is no thermo-opt report: name another file with {option}."
         )
@@ -27,7 +27,8 @@ def check_page(path: Path | None, option: str) -> None:
         )
 
 
-def _is_report(path: Path) -> bool:
+def is_report(path: Path) -> bool:
+    """Whether a file is a page of ours, which may be replaced."""
     if not path.is_file():
         return False
     with path.open("rb") as file:

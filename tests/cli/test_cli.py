@@ -16,11 +16,13 @@ import pytest
 import thermo_opt
 from tests.synthetic_audits import make_audit
 from thermo_opt import cli
-from thermo_opt.audits import SUMMARY_KEYS, audit, compare
+from thermo_opt.audits import audit, compare
 from thermo_opt.cli import demo
+from thermo_opt.cli.pages import is_report
 from thermo_opt.cli.terminal import Bars, print_audit, print_comparison
+from thermo_opt.lenses import SUMMARY_KEYS
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = Path(__file__).parents[2] / "data"
 SGD, ADAM = DATA / "digits-sgd", DATA / "digits-adam"
 
 
@@ -250,25 +252,12 @@ def test_help_and_version_need_no_torch() -> None:
         [sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True
     ).stdout
     assert told.rstrip().endswith("False False")
-    for name in ("audit", "compare", "info", "demo"):
+    for name in ("audit", "compare", "info", "demo", "pareto", "sweep", "verify"):
         assert name in told
     told = subprocess.run(
         [sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True
     ).stdout
     assert told.splitlines() == [thermo_opt.__version__, "False False"]
-
-
-def test_commands_from_elsewhere(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(cli.ELSEWHERE, "peek", ("thermo_opt.cli.main:info", "Look at a run."))
-    monkeypatch.setitem(
-        cli.ELSEWHERE, "absent", ("thermo_opt.no_such_module:nothing", "Never imported.")
-    )
-    assert _run("--help") == 0
-    assert "Look at a run." in capfd.readouterr().out
-    assert _run("peek", SGD, "--json") == 0
-    assert json.loads(capfd.readouterr().out)["runs"][0]["run"] == "digits-sgd"
 
 
 @pytest.mark.parametrize("width", [46, 60, 80, 120, 200])
@@ -305,7 +294,7 @@ def test_demo(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         for line in out.partition("parameters lens")[0].splitlines()
         if "%" in line
     }
-    assert set(rows) == {path.name for path in demo.runs()}
+    assert set(rows) == {path.name for path in demo.recorded_runs()}
     for row in rows.values():  # run, L(T), Q, D*, D, ℒ, √(2QT), efficiency: as printed
         bounds = [float(entry) for entry in row[3:7]]
         assert bounds == sorted(bounds)
@@ -317,4 +306,4 @@ def test_demo(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         if s["lens"] == "outputs":
             bound = math.sqrt(2 * s["dissipation"] * s["duration"])
             assert s["least_distance"] <= s["distance"] <= s["length"] <= bound * (1 + 1e-12)
-    assert cli._is_report(target)  # so the next demo may replace it
+    assert is_report(target)  # so the next demo may replace it

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.synthetic_audits import make_audit
-from thermo_opt.audits import SUMMARY_KEYS
 from thermo_opt.describe.quantities import QUANTITIES, cost_unit, number, percent
 from thermo_opt.describe.sentences import (
     blind_spots,
@@ -21,6 +20,7 @@ from thermo_opt.describe.sentences import (
     headline,
     told,
 )
+from thermo_opt.lenses import SUMMARY_KEYS
 
 
 def _summary(**known: Any) -> dict[str, Any]:
