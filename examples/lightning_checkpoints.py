@@ -1,0 +1,49 @@
+"""Train with Lightning and audit its checkpoints: predictions are replayed on a probe.
+
+python lightning_checkpoints.py        # needs the extra: pip install 'thermo-opt[lightning]'
+"""
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+import thermo_opt as to
+from thermo_opt.runs.probe import make_probe
+
+
+class Classifier(lightning.LightningModule):
+    """A small network on synthetic data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        x, y = batch
+        return cross_entropy(self(x), y)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+torch.manual_seed(0)
+x = torch.randn(400, 8)
+y = (x @ torch.randn(8, 3)).argmax(1)
+trainer = lightning.Trainer(
+    max_steps=20,
+    accelerator="cpu",
+    callbacks=[ModelCheckpoint("lightning-run", filename="{step}", every_n_train_steps=5, save_top_k=-1)],
+    logger=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+)
+trainer.fit(Classifier(), DataLoader(TensorDataset(x[100:], y[100:]), batch_size=30, shuffle=True))
+
+audit = to.audit("lightning-run", model=Classifier(), probe=make_probe(x[:100], y[:100]), lens="outputs")
+print(f"{audit.run}: {audit.summary['dissipation']:.3g} nats at a stride of {audit.summary['stride']:g} steps")
