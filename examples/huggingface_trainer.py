@@ -1,4 +1,4 @@
-"""Train a tiny GPT-2 with the Hugging Face Trainer and audit its checkpoints: predictions are replayed on a probe.
+"""Train a tiny GPT-2 with the Hugging Face Trainer and audit its checkpoints by replay.
 
 python huggingface_trainer.py          # needs the extra: pip install 'thermo-opt[transformers]'
 """
@@ -26,13 +26,15 @@ arguments = TrainingArguments(
     disable_tqdm=True,
     use_cpu=True,
 )
-Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in train]).train()
+Trainer(
+    model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in train]
+).train()
 
-# The probe: inputs by the names of the model's arguments, and for each position the next token as its target.
+# The probe: inputs by the names of the model's arguments; targets: each position's next token.
 probe = {"inputs/input_ids": held_out[:, :-1].contiguous(), "targets": held_out[:, 1:].contiguous()}
 save_file(probe, "probe.safetensors")
 
 audit = to.audit("trainer-run", probe="probe.safetensors", lens="outputs")
-print(f"{audit.run}: {audit.summary['dissipation']:.3g} nats at a stride of {audit.summary['stride']:g} steps")
+print(audit.run, audit.summary["dissipation"], "nats or more, at stride", audit.summary["stride"])
 for note in audit.summary["notes"]:
     print("-", note)

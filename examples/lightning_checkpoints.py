@@ -38,12 +38,16 @@ y = (x @ torch.randn(8, 3)).argmax(1)
 trainer = lightning.Trainer(
     max_steps=20,
     accelerator="cpu",
-    callbacks=[ModelCheckpoint("lightning-run", filename="{step}", every_n_train_steps=5, save_top_k=-1)],
+    callbacks=[
+        ModelCheckpoint("lightning-run", filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    ],
     logger=False,
     enable_progress_bar=False,
     enable_model_summary=False,
 )
 trainer.fit(Classifier(), DataLoader(TensorDataset(x[100:], y[100:]), batch_size=30, shuffle=True))
 
-audit = to.audit("lightning-run", model=Classifier(), probe=make_probe(x[:100], y[:100]), lens="outputs")
-print(f"{audit.run}: {audit.summary['dissipation']:.3g} nats at a stride of {audit.summary['stride']:g} steps")
+audit = to.audit(
+    "lightning-run", model=Classifier(), probe=make_probe(x[:100], y[:100]), lens="outputs"
+)
+print(audit.run, audit.summary["dissipation"], "nats or more, at stride", audit.summary["stride"])

@@ -1,4 +1,4 @@
-"""Train one small network with AdamW and with NGDT at two budgets, and audit all three on one probe.
+"""Train one network with AdamW and with NGDT at two budgets, and audit all three on one probe.
 
 python ngdt_loop.py
 """

@@ -30,7 +30,7 @@ for batch_size in (20, 200):
     audit = to.audit(folder)
     summary = audit.summary
     print(
-        f"batch {batch_size:3d}: loss {summary['loss_end']:.3f}, dissipation {summary['dissipation']:.3f} nats, "
-        f"of it {summary['efficiency']:.0%} unavoidable"
+        f"batch {batch_size:3d}: loss {summary['loss_end']:.3f}, "
+        f"{summary['dissipation']:.3f} nats, of it {summary['efficiency']:.0%} unavoidable"
     )
     audit.to_html(f"{folder}.html")

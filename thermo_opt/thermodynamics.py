@@ -29,12 +29,20 @@ _NOTHING = 1e-14
 
 
 def dissipation(a: ArrayLike, tau: ArrayLike = 1.0) -> Array:
-    """Dissipation of each step, ``Q_k = a_k / (2 τ_k)`` (nats per unit of the clock; nats when τ =
-    1).
+    """Dissipation of each step, ``Q_k = a_k / (2 τ_k)`` (§3).
 
     A step that moves nothing in no time (a = τ = 0, as under a zero learning rate on the flow
-    clock) has Q = 0. ``a`` and ``tau`` broadcast. Raises ValueError for negative or NaN input, or a
-    step with a > 0 and τ = 0. Cost O(K).
+    clock) has Q = 0. Cost O(K).
+
+    Args:
+        a: squared lengths of the steps, (K,), nats.
+        tau: their durations, (K,) or one for all, in the unit of the clock.
+
+    Returns:
+        (K,) float64; nats when τ = 1, else nats per unit of the clock.
+
+    Raises:
+        ValueError: for negative or NaN input, or a step with a > 0 and τ = 0.
     """
     a, tau = np.broadcast_arrays(_nonnegative(a, "a"), _nonnegative(tau, "tau"))
     if np.any((tau == 0) & (a > 0)):
@@ -44,21 +52,33 @@ def dissipation(a: ArrayLike, tau: ArrayLike = 1.0) -> Array:
 
 
 def length(a: ArrayLike) -> float:
-    """Thermodynamic length of the path, ``ℒ = Σ √a_k`` (Fisher-Rao units, √nats). Crooks (2007)."""
+    """Length of the path, ``ℒ = Σ √a_k``, in √nats (§4; Crooks 2007).
+
+    Args:
+        a: squared lengths of the steps, (K,), nats.
+    """
     return float(np.sqrt(_nonnegative(a, "a")).sum())
 
 
 def speed_limit(a: ArrayLike, delta: ArrayLike) -> Array:
-    """The speed-cost bound ``|d_k| ≤ √(a_k Δ_k)``: the largest decrease (nats) a step of squared
-    length a predicts (§3)."""
+    """The speed-cost bound ``|d_k| ≤ √(a_k Δ_k)``: the largest decrease a step can predict (§3).
+
+    Args:
+        a: squared lengths of the steps, (K,), nats.
+        delta: squared natural-gradient norms Δ, (K,), nats.
+    """
     return np.sqrt(_nonnegative(a, "a") * _nonnegative(delta, "delta"))
 
 
 def least_dissipation(d: ArrayLike, delta: ArrayLike, tau: ArrayLike = 1.0) -> Array:
-    """Least dissipation that buys a first-order decrease d in time τ: ``d² / (2 Δ τ)`` (§3,
-    uniqueness).
+    """Least dissipation that buys a first-order decrease d in time τ, ``d² / (2 Δ τ)`` (§3).
 
     Attained only by ``δ = (d/Δ) F⁺(-g)``. Infinite where Δ = 0 and d ≠ 0; zero where d = 0.
+
+    Args:
+        d: predicted decreases, (K,), nats.
+        delta: squared natural-gradient norms Δ, (K,), nats.
+        tau: durations, (K,) or one for all.
     """
     d = np.asarray(d, dtype=np.float64)
     cost = _nonnegative(delta, "delta") * _nonnegative(tau, "tau") * 2
@@ -67,11 +87,21 @@ def least_dissipation(d: ArrayLike, delta: ArrayLike, tau: ArrayLike = 1.0) -> A
 
 
 def alignment(a: ArrayLike, d: ArrayLike, delta: ArrayLike) -> Array:
-    """Signed squared cosine between a step and the natural-gradient direction, ``ε_k = d|d| / (a Δ)
-    ∈ [-1, 1]`` (§3).
+    """Alignment ``ε_k = d|d| / (a Δ)``, between −1 and 1 (§3).
 
-    NaN where it is undefined (a = 0 or Δ = 0). A magnitude above 1 by no more than rounding is
-    clipped; beyond that a and Δ come from different metrics and ValueError is raised.
+    The squared cosine between a step and the natural-gradient direction, with the sign of d. A
+    magnitude above 1 by no more than rounding is clipped.
+
+    Args:
+        a: squared lengths of the steps, (K,), nats.
+        d: predicted decreases, (K,), nats.
+        delta: squared natural-gradient norms Δ in the metric of ``a``, (K,), nats.
+
+    Returns:
+        (K,) float64; NaN where it is undefined (a = 0 or Δ = 0).
+
+    Raises:
+        ValueError: where |ε| exceeds 1: then a and Δ come from different metrics.
     """
     a, d, delta = np.broadcast_arrays(
         _nonnegative(a, "a"),
@@ -98,11 +128,18 @@ def alignment(a: ArrayLike, d: ArrayLike, delta: ArrayLike) -> Array:
 def alignment_bracket(
     a: ArrayLike, d: ArrayLike, delta_lower: ArrayLike, delta_upper: ArrayLike
 ) -> tuple[Array, Array]:
-    """Bounds on the signed alignment when Δ is only known to lie in ``[delta_lower, delta_upper]``.
+    """Bounds of the signed alignment when Δ is only known to lie in an interval (§5).
 
-    ``|ε| ∈ [d²/(aΔ_upper), min(1, d²/(aΔ_lower))]``, with the sign of d. ``delta_upper`` may be
-    infinite (nothing certified: 0 becomes the inner end) and ``delta_lower`` zero (the outer end is
-    ±1). NaN where a = 0 or Δ_upper = 0.
+    ``|ε| ∈ [d²/(aΔ_upper), min(1, d²/(aΔ_lower))]``, with the sign of d.
+
+    Args:
+        a: squared lengths of the steps, (K,), nats.
+        d: predicted decreases, (K,), nats.
+        delta_lower: lower ends of Δ, (K,), nats; with 0 the outer end is ±1.
+        delta_upper: upper ends of Δ, (K,), nats; may be infinite: then 0 becomes the inner end.
+
+    Returns:
+        Lower and upper bounds of ε, (K,) each; NaN where a = 0 or Δ_upper = 0.
     """
     a, d, lower, upper = np.broadcast_arrays(
         _nonnegative(a, "a"),
@@ -132,14 +169,22 @@ def mean_alignment(epsilon: ArrayLike, q: ArrayLike) -> float | None:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Where a path's dissipation went (§4): three non-negative parts that add up to it, and the
-    ratios between them.
+    """Where a path's dissipation went (§4): three non-negative parts that add up to it, and ratios.
 
-    ``dissipation = irreducible + detour + pacing`` (nats per unit time): the least any path between
-    the same end predictions could cost in the same time; the price of not going straight; the price
-    of not going steadily. ``straightness = D²/ℒ²``, ``steadiness = ℒ²/(2QT)``, ``efficiency =
-    D²/(2QT)``, their product; None for a path that went nowhere (0/0), and wherever the distance D
-    is unknown.
+    Dissipations are in nats per unit of time, lengths in √nats. Ratios are None for a path that
+    went nowhere (0/0), and wherever the distance is unknown.
+
+    Attributes:
+        dissipation: Q.
+        length: ℒ.
+        distance: D, the Fisher-Rao distance between the two ends; None when unknown.
+        duration: T.
+        irreducible: ``D²/2T``, the least any path between the same ends could cost in that time.
+        detour: ``(ℒ² − D²)/2T``, the price of not going straight.
+        pacing: ``Q − ℒ²/2T``, the price of not going steadily.
+        straightness: ``D²/ℒ²``.
+        steadiness: ``ℒ²/(2QT)``.
+        efficiency: ``D²/(2QT)``, the product of the two.
     """
 
     dissipation: float
@@ -155,13 +200,16 @@ class Decomposition:
 
 
 def decompose(a: ArrayLike, tau: ArrayLike, distance: float | None) -> Decomposition:
-    """Split a path's dissipation ``Q = D²/2T + (ℒ²-D²)/2T + (Q-ℒ²/2T)`` into irreducible, detour
-    and pacing (§4).
+    """Split a path's dissipation into irreducible, detour and pacing (§4). Cost O(K).
 
-    ``a`` (K,) squared lengths; ``tau`` (K,) or a scalar, durations; ``distance`` D, the Fisher-Rao
-    distance between the two ends in the same units; None when unknown, which leaves only pacing and
-    steadiness known. Raises ValueError when D exceeds ℒ by more than rounding: then a and D do not
-    belong to the same path. Cost O(K).
+    Args:
+        a: squared lengths of the steps, (K,), nats.
+        tau: their durations, (K,) or one for all.
+        distance: D, the Fisher-Rao distance between the two ends, √nats. None when it is unknown:
+            then only pacing and steadiness are known.
+
+    Raises:
+        ValueError: when D exceeds ℒ by more than rounding: they belong to different paths.
     """
     a, tau = np.broadcast_arrays(np.atleast_1d(_nonnegative(a, "a")), _nonnegative(tau, "tau"))
     q = float(dissipation(a, tau).sum())
@@ -196,19 +244,33 @@ def decompose(a: ArrayLike, tau: ArrayLike, distance: float | None) -> Decomposi
 
 
 def action_gap(a: ArrayLike, d: ArrayLike, delta: ArrayLike, tau: ArrayLike) -> float:
-    """Action gap ``S = Σ (a/(2τ) + τΔ/2 - d) ≥ 0`` on the flow clock τ = η (§6); zero exactly on
-    natural-gradient flow.
+    """Action gap ``S = Σ (a/(2τ) + τΔ/2 − d) ≥ 0`` on the flow clock τ = η, nats (§6).
 
-    The Onsager-Machlup ("entropic") action of the recorded path, in nats: each term is ½ τ |δ/τ +
-    F⁺g|²_F.
+    The Onsager-Machlup ("entropic") action of the recorded path: each term is
+    ``½ τ |δ/τ + F⁺g|²_F``, and S is zero exactly on natural-gradient flow.
+
+    Args:
+        a: squared lengths of the steps, (K,), nats.
+        d: predicted decreases, (K,), nats.
+        delta: squared natural-gradient norms Δ in the metric of ``a``, (K,), nats.
+        tau: learning rates, (K,).
     """
     a, d, delta, tau = (np.asarray(x, dtype=np.float64) for x in (a, d, delta, tau))
     return float(np.sum(dissipation(a, tau) + tau * delta / 2 - d))
 
 
 def durations(readings: ArrayLike) -> Array:
-    """Durations τ_k between readings of a cumulative clock. Raises ValueError if the clock runs
-    backwards."""
+    """Durations τ_k between readings of a cumulative clock.
+
+    Args:
+        readings: (K+1,) readings.
+
+    Returns:
+        (K,) differences.
+
+    Raises:
+        ValueError: if the clock runs backwards or a reading is missing.
+    """
     tau = np.diff(np.asarray(readings, dtype=np.float64))
     if np.any(~(tau >= 0)):
         k = int(np.flatnonzero(~(tau >= 0))[0])
@@ -218,8 +280,14 @@ def durations(readings: ArrayLike) -> Array:
 
 @dataclass(frozen=True)
 class CoarsePoint:
-    """The path seen at stride m (in recorded intervals): ``length`` ℒ_m, ``dissipation`` Q_m and
-    mean a^(m)."""
+    """The path seen at a stride of m recorded intervals (§4, sampling).
+
+    Attributes:
+        stride: m.
+        length: ℒ_m, √nats.
+        dissipation: Q_m.
+        a_mean: mean squared length of the chords that span m full intervals, nats.
+    """
 
     stride: int
     length: float
@@ -230,12 +298,14 @@ class CoarsePoint:
 def coarse_point(
     stride: int, a: ArrayLike, tau: ArrayLike, whole: ArrayLike | None = None
 ) -> CoarsePoint:
-    """ℒ_m, Q_m and the mean of a^(m) from the squared lengths of the path's chords at stride m (§4,
-    sampling).
+    """ℒ_m, Q_m and the mean of a^(m) from the path's chords at stride m (§4, sampling).
 
-    ``whole`` marks the chords that span m full intervals; the last one may be shorter (it must be
-    included, so that coarse paths share their ends and ℒ_m, Q_m can only fall along m | m'), and is
-    left out of ``a_mean``.
+    Args:
+        stride: m, in recorded intervals.
+        a: squared lengths of the chords, nats.
+        tau: their durations.
+        whole: marks the chords that span m full intervals (default: all). A shorter last one must
+            be given too, so that coarse paths share their ends; ``a_mean`` leaves it out.
     """
     a = np.atleast_1d(_nonnegative(a, "a"))
     keep = np.ones(len(a), dtype=bool) if whole is None else np.asarray(whole, dtype=bool)
@@ -244,10 +314,15 @@ def coarse_point(
 
 
 def hurst_exponent(points: Sequence[CoarsePoint]) -> float | None:
-    """Exponent H of ``a^(m) ∝ m^{2H}``, by least squares in logarithms: 1 ballistic (signal), ½
-    diffusive (noise).
+    """Exponent H of ``a^(m) ∝ m^{2H}``, by least squares in logarithms (§4).
 
-    None with fewer than three strides of positive a^(m), where a slope would say nothing.
+    1 is ballistic (signal), ½ diffusive (noise).
+
+    Args:
+        points: the path at several strides.
+
+    Returns:
+        H, or None with fewer than three strides of positive a^(m), where a slope would say nothing.
     """
     used = [(p.stride, p.a_mean) for p in points if p.a_mean > 0]
     if len(used) < 3:

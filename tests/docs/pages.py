@@ -11,13 +11,16 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 
-_FENCED = re.compile(r"^(?P<indent> *)```(?P<language>\w+)(?P<options>[^\n]*)\n(?P<code>.*?)^(?P=indent)```$", re.M | re.S)
+_FENCED = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w+)(?P<options>[^\n]*)\n(?P<code>.*?)^(?P=indent)```$",
+    re.M | re.S,
+)
 _TITLE = re.compile(r'title="([^"]+)"')
 
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block: its language, its text, the file it shows (``title="…"``) and the line it begins on."""
+    """One fenced block: language, text, the file it shows (``title="…"``), first line."""
 
     language: str
     code: str
@@ -32,7 +35,9 @@ def blocks(page: Path) -> list[Block]:
     for match in _FENCED.finditer(text):
         title = _TITLE.search(match["options"])
         line = text.count("\n", 0, match.start()) + 1
-        found.append(Block(match["language"], textwrap.dedent(match["code"]), title and title[1], line))
+        found.append(
+            Block(match["language"], textwrap.dedent(match["code"]), title and title[1], line)
+        )
     return found
 
 

@@ -1,7 +1,8 @@
 """Every code block of the documentation runs, page by page, in order, in a folder of its own.
 
-A block with a title is written to that file; Python blocks of a page share their names; lines of ``console`` blocks
-that begin with ``$ thermo-opt`` or ``$ python script.py`` are executed. The runs of ``data/`` are at hand.
+A block with a title is written to that file; Python blocks of a page share their names; lines of
+``console`` blocks that begin with ``$ thermo-opt`` or ``$ python script.py`` are executed. The runs
+of ``data/`` are at hand.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from thermo_opt.cli import main
 READ_ONLY = {"text", "json", "toml", "yaml"}
 """Languages of blocks that show something and have nothing to run."""
 SHOWN = ("git", "mkdocs", "pip", "pre-commit", "pytest", "python", "python3")
-"""Programs whose calls are shown to the reader and not run here (of Python, only scripts are run)."""
+"""Programs whose calls are shown and not run here (of Python, only scripts are run)."""
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to run a page's blocks in: empty but for the checkout's ``data`` and ``examples``."""
+    """A folder to run a page's blocks in, with the checkout's ``data`` and ``examples``."""
     for name in ("data", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -37,7 +38,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=label)
-def test_every_block_of_a_page_runs(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_block_of_a_page_runs(
+    page: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     loaded = set(sys.modules)
     names: dict[str, Any] = {"__name__": "__main__"}
     try:
@@ -51,10 +54,14 @@ def test_every_block_of_a_page_runs(page: Path, folder: Path, capsys: pytest.Cap
             elif block.language == "console":
                 _run_console(block, page, capsys)
             else:
-                assert block.language in READ_ONLY, f"{label(page)}, line {block.line}: {block.language}"
+                assert block.language in READ_ONLY, (
+                    f"{label(page)}, line {block.line}: {block.language}"
+                )
     finally:
         for name in set(sys.modules) - loaded:  # modules that the page's own files defined
-            if getattr(sys.modules[name], "__file__", None) and Path(str(sys.modules[name].__file__)).is_relative_to(folder):
+            if getattr(sys.modules[name], "__file__", None) and Path(
+                str(sys.modules[name].__file__)
+            ).is_relative_to(folder):
                 del sys.modules[name]
 
 
@@ -68,7 +75,9 @@ def _run_console(block: Block, page: Path, capsys: pytest.CaptureFixture[str]) -
         if program == "thermo-opt":
             capsys.readouterr()
             status = main(arguments)
-            assert status == 0, f"{label(page)}, line {block.line}: {command}\n{capsys.readouterr().err}"
+            assert status == 0, (
+                f"{label(page)}, line {block.line}: {command}\n{capsys.readouterr().err}"
+            )
         elif program == "python" and arguments[0].endswith(".py"):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sys, "argv", arguments)

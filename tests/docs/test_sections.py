@@ -9,7 +9,12 @@ import pytest
 
 from tests.docs.pages import DOCS, ROOT
 
-SECTIONS = {int(n) for n in re.findall(r"^## (\d+)\. .*\{ #s\1 \}$", (DOCS / "theory.md").read_text(encoding="utf-8"), re.M)}
+SECTIONS = {
+    int(n)
+    for n in re.findall(
+        r"^## (\d+)\. .*\{ #s\1 \}$", (DOCS / "theory.md").read_text(encoding="utf-8"), re.M
+    )
+}
 _CITED = re.compile(r"§§? ?(\d+)(?: ?[-–] ?§?(\d+))?")
 
 
@@ -25,7 +30,11 @@ def sources() -> list[Path]:
     """Every text of the project that may cite a section."""
     folders = ("thermo_opt", "analysis", "tests", "notebooks", "docs", "examples", "data")
     files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*"))]
-    return [file for file in files if file.suffix in (".py", ".md", ".ipynb", ".j2", ".toml") and file.is_file()]
+    return [
+        file
+        for file in files
+        if file.suffix in (".py", ".md", ".ipynb", ".j2", ".toml") and file.is_file()
+    ]
 
 
 def test_the_theory_page_numbers_its_sections_without_a_gap() -> None:
@@ -36,7 +45,9 @@ def test_a_citation_is_read_with_its_range() -> None:
     assert cited("(theory §2, §4-5; §7–8)") == {2, 4, 5, 7, 8}
 
 
-@pytest.mark.parametrize("folder", ["thermo_opt", "analysis", "tests", "notebooks", "docs", "examples", "data"])
+@pytest.mark.parametrize(
+    "folder", ["thermo_opt", "analysis", "tests", "notebooks", "docs", "examples", "data"]
+)
 def test_every_section_cited_in_a_folder_exists(folder: str) -> None:
     for file in sources():
         if file.relative_to(ROOT).parts[0] == folder:

@@ -54,13 +54,20 @@ def make(
     damping: float = 0.0,
     **options: Any,
 ) -> Metric:
-    """A metric of this kind (a key of `KINDS`) at the model's parameters on ``batch`` = (inputs,
-    targets).
+    """A metric of this kind at the model's parameters on a batch (§1, §3, §5).
 
-    ``damping`` is λ of F_λ = F + λI, used alike in every method. Options shared by the kinds that
-    differentiate the model: ``parameters`` (a mapping name → tensor: evaluate at these recorded
-    weights), ``sigma2`` (Gaussian variance) and ``microbatch`` (most examples processed at once).
-    Raises `InputError` for an unknown kind and for a batch that disagrees with the likelihood.
+    Args:
+        kind: a key of `KINDS`.
+        model: the module; its own parameters are never written to.
+        batch: ``(inputs, targets)``; inputs a tensor, a tuple or a mapping of tensors.
+        likelihood: the family of output distributions, by name or as an object.
+        damping: λ of F_λ = F + λI, used alike in every method.
+        **options: the kind's own. Shared by those that differentiate the model: ``parameters``
+            (name → tensor: evaluate at these recorded weights), ``sigma2`` (Gaussian variance),
+            ``microbatch`` (most examples processed at once).
+
+    Raises:
+        InputError: for an unknown kind, and for a batch that disagrees with the likelihood.
     """
     if kind not in KINDS:
         raise InputError(f"metric kind {kind!r} is not one of {', '.join(KINDS)}")

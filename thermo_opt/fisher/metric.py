@@ -17,24 +17,26 @@ DENSE_LIMIT = 20_000
 
 
 class Bracket(NamedTuple):
-    """An interval certain to hold a number, such as Δ_λ = gᵀ(F+λI)⁻¹g (THEORY §5). ``upper`` may be
-    infinite."""
+    """An interval certain to hold a number, such as Δ_λ = gᵀ(F+λI)⁻¹g (§5).
+
+    Attributes:
+        lower: its lower end.
+        upper: its upper end; may be infinite.
+    """
 
     lower: float
     upper: float
 
     @property
     def relative_width(self) -> float:
-        """(upper − lower)/upper: 0 for an exactly known number (zero included), 1 where nothing but
-        the upper end is known."""
+        """(upper − lower)/upper: 0 for an exactly known number, 1 where lower is 0."""
         if self.upper == self.lower:
             return 0.0
         return 1.0 if math.isinf(self.upper) else (self.upper - self.lower) / self.upper
 
 
 class Metric(ABC):
-    """A Riemannian metric F_λ = F + λI on a model's trainable parameters, as an operator (THEORY
-    §1, §3).
+    """A Riemannian metric F_λ = F + λI on a model's trainable parameters, as an operator (§1, §3).
 
     Vectors v and g are lists of tensors aligned with the trainable parameters (``names``,
     ``shapes``), tied weights once. ``damping`` is λ and enters every method alike, so that
@@ -68,19 +70,17 @@ class Metric(ABC):
 
     @abstractmethod
     def solve(self, g: Sequence[Tensor]) -> list[Tensor]:
-        """F_λ⁻¹ g; with λ = 0 the spectral pseudo-inverse F⁺g (THEORY §7)."""
+        """F_λ⁻¹ g; with λ = 0 the spectral pseudo-inverse F⁺g (§7)."""
 
     def dual_norm(self, g: Sequence[Tensor]) -> Bracket:
-        """A bracket of Δ_λ = gᵀF_λ⁻¹g (with λ = 0: gᵀF⁺g); (0, 0) for g = 0. One point where F is
-        decomposed."""
+        """A bracket of Δ_λ = gᵀF_λ⁻¹g, nats; one point where F is decomposed (§5)."""
         g = self.vector(g, "g")
         value = max(dot(g, self.solve(g)), 0.0)
         return Bracket(value, value)
 
     @abstractmethod
     def split(self, g: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """g = range part + null part (P₀g) with respect to F itself, whatever the damping (THEORY
-        §3, §7)."""
+        """g as its range part and its null part P₀g, for F itself whatever the damping (§3, §7)."""
 
     @abstractmethod
     def diagnostics(self) -> dict[str, Any]:

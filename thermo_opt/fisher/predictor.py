@@ -419,15 +419,28 @@ def materialise(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> l
 def gradient(
     model: nn.Module, batch: Any, likelihood: str | Likelihood = "categorical", **options: Any
 ) -> list[Tensor]:
-    """g = ∇L on the batch (THEORY §2), aligned with the trainable parameters. Options: those of
-    `Predictor`."""
+    """g = ∇L on the batch, aligned with the trainable parameters (§2).
+
+    Args:
+        model: the module.
+        batch: ``(inputs, targets)``.
+        likelihood: the family of output distributions, by name or as an object.
+        **options: those of `Predictor`.
+    """
     return Predictor(model, batch, likelihood, **options).loss_and_gradient()[1]
 
 
 def loss(
     model: nn.Module, batch: Any, likelihood: str | Likelihood = "categorical", **options: Any
 ) -> float:
-    """L on the batch, nats per prediction. Options: those of `Predictor`."""
+    """L on the batch, nats per prediction (§1).
+
+    Args:
+        model: the module.
+        batch: ``(inputs, targets)``.
+        likelihood: the family of output distributions, by name or as an object.
+        **options: those of `Predictor`.
+    """
     return Predictor(model, batch, likelihood, **options).loss()
 
 
@@ -439,10 +452,15 @@ def kl(
     likelihood: str | Likelihood = "categorical",
     **options: Any,
 ) -> float:
-    """Mean over the batch of KL(p_θ ‖ p_θ') in nats, θ from ``parameters`` and θ' from ``other``
-    (None: the model's own).
+    """Mean over the batch of KL(p_θ ‖ p_θ'), nats; to second order ½(θ'−θ)ᵀF(θ)(θ'−θ) (§1).
 
-    To second order ½(θ'−θ)ᵀF(θ)(θ'−θ) (THEORY §1). Cost: two forward passes.
+    Args:
+        model: the module.
+        batch: ``(inputs, targets)`` or inputs alone. Cost: two forward passes.
+        parameters: θ by name; None: the model's own.
+        other: θ' by name; None: the model's own.
+        likelihood: the family of output distributions, by name or as an object.
+        **options: those of `Predictor`.
     """
     first = Predictor(model, batch, likelihood, parameters=parameters, **options)
     second = Predictor(model, batch, first.likelihood, parameters=other, **options)

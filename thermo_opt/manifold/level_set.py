@@ -20,13 +20,20 @@ _SKETCH = 4096
 
 
 def least_distance(p_y: ArrayLike, target_loss: float) -> float:
-    """Least distance D*(L*) from predictions giving the targets probabilities ``p_y`` to any with
-    mean loss ≤ L* (§5).
+    """Least distance D*(L*) from given predictions to any with mean loss ≤ L*, √nats (§5).
 
-    ``p_y`` (n,) in [0, 1]; ``target_loss`` L* ≥ 0 in nats. Zero when the loss is there already.
     Solves the convex program by one multiplier μ and one root ``φ' + μ tan φ' = φ`` per example,
-    Newton in both; O(n) a sweep, about a dozen sweeps. Raises InputError for a negative or NaN
-    target or p outside [0, 1].
+    Newton in both: O(n) per sweep, about a dozen sweeps.
+
+    Args:
+        p_y: (n,) probabilities that the predictions give to their targets.
+        target_loss: L* ≥ 0, nats per example.
+
+    Returns:
+        D*; 0 when the loss is there already.
+
+    Raises:
+        InputError: for a negative or NaN target, or probabilities outside [0, 1].
     """
     p = _target_probabilities(p_y)
     # arctan2 keeps the digits of a small angle that arccos √p would lose near p = 1.
@@ -34,7 +41,12 @@ def least_distance(p_y: ArrayLike, target_loss: float) -> float:
 
 
 def log_least_distance(log_p_y: ArrayLike, target_loss: float) -> float:
-    """`least_distance` from log-probabilities: exact where p underflows to 0 or rounds to 1."""
+    """`least_distance` from log-probabilities: exact where p underflows to 0 or rounds to 1 (§5).
+
+    Args:
+        log_p_y: (n,) log-probabilities of the targets.
+        target_loss: L* ≥ 0, nats per example.
+    """
     log_p = np.asarray(log_p_y, dtype=np.float64).reshape(-1)
     if log_p.size == 0 or not np.all(log_p <= 0):
         raise InputError("log_p_y must hold at least one log-probability, none above 0")

@@ -15,13 +15,20 @@ def trajectory_map(
 ) -> tuple[list[NDArray[np.float64]], float]:
     """Intensive principal components of one or more trajectories, all in one picture.
 
-    ``trajectories``: arrays (K_r, n, c) of unit amplitudes √p on the *same* n examples. Embeds all
-    Σ K_r points by multidimensional scaling of the intensive (Bhattacharyya) divergence ``-(1/n)
-    Σ_i log Σ_y √(p_i q_i)``, keeping the components of largest magnitude (Quinn et al., PNAS 2019;
-    Mao et al., PNAS 2024). The scaling is Minkowski-like, so a component may be time-like (negative
-    eigenvalue). Returns one (K_r, ``dimensions``) array a trajectory and the share of Σ|eigenvalue|
-    the kept components explain. Raises InputError when the trajectories don't share n and c, or
-    hold fewer than two points. Cost O((ΣK)² n c).
+    Embeds all Σ K_r points by multidimensional scaling of the intensive (Bhattacharyya) divergence
+    ``−(1/n) Σ_i log Σ_y √(p_i q_i)``, keeping the components of largest magnitude (Quinn et al.,
+    PNAS 2019; Mao et al., PNAS 2024). The scaling is Minkowski-like, so a component may be
+    time-like (negative eigenvalue). Cost O((ΣK)² n c).
+
+    Args:
+        trajectories: arrays (K_r, n, c) of unit amplitudes √p on the *same* n examples.
+        dimensions: number of components.
+
+    Returns:
+        One (K_r, dimensions) array per trajectory; the share of Σ|eigenvalue| that they explain.
+
+    Raises:
+        InputError: when the trajectories don't share n and c, or hold fewer than two points.
     """
     if not trajectories or len({t.shape[1:] for t in trajectories}) != 1:
         raise InputError(

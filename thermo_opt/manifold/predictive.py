@@ -43,9 +43,13 @@ digits to underflow."""
 
 
 class Move(NamedTuple):
-    """A move between two batches of predictions: ``a`` squared distance, ``d`` first-order loss
-    decrease along the geodesic, ``chi2`` the certificate Δ ≤ χ² at its start; each a mean over
-    examples (nats). ``d`` and ``chi2`` are NaN without targets."""
+    """A move between two batches of predictions; each a mean over examples, in nats (§2, §5).
+
+    Attributes:
+        a: squared Fisher-Rao distance.
+        d: first-order decrease of the loss along the geodesic; NaN without targets.
+        chi2: the certificate Δ ≤ χ² at its start; NaN without targets.
+    """
 
     a: float
     d: float
@@ -96,17 +100,22 @@ def embed(
     sigma2: float = 1.0,
     ignore_index: int = -100,
 ) -> Point:
-    """Embed a model's outputs in the manifold of predictions.
+    """Embed a model's outputs in the manifold of predictions (§4).
 
-    ``outputs``: categorical (..., c) and ``targets`` (...) class indices, entries equal to
-    ``ignore_index`` (and their outputs) left out: each counted position is an example; Bernoulli
-    (n, ...) with 0/1 targets of that shape, or Gaussian (n, ...) with targets of that shape and
-    variance ``sigma2``: the first axis counts examples, over the others the independent outputs'
-    squared distances and losses add up. ``kind="probabilities"`` takes p instead of logits.
+    Amplitudes are computed in float64 from logits as ``exp((z-max)/2)``, normalised, so neither
+    underflow of p nor p ≈ q loses digits. Cost O(n c).
 
-    Amplitudes are computed in float64 from logits as ``exp((z-max)/2)`` normalised, so neither
-    underflow of p nor p ≈ q loses digits. Raises InputError for shapes, classes or probabilities
-    that can't be. Cost O(n c).
+    Args:
+        outputs: categorical (..., c); Bernoulli or Gaussian (n, ...), where the first axis counts
+            examples and the squared distances and losses of the other axes add up.
+        targets: categorical (...) class indices; else targets of the outputs' shape. None: no loss.
+        likelihood: "categorical", "bernoulli" or "gaussian".
+        kind: "logits", or "probabilities" where the outputs are p.
+        sigma2: the Gaussian variance.
+        ignore_index: class index of predictions that don't count; each counted one is an example.
+
+    Raises:
+        InputError: for shapes, classes or probabilities that can't be.
     """
     if likelihood not in LIKELIHOODS:
         raise InputError(
@@ -325,8 +334,16 @@ def _versines(p: Point, q: Point, rows: slice | NDArray[np.intp]) -> Array:
 
 
 def row_distances(p: Point, q: Point, likelihood: str = "categorical") -> Array:
-    """Fisher-Rao distance of each row: ``2 arccos Σ √(pq)``, or ``|f - f'|/σ`` for Gaussian
-    outputs. O(n c)."""
+    """Fisher-Rao distance of each row, ``2 arccos Σ √(pq)``, Gaussian ``|f − f'|/σ`` (§4).
+
+    Args:
+        p: embedded predictions.
+        q: others of the same shape.
+        likelihood: the one they were embedded with.
+
+    Returns:
+        (rows,) distances, √nats. Cost O(n c).
+    """
     if likelihood == "gaussian":
         if p.u.shape != q.u.shape:
             raise InputError(f"predictions of shapes {p.u.shape} and {q.u.shape} can't be compared")
@@ -335,13 +352,16 @@ def row_distances(p: Point, q: Point, likelihood: str = "categorical") -> Array:
 
 
 def move(p: Point, q: Point, likelihood: str = "categorical") -> Move:
-    """Squared distance, first-order decrease along the geodesic and χ² certificate of the move from
-    p to q (§2, §5).
+    """Squared distance, first-order decrease and χ² certificate of the move from p to q (§2, §5).
 
     With θ the angle of a row and y its target, the geodesic leaves p with a velocity whose decrease
-    of the loss
-    -2 log √p(y) is ``d = 2 (θ/sin θ)(√(q_y/p_y) - cos θ)``; by Cauchy-Schwarz ``d² ≤ a χ²``
-    exactly. Cost O(n c).
+    of the loss −2 log √p(y) is ``d = 2 (θ/sin θ)(√(q_y/p_y) − cos θ)``; by Cauchy-Schwarz
+    ``d² ≤ a χ²`` exactly. Cost O(n c).
+
+    Args:
+        p: embedded predictions at the start.
+        q: those at the end.
+        likelihood: the one they were embedded with.
     """
     if likelihood == "gaussian":
         gap = q.u - p.u
@@ -375,11 +395,16 @@ def _chi_squared(log_amplitude_y: Array, examples: int) -> float:
 
 
 def chi_squared(p_y: ArrayLike) -> float:
-    """Free certificate ``Δ ≤ χ² = mean_i (1/p_i(y_i) - 1)`` for softmax outputs (§5), from the
-    targets' probabilities.
+    """Free certificate ``Δ ≤ χ² = mean_i (1/p_i(y_i) − 1)`` for softmax outputs, nats (§5).
 
-    Infinite when some target has probability zero. Raises InputError for probabilities outside [0,
-    1]. O(n).
+    Args:
+        p_y: (n,) probabilities of the targets.
+
+    Returns:
+        χ²; infinite when some target has probability zero. Cost O(n).
+
+    Raises:
+        InputError: for probabilities outside [0, 1].
     """
     p = _target_probabilities(p_y)
     with np.errstate(divide="ignore"):
@@ -402,14 +427,21 @@ def fisher_rao(
     sigma2: float = 1.0,
     per_example: bool = False,
 ) -> float | Array:
-    """Fisher-Rao distance D between two batches of predictions, ``sqrt(mean_i D_i²)`` (§4), in
-    √nats.
+    """Fisher-Rao distance D between two batches of predictions, in √nats (§4, §10).
 
-    ``p``, ``q``: categorical (..., c), Bernoulli (n, ...) or Gaussian means (n, ...), same shape;
-    ``kind`` says whether they are probabilities or logits (ignored for Gaussian).
-    ``per_example=True`` returns the distances D_i, one a row. Relative error below 1e-6 down to
-    distances of 1e-7 and at logits of ±1000. Raises InputError for unequal shapes, NaN, or
-    probabilities that aren't. Cost O(n c). Source: Rao 1945; §10 lists the closed forms.
+    ``D = sqrt(mean_i D_i²)`` over the examples. Relative error below 1e-6 down to distances of 1e-7
+    and at logits of ±1000. Cost O(n c). Source: Rao 1945.
+
+    Args:
+        p: categorical (..., c), Bernoulli (n, ...) or Gaussian means (n, ...).
+        q: the other batch, of the same shape.
+        likelihood: "categorical", "bernoulli" or "gaussian".
+        kind: whether p and q are "probabilities" or "logits"; ignored for Gaussian means.
+        sigma2: the Gaussian variance.
+        per_example: return the distances D_i, one per example, instead.
+
+    Raises:
+        InputError: for unequal shapes, NaN, or probabilities that can't be.
     """
     if np.shape(p) != np.shape(q):
         raise InputError(f"p has shape {np.shape(p)} and q {np.shape(q)}: they must agree")

@@ -24,12 +24,13 @@ PROBE_SUFFIXES = (".safetensors", ".npz", ".parquet")
 
 @dataclass(frozen=True)
 class Probe:
-    """The fixed examples on which a run's predictions are compared: model inputs and targets (-100:
-    not counted).
+    """The fixed examples on which a run's predictions are compared.
 
-    ``inputs``: a tensor for ``model(inputs)``, a tuple for ``model(*inputs)``, a dict for
-    ``model(**inputs)``, or None when only predictions were recorded. ``fingerprint``: SHA-256 of
-    the contents.
+    Attributes:
+        inputs: a tensor for ``model(inputs)``, a tuple for ``model(*inputs)``, a dict for
+            ``model(**inputs)``; None when only predictions were recorded.
+        targets: what the loss compares with (-100: not counted); None when unknown.
+        fingerprint: SHA-256 of the contents.
     """
 
     inputs: Inputs | None
@@ -67,8 +68,14 @@ def load_probe(path: str | os.PathLike[str]) -> Probe:
     """Read a probe from safetensors, npz or parquet.
 
     Tensors (arrays, columns) are named ``inputs`` for ``model(inputs)``, ``inputs/0, inputs/1, …``
-    for ``model(*inputs)`` or ``inputs/<key>`` for ``model(**inputs)``, and ``targets``. Raises
-    `InputError` naming the file when it is missing, damaged, has neither, or has no rows.
+    for ``model(*inputs)`` or ``inputs/<key>`` for ``model(**inputs)``, and ``targets``.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InputError: naming the file when it is missing, damaged, has neither inputs nor targets, or
+            has no rows.
     """
     path = arguments.path("probe", path)
     if not path.is_file():

@@ -137,10 +137,15 @@ def check_predictions(outputs: Tensor, targets: Tensor | None, likelihood: str) 
 
 
 def install(model: nn.Module, snapshot: Snapshot, tied: Mapping[str, str] | None = None) -> None:
-    """Copy a snapshot's weights (and buffers) into ``model``, in the model's dtype and device.
+    """Copy a snapshot's weights (and buffers) into a model, in the model's dtype and device.
 
-    ``tied``: other names of shared parameters → their stored names. Raises `InputError` naming the
-    first weight that is missing in either, or differs in shape.
+    Args:
+        model: the module.
+        snapshot: one with weights.
+        tied: other names of shared parameters → the name under which they are stored.
+
+    Raises:
+        InputError: naming the first weight that is missing in either, or differs in shape.
     """
     stored = snapshot.load_group("params")
     if snapshot.has_group("buffers"):

@@ -49,8 +49,12 @@ bounded."""
 
 
 class Recorder:
-    """Record a run: ``with Recorder(path, model=…, optimizer=…, probe=(x, y)) as rec: … opt.step();
-    rec.step(loss=loss)``.
+    """Record a run while it trains, without changing the training.
+
+        with Recorder(path, model=model, optimizer=optimizer, probe=(x, y)) as recorder:
+            ...
+            optimizer.step()
+            recorder.step(loss=loss)
 
     Takes snapshot 0 on entering, one whenever ``every`` says so, and one of the last step on
     leaving. Files are written by a worker thread, each by rename with fsync, so a killed run is
@@ -58,31 +62,36 @@ class Recorder:
     unrecorded. If writing or probing fails midway (full disk), recording stops with one warning and
     training goes on; exceptions of the training itself pass through untouched.
 
-    Arguments:
+    Cost: a probe forward pass and a copy of the recorded tensors to the CPU per snapshot; the value
+    of the loss (a device synchronisation) per step.
+
+    Args:
         path: folder of the run; created, and refused if it already holds something (unless
-        ``resume``). model, optimizer: what is being trained; any module, any
-        `torch.optim.Optimizer`. probe: ``(inputs, targets)``, fixed examples whose predictions are
-            recorded; inputs as for `predict`. None: no predictions.
+            ``resume``).
+        model: the module being trained.
+        optimizer: any `torch.optim.Optimizer`.
+        probe: ``(inputs, targets)``, fixed examples whose predictions are recorded; inputs as for
+            `predict`. None: no predictions.
         every: snapshot interval in steps, or a function of the step number such as `log_spaced`.
-        likelihood, sigma2: output distribution ("categorical" logits, "bernoulli" logits,
-            "gaussian" means of variance ``sigma2``).
-        params, grads, moments: also record weights and buffers; the gradients in ``p.grad`` when
-            `step` is called; Adam's moments.
-        batch_size: training examples per gradient, where constant; turns the optimizer-state lens's
-            numbers into nats.
+        likelihood: how outputs are read: "categorical" or "bernoulli" logits, "gaussian" means.
+        sigma2: the Gaussian variance.
+        params: also record weights and buffers.
+        grads: also record the gradients in ``p.grad`` when `step` is called.
+        moments: also record Adam's moments.
+        batch_size: loss terms per gradient, where constant.
         probe_batch_size: probe examples per forward pass.
         clock: the clock an audit uses by default.
-        factory: ``package.module:factory`` that builds the architecture, so that an audit can
-        replay it. name, notes: a name (default: the folder's) and free JSON-able metadata.
+        factory: ``package.module:factory`` that builds the architecture; a note for whoever audits.
+        name: the run's name (default: the folder's).
+        notes: free metadata that JSON can hold.
+        resume: continue a recorded run. True: at its last logged step; a number: at that step, and
+            what was recorded later is removed.
         energy: log the joules of each step (`thermo_opt.runs.energy`), probing and recording left
             out; where the machine has no meter, the run's record and one warning say why.
-        resume: continue a recorded run. True: at its last logged step; a number: at that step, what
-            was recorded later is removed.
 
-    Raises `InputError` for arguments that don't fit, a folder that is taken or can't be written to,
-    or, with ``resume``, another model, probe or (where it was recorded) state of the model. Cost: a
-    probe forward pass and a copy of the recorded tensors to the CPU each snapshot; the loss's value
-    (a device synchronisation) each step.
+    Raises:
+        InputError: for arguments that don't fit, a folder that is taken or can't be written to, or,
+            with ``resume``, another model, probe or (where it was recorded) state of the model.
     """
 
     def __init__(
@@ -252,13 +261,17 @@ class Recorder:
         tokens: int | None = None,
         **extra: Any,
     ) -> None:
-        """Log one optimizer step, right after ``optimizer.step()``, and take a snapshot if one is
-        due.
+        """Log one optimizer step, after ``optimizer.step()``, and take a snapshot if one is due.
 
-        loss: of the minibatch, before the step, nats. lr: default, the first parameter group's.
-        examples, tokens: seen in this step. extra: other scalars, by name. Entries of
-        ``optimizer.last_step`` (a dict of scalars), where there is one, are logged too.
+        Entries of ``optimizer.last_step`` (a dict of scalars), where there is one, are logged too.
         Not-a-number and infinities are logged as null.
+
+        Args:
+            loss: mean loss of the minibatch before the step, nats.
+            lr: learning rate; default: the first parameter group's.
+            examples: examples seen in this step.
+            tokens: tokens seen in this step.
+            **extra: other scalars, by name.
         """
         if self._writer is None:
             raise InputError("Recorder.step outside its `with` block; call it inside")
@@ -277,8 +290,10 @@ class Recorder:
         self._warn()
 
     def close(self, *, final_snapshot: bool = True) -> None:
-        """Take the last step's snapshot if it is missing, wait for the disk, and close the files.
-        Done on leaving `with`.
+        """Record the last step if it is missing, and close; done on leaving `with`.
+
+        Args:
+            final_snapshot: False leaves the last step's snapshot out, as after an exception.
         """
         if self._writer is None:
             return

@@ -56,8 +56,7 @@ class Streamed(Protocol):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run's state after ``step`` optimizer steps (0: before the first). Nothing is read before it
-    is asked for.
+    """A run's state after ``step`` optimizer steps (0: before the first), read only when asked for.
 
     Names are ``group/name``; groups: ``params`` (weights), ``buffers`` (BatchNorm statistics and
     other non-trained tensors), ``probe`` (``probe/logits``, ``probe/targets``), ``grad`` (the
@@ -65,6 +64,12 @@ class Snapshot:
     without bias correction). ``load`` and ``load_group`` raise `InputError` when the file is
     damaged, or when a tensor's shape, or the set of weights, isn't that of the run's first
     snapshot.
+
+    Attributes:
+        step: optimizer steps done.
+        path: the file or folder.
+        contents: where the tensors come from, see `Contents`.
+        first: the run's first snapshot, whose layout the others must have; None for itself.
     """
 
     step: int
@@ -251,11 +256,20 @@ class Run:
         return load_run, (self.path, self.format)
 
     def clock_readings(self, clock: str, steps: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Cumulative reading of ``clock`` at these step numbers (THEORY §1), float64, shape (K,).
+        """Cumulative reading of a clock at these step numbers (§1).
 
-        ``step``: the numbers themselves; ``flow``: Σ lr; ``wall``: seconds; ``examples``,
-        ``tokens``: data seen. Differences of successive readings are the τ of the intervals
-        between. Raises `InputError` naming the data that are absent.
+        Differences of successive readings are the τ of the intervals between.
+
+        Args:
+            clock: ``step``: the numbers themselves; ``flow``: Σ lr; ``wall``: seconds;
+                ``examples``, ``tokens``: data seen.
+            steps: (K,) step numbers.
+
+        Returns:
+            (K,) float64.
+
+        Raises:
+            InputError: naming the data that are absent.
         """
         at = np.asarray(steps, dtype=np.int64)
         if clock not in CLOCKS:

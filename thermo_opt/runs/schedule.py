@@ -13,11 +13,16 @@ Every: TypeAlias = int | Callable[[int], bool]
 
 
 def log_spaced(per_decade: int = 10) -> Callable[[int], bool]:
-    """A schedule for ``every=``, dense early and sparse late: true at the steps
-    round(10^{j/per_decade}), j = 0, 1, ….
+    """A schedule for ``every=``, dense early and sparse late.
 
-    A run of T steps takes at most per_decade·log₁₀ T + 1 snapshots. Raises `InputError` unless
-    ``per_decade`` is a positive int.
+    True at the steps round(10^{j/per_decade}), j = 0, 1, …: a run of T steps takes at most
+    per_decade·log₁₀ T + 1 snapshots.
+
+    Args:
+        per_decade: snapshots per factor of ten.
+
+    Raises:
+        InputError: unless ``per_decade`` is a positive whole number.
     """
     if not isinstance(per_decade, int) or isinstance(per_decade, bool) or per_decade < 1:
         raise InputError(f"log_spaced: per_decade is {per_decade!r}; give a positive whole number")

@@ -148,8 +148,14 @@ class Sweep:
 
 
 def read_config(path: Path) -> Sweep:
-    """Read and check a sweep's TOML file; InputError names the key and, for a misspelt one, the
-    nearest known."""
+    """Read and check a sweep's TOML file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InputError: naming the key and, for a misspelt one, the nearest known.
+    """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

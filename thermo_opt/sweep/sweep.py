@@ -34,13 +34,19 @@ def run_sweep(
     jobs: int = 1,
     progress: Callable[[str, int], Callable[[int], None]] | None = None,
 ) -> Outcome:
-    """Train what isn't recorded yet, then write the table, the page and the figure of the
-    speed-cost front.
+    """Train what isn't recorded yet, then write table, page and figure of the speed-cost front.
 
     Every run is checked before the first is trained: its settings, one step of each method, one
     probe for all seeds. A killed sweep, called again, repeats no finished run, and ends as if it
-    had not been killed. ``jobs``: runs trained at a time (through joblib, in processes). Raises
-    InputError for what the configuration can't mean.
+    had not been killed.
+
+    Args:
+        sweep: the configuration, see `read_config`.
+        jobs: runs trained at a time (through joblib, in processes).
+        progress: ``progress(description, total)`` starts a bar and returns ``advance(n)``.
+
+    Raises:
+        InputError: for what the configuration can't mean.
     """
     trials = sweep.trials()
     output = sweep.output

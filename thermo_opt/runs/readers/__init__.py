@@ -29,9 +29,15 @@ def load_run(path: str | os.PathLike[str], format: str | None = None) -> Run:
 
     Recognised from the files: our own layout (``run.json``), Hugging Face `Trainer` output
     (``checkpoint-*/``), Lightning (``*.ckpt``), a folder of torch state dicts (``*.pt``,
-    ``*.pth``), a folder of safetensors. ``format``, one of `FORMATS`, overrides. Raises
-    `InputError` naming the folder or file when it is missing, empty, damaged, or of no known or of
-    more than one layout.
+    ``*.pth``), a folder of safetensors.
+
+    Args:
+        path: folder of the run.
+        format: one of `FORMATS`, instead of what the files suggest.
+
+    Raises:
+        InputError: naming the folder or file when it is missing, empty, damaged, or of no known or
+            of more than one layout.
     """
     folder = arguments.path("path", path)
     try:

@@ -28,14 +28,25 @@ def geodesic(
     samples: int = 101,
     rtol: float = 1e-11,
 ) -> Path:
-    """The geodesic from ``start`` to ``end`` at constant speed: the least-dissipation protocol,
-    ½D²/T in time T (§4).
+    """The geodesic between two points at constant speed, which dissipates ½D²/T in time T (§4).
 
-    ``matrix(θ)``: F(θ) as (P, P), regular along the way. Solves the Hamiltonian equations θ̇ =
-    F⁻¹p, ṗ_k = ½θ̇ᵀ(∂_kF)θ̇ as a boundary-value problem, then polishes by shooting. Finds *a*
-    geodesic: the shortest where they are unique (all families of §10). Cost: O(P) metric
-    evaluations a right-hand side, P + 1 integrations a Newton step. Raises InputError for a
-    singular metric at an end, NotConverged when no initial velocity reaches the end.
+    Solves the Hamiltonian equations ``θ̇ = F⁻¹p``, ``ṗ_k = ½θ̇ᵀ(∂_kF)θ̇`` as a boundary-value
+    problem, then polishes by shooting. Finds *a* geodesic: the shortest where they are unique (all
+    families of §10). Cost: O(P) metric evaluations per right-hand side, P + 1 integrations per
+    Newton step.
+
+    Args:
+        landscape: the loss with its metric.
+        start: θ at time 0, (P,).
+        end: θ at the end, (P,).
+        duration: T.
+        matrix: θ → F(θ) as (P, P), regular along the way.
+        samples: points of the returned path.
+        rtol: relative tolerance of the solver.
+
+    Raises:
+        InputError: for a singular metric at an end.
+        NotConverged: when no initial velocity reaches the end.
     """
     x0, x1 = (np.atleast_1d(np.asarray(x, dtype=np.float64)) for x in (start, end))
     for x in (x0, x1):
@@ -96,11 +107,19 @@ def geodesic(
 
 
 def optimal_durations(a: ArrayLike, duration: float) -> Array:
-    """How long to spend on each step of squared length a_k so that Σ a_k/(2τ_k) is least: ``τ_k = T
-    √a_k / ℒ`` (§4).
+    """How long to spend on each step so that Σ a_k/(2τ_k) is least: ``τ_k = T √a_k / ℒ`` (§4).
 
-    ``a`` (K,) non-negative. The dissipation is then ℒ²/2T. Raises InputError when the path has no
-    length. O(K).
+    The dissipation is then ℒ²/2T. Cost O(K).
+
+    Args:
+        a: squared lengths of the steps, (K,), non-negative.
+        duration: T.
+
+    Returns:
+        (K,) durations that add up to T.
+
+    Raises:
+        InputError: when the path has no length.
     """
     root_a = np.sqrt(np.asarray(a, dtype=np.float64))
     if not (np.isfinite(root_a).all() and root_a.sum() > 0):
@@ -113,11 +132,19 @@ def optimal_durations(a: ArrayLike, duration: float) -> Array:
 def reschedule(
     landscape: Landscape, curve: Curve, duration: float, new_duration: float, *, samples: int = 101
 ) -> Path:
-    """The same curve at constant Fisher–Rao speed in ``new_duration``: the least-dissipation time
-    schedule, ℒ²/2T (§4).
+    """The same curve at constant Fisher–Rao speed: the schedule of least dissipation, ℒ²/2T (§4).
 
-    Solves t'(s) = ℒ/(T √a(t)) adaptively. Raises InputError where the curve stands still (no speed
-    to divide by).
+    Solves ``t'(s) = ℒ/(T √a(t))`` adaptively.
+
+    Args:
+        landscape: the loss with its metric.
+        curve: t → θ(t), (P,).
+        duration: the curve's own duration.
+        new_duration: T.
+        samples: points of the returned path.
+
+    Raises:
+        InputError: where the curve stands still (no speed to divide by).
     """
     rate = derivative(curve, duration)
 

@@ -30,13 +30,26 @@ def integrate(
     method: str = "DOP853",
     max_evaluations: int = 200_000,
 ) -> Path:
-    """Follow ``θ̇ = velocity(θ)``, by default natural-gradient flow ``θ̇ = −F⁺∇L`` (§6), for
-    ``duration`` or until a stop.
+    """Follow ``θ̇ = velocity(θ)``, by default natural-gradient flow ``θ̇ = −F⁺∇L`` (§6).
 
-    ``stop_loss``, ``stop_delta``: end as soon as L(θ) or Δ falls to that value. ``method``,
-    ``rtol``, ``atol``: SciPy's adaptive solver and its tolerances, which the returned integrals
-    obey too. Cost: one metric solve an evaluation. Raises InputError for a start or a stop that
-    can't be, NotConverged when the solver fails or needs more evaluations.
+    Cost: one metric solve per evaluation.
+
+    Args:
+        landscape: the loss with its metric.
+        start: θ at time 0, (P,).
+        duration: the longest time to follow it.
+        velocity: θ → θ̇.
+        stop_loss: end as soon as L(θ) falls to this value, nats.
+        stop_delta: end as soon as Δ falls to this value, nats.
+        samples: points of the returned path.
+        rtol: relative tolerance of the solver, which the returned integrals obey too.
+        atol: absolute tolerance.
+        method: SciPy's adaptive solver.
+        max_evaluations: most evaluations of the velocity.
+
+    Raises:
+        InputError: for a start or a stop that can't be.
+        NotConverged: when the solver fails or needs more evaluations.
     """
     theta0 = np.atleast_1d(np.asarray(start, dtype=np.float64))
     if not (duration > 0 and np.isfinite(duration)):

@@ -48,11 +48,10 @@ class DenseMetric:
 
 @dataclass(frozen=True)
 class Landscape:
-    """A loss L(θ) in nats with a metric at each θ (P,), and optionally the predictions that make
-    its paths auditable.
+    """A loss L(θ) in nats with a metric at each θ, (P,).
 
-    ``predict(θ)``: outputs on a fixed probe, logits (n, c) or means (n, …), with ``targets`` and
-    ``likelihood`` ("categorical", "bernoulli", "gaussian" with variance ``sigma2``).
+    ``predict(θ)``, outputs on a fixed probe (logits (n, c) or means (n, …)), makes its paths
+    auditable, with ``targets``, ``likelihood`` and the Gaussian variance ``sigma2``.
     """
 
     name: str

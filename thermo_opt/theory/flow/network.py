@@ -44,14 +44,21 @@ def network(
     sigma2: float = 1.0,
     **options: Any,
 ) -> tuple[Landscape, Array]:
-    """A network as a landscape over its trainable parameters, flat in their order, and its present
-    θ (P,).
+    """A network as a landscape over its trainable parameters, flat in their order.
 
-    ``batch``: inputs and targets; their mean loss is L and they are the probe. ``metric``,
-    ``damping``, ``options``: as in `thermo_opt.fisher.make` ("low-rank" is exact on a small batch).
-    Works on a float64 copy: the model is left as it is. With damping λ the metric is F + λI in a
-    and Δ alike, which keeps the flow smooth where F's rank changes. Cost: one metric a right-hand
-    side.
+    Works on a float64 copy: the model is left as it is. Cost: one metric per right-hand side.
+
+    Args:
+        model: the module.
+        batch: inputs and targets; their mean loss is L and they are the probe.
+        likelihood: "categorical", "bernoulli" or "gaussian".
+        metric: a kind of `thermo_opt.fisher.make` ("low-rank" is exact on a small batch).
+        damping: λ of F + λI, in a and Δ alike: keeps the flow smooth where F's rank changes.
+        sigma2: the Gaussian variance.
+        **options: the metric's own.
+
+    Returns:
+        The landscape, and the present θ, (P,).
     """
     from thermo_opt import fisher
     from thermo_opt.fisher.predictor import Predictor

@@ -20,12 +20,24 @@ Curve = Callable[[float], Array]
 
 @dataclass(frozen=True)
 class Path:
-    """A curve θ(t) on a landscape with what it cost. All arrays have one entry a sample time.
+    """A curve θ(t) on a landscape with what it cost (§4, §6).
 
-    ``times`` (K,), ``theta`` (K, P), ``loss`` (nats); per unit time ``a = θ̇ᵀFθ̇``, ``d = −gᵀθ̇``,
-    ``delta = gᵀF⁺g``; running integrals ``length`` ∫√a dt, ``dissipation`` ∫½a dt, ``conjugate``
-    ∫½Δ dt, ``action`` ∫½|θ̇ + F⁺g|²_F dt. ``status`` says why it ended: "duration", "loss" or
-    "delta". Calling the path gives θ at any time up to its end.
+    Arrays have one entry per sample time. Calling the path gives θ at any time up to its end.
+
+    Attributes:
+        landscape: the loss with its metric.
+        times: (K,).
+        theta: (K, P).
+        loss: L, nats.
+        a: ``θ̇ᵀFθ̇`` per unit time squared.
+        d: ``−gᵀθ̇`` per unit time.
+        delta: ``gᵀF⁺g``.
+        length: running ∫√a dt.
+        dissipation: running ∫½a dt.
+        conjugate: running ∫½Δ dt.
+        action: running ∫½|θ̇ + F⁺g|²_F dt.
+        status: why it ended: "duration", "loss" or "delta".
+        curve: t → θ(t).
     """
 
     landscape: Landscape
@@ -77,12 +89,20 @@ def trace(
     samples: int = 101,
     nodes: int = 8,
 ) -> Path:
-    """What a given smooth curve θ(t), 0 ≤ t ≤ duration, costs on a landscape: a `Path` with its
-    integrals.
+    """What a given smooth curve θ(t), 0 ≤ t ≤ duration, costs on a landscape.
 
-    ``velocity``: θ̇(t); without it, sixth-order differences of the curve. Integrals by
-    Gauss–Legendre with ``nodes`` points between samples. Cost: (nodes + 1)·samples metric
-    evaluations. Raises InputError where the curve or its loss is not finite.
+    Integrals by Gauss–Legendre. Cost: (nodes + 1)·samples metric evaluations.
+
+    Args:
+        landscape: the loss with its metric.
+        curve: t → θ(t), (P,).
+        duration: T.
+        velocity: t → θ̇(t); without it, sixth-order differences of the curve.
+        samples: points of the returned path.
+        nodes: quadrature points between samples.
+
+    Raises:
+        InputError: where the curve or its loss is not finite.
     """
     rate = velocity or derivative(curve, duration)
 

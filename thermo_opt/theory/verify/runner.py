@@ -52,12 +52,18 @@ def describe(name: str) -> str:
 def run_claims(
     names: Iterable[str] | None = None, seed: int = 0, progress: Progress | None = None
 ) -> list[Verdict]:
-    """Check the named claims (default: all) and return one `Verdict` a comparison.
+    """Check the named claims and return one `Verdict` per comparison.
 
     Each claim draws from its own generator, seeded by ``seed`` and its name, so results don't
-    depend on which others run. ``progress`` is called with each claim's name before it starts. A
-    solver that gives up yields "not established", never "holds". Raises InputError for an unknown
-    name, suggesting the nearest.
+    depend on which others run. A solver that gives up yields "not established", never "holds".
+
+    Args:
+        names: of claims, see `claim_names`; default: all.
+        seed: of all random problems.
+        progress: called with each claim's name before it starts.
+
+    Raises:
+        InputError: for an unknown name, suggesting the nearest.
     """
     chosen = _chosen(names)
     verdicts: list[Verdict] = []
@@ -71,10 +77,15 @@ def run_claims(
 def run_mutants(
     names: Iterable[str] | None = None, seed: int = 0, progress: Progress | None = None
 ) -> list[Rejection]:
-    """Run every wrong twin of the named claims (default: all) through its claim: each should be
-    rejected.
+    """Run every wrong twin of the named claims through its claim, which should reject it.
 
-    Raises InputError for an unknown claim.
+    Args:
+        names: of claims, see `claim_names`; default: all.
+        seed: of all random problems.
+        progress: called with each claim's name before it starts.
+
+    Raises:
+        InputError: for an unknown claim.
     """
     chosen = set(_chosen(names))
     results = []

@@ -34,16 +34,22 @@ DAMPING = 1e-3
 
 @dataclass(frozen=True)
 class Score:
-    """How one optimizer fared; dissipation in nats at one unit of time a step, None where the run
-    did not get there.
+    """How one optimizer fared; dissipation in nats, one unit of time per step.
 
-    ``bound``: largest d²/(aΔ) of any step (the theory says ≤ 1). ``alignment``: mean ε weighted by
-    dissipation. ``budget_mean``, ``budget_spread``: mean ½a of a step on the way to the target, and
-    its standard deviation over its mean (0: a budget is kept). ``invariance``: Fisher–Rao distance
-    between the end predictions of two parametrizations, over the distance gone (0: invariant).
-    ``descent``: fraction of steps on which the loss fell. ``steps_to_target``,
-    ``dissipation_to_target``: to half the first loss, the latter in outputs. ``loss``: the last
-    one.
+    A value is None where the run did not get there.
+
+    Attributes:
+        optimizer: its name.
+        bound: largest ``d²/(aΔ)`` of any step; at most 1 by theory (§3).
+        alignment: mean ε, weighted by dissipation.
+        budget_mean: mean ½a per step on the way to the target.
+        budget_spread: its standard deviation over its mean (0: a budget is kept).
+        invariance: Fisher–Rao distance between the end predictions of two parametrizations, over
+            the distance gone (0: invariant).
+        descent: fraction of steps on which the loss fell.
+        steps_to_target: steps to half the first loss.
+        dissipation_to_target: dissipation to half the first loss, in outputs.
+        loss: the last one.
     """
 
     optimizer: str
@@ -63,12 +69,19 @@ class Score:
 
 
 def scorecard(factory: str | Factory, seed: int = 0, steps: int = 60) -> list[Score]:
-    """Scores of the user's optimizer, SGD (lr 0.5), Adam (lr 0.02) and NGD-T (budget 0.03, exact
-    metric), in that order.
+    """Scores of the user's optimizer, SGD, Adam and NGD-T on one problem.
 
-    ``factory``: a callable from a model to a ``torch.optim.Optimizer``, an Optimizer class, or
-    "package.module:name" of either. Raises InputError when it can't be imported or does not make an
-    optimizer. Cost: two short runs an optimizer, seconds.
+    SGD has lr 0.5, Adam lr 0.02, NGD-T the budget 0.03 and the exact metric. Cost: two short runs
+    per optimizer, seconds.
+
+    Args:
+        factory: a callable from a model to a ``torch.optim.Optimizer``, an Optimizer class, or
+            "package.module:name" of either.
+        seed: of the problem.
+        steps: steps per run.
+
+    Raises:
+        InputError: when it can't be imported or does not make an optimizer.
     """
     name, make = _resolve(factory)
     entrants: list[tuple[str, Factory]] = [
