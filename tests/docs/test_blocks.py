@@ -21,7 +21,7 @@ from thermo_opt.cli import main
 
 READ_ONLY = {"text", "json", "toml", "yaml"}
 """Languages of blocks that show something and have nothing to run."""
-SHOWN = ("git", "mkdocs", "pip", "pre-commit", "pytest", "python", "python3")
+SHOWN = ("git", "mkdocs", "pip", "pre-commit", "pytest", "python", "python3", "uv")
 """Programs whose calls are shown and not run here (of Python, only scripts are run)."""
 
 
