@@ -127,6 +127,7 @@ def _audits(paths: Sequence[Path], format: str | None, options: dict[str, Any]) 
 
 
 def print_compared(audits: list[Audit], json: bool, html: Path | None) -> None:
+    """Print several audits in one table, or their JSON, and write their report page."""
     from thermo_opt.audits import compare
     from thermo_opt.cli import terminal
 

@@ -88,8 +88,10 @@ def plain_inverses(matrices: Sequence[Tensor], shifts: Sequence[Amount]) -> list
 
 
 def all_finite(*tensors: Tensor) -> bool:
-    """Whether tensors hold no NaN or infinity: the sum of one that does is never finite. (A sum
-    that overflows counts too.)"""
+    """Whether tensors hold no NaN or infinity: the sum of one that does is never finite.
+
+    A sum that overflows counts too.
+    """
     return math.isfinite(float(sum(t.sum() for t in tensors)))
 
 

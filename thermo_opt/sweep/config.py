@@ -264,7 +264,7 @@ def _targets(value: Any) -> tuple[float, ...] | None:
 
 
 def nearest(word: str, known: Any) -> str:
-    """ "; did you mean …?" when something known is close to a word, else what is known."""
+    """A hint: "did you mean …?" when something known is close to a word, else what is known."""
     known = list(known)
     by_case = [k for k in known if k.casefold() == word.casefold()]
     # among the closest, the one as long as the word: swapped letters are the commonest slip
