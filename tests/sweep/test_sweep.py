@@ -15,7 +15,9 @@ import torch
 import thermo_opt as to
 from thermo_opt.cli import main
 from thermo_opt.sweep import read_config, run_sweep
-from thermo_opt.sweep.training import UNFINISHED, batches, loss_of
+from thermo_opt.sweep.records import UNFINISHED
+from thermo_opt.sweep.tasks import minibatches
+from thermo_opt.sweep.training import loss_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -227,20 +229,29 @@ def test_a_task_and_an_optimizer_of_ones_own_and_runs_that_diverge(tmp_path, mon
         run_sweep(read_config(config))
 
 
-def test_every_method_sees_the_same_data_in_the_same_order():
-    trials = read_config(ROOT / "analysis" / "sweep_digits.toml").trials()
+@pytest.mark.parametrize("seed", [1, 2])
+def test_every_method_sees_the_same_data_in_the_same_order(seed, tmp_path):
+    text = CONFIG.replace("[0, 1]", f"[{seed}]").replace("[0.9, 0.6]", "1.4")
+    config = write(tmp_path, steps=4, text=text)
+    outcome = run_sweep(read_config(config))
+    first = {
+        to.load_run(tmp_path / "sweep" / name).steps["loss"].iloc[0]
+        for name in outcome.front.table["run"]
+    }
+    assert len(first) == 1  # the same weights and the same minibatch
+
+
+def test_minibatches_are_shuffled_passes_that_depend_on_the_generator_alone():
     x, y = torch.arange(300.0)[:, None], torch.arange(300)
-    first, other = (
-        next(t for t in trials if t.method == m and t.seed == 1) for m in ("Adam", "NGD-T")
-    )
-    seen = [
-        torch.cat([y for _, (_, y) in zip(range(5), batches((x, y), t), strict=False)])
-        for t in (first, other)
-    ]
-    assert torch.equal(*seen)
-    assert len(set(seen[0][: 2 * 128].tolist())) == 256  # a pass repeats nothing
-    another_seed = next(t for t in trials if t.method == "Adam" and t.seed == 2)
-    assert not torch.equal(next(batches((x, y), another_seed))[1], seen[0][:128])
+
+    def seen(seed, size=128):
+        data = minibatches((x, y), size, torch.Generator().manual_seed(seed))
+        return torch.cat([next(data)[1] for _ in range(4)])
+
+    assert torch.equal(seen(1), seen(1))
+    assert not torch.equal(seen(1), seen(2))
+    assert len(set(seen(1)[: 2 * 128].tolist())) == 256  # a pass repeats nothing
+    assert torch.equal(seen(1, 0), y.repeat(4))
 
 
 @pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])

@@ -7,6 +7,7 @@ run
 name = "digits"                     or: factory = "package.module:function" (see
 `thermo_opt.sweep.tasks`)
 likelihood = "categorical"          categorical, bernoulli or gaussian
+options = { width = 64 }            keyword arguments of the factory
 
 [training]
 steps = 200
@@ -15,6 +16,8 @@ seeds = [0, 1, 2]                   of the weights and of the order of the data:
 method
 every = 2                           steps between snapshots of the predictions on the probe
 schedule = "cosine"                 of the learning rate, to 0; or "constant"
+warmup_steps = 20                   the learning rate rises linearly over these first; default 0
+min_lr_rate = 0.05                  where the cosine ends, of the full learning rate; default 0
 threads = 1                         of each run (a sum's rounding depends on it)
 device = "cpu"
 
@@ -47,6 +50,8 @@ from thermo_opt.runs.run import LIKELIHOODS
 from thermo_opt.sweep.tasks import TASKS
 
 SCHEDULES = ("cosine", "constant")
+_LATER = ("options", "warmup_steps", "min_lr_rate")
+"""Facts of a trial that its first records don't have; their defaults are false."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class Training:
     schedule: str = "constant"
     threads: int = 1
     device: str = "cpu"
+    warmup_steps: int = 0
+    min_lr_rate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -85,18 +92,24 @@ class Trial:
     optimizer: str
     settings: dict[str, Any]
     seed: int
+    options: dict[str, Any] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
         """What two trials must share for one's record to stand for the other; kept in the run's
-        notes."""
-        return {
+        notes.
+
+        What came later (`_LATER`) is left out at its default, so that earlier records still stand.
+        """
+        facts = {
             "task": self.task,
             "likelihood": self.likelihood,
             **vars(self.training),
             "optimizer": self.optimizer,
             "settings": self.settings,
             "seed": self.seed,
+            "options": self.options,
         }
+        return {key: value for key, value in facts.items() if value or key not in _LATER}
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,7 @@ class Sweep:
     methods: tuple[Method, ...]
     target_loss: tuple[float, ...] | None = None
     x: str = "steps"
+    options: dict[str, Any] = field(default_factory=dict)
 
     def trials(self) -> list[Trial]:
         """All runs, seeds innermost; InputError when two would have one name."""
@@ -134,6 +148,7 @@ class Sweep:
                             method.optimizer,
                             settings,
                             seed,
+                            self.options,
                         )
                     )
         seen: set[str] = set()
@@ -173,12 +188,8 @@ def parse_config(content: Mapping[str, Any]) -> Sweep:
     name."""
     _known(content, ("output", "task", "training", "pareto", "method"), "the file")
     task, training, pareto = (_table(content, key) for key in ("task", "training", "pareto"))
-    _known(task, ("name", "factory", "likelihood"), "[task]")
-    _known(
-        training,
-        ("steps", "batch_size", "seeds", "every", "schedule", "threads", "device"),
-        "[training]",
-    )
+    _known(task, ("name", "factory", "likelihood", "options"), "[task]")
+    _known(training, ("seeds", *Training.__dataclass_fields__), "[training]")
     _known(pareto, ("target_loss", "x"), "[pareto]")
     methods = content.get("method")
     if not isinstance(methods, list) or not methods:
@@ -205,6 +216,8 @@ def parse_config(content: Mapping[str, Any]) -> Sweep:
             schedule=_choice(training, "schedule", SCHEDULES, "[training]", "constant"),
             threads=_count(training, "threads", 1, default=1),
             device=_text(training, "device", "[training]", "cpu"),
+            warmup_steps=_count(training, "warmup_steps", 0, default=0),
+            min_lr_rate=_share(training, "min_lr_rate"),
         ),
         seeds=tuple(seeds),
         methods=tuple(
@@ -212,6 +225,7 @@ def parse_config(content: Mapping[str, Any]) -> Sweep:
         ),
         target_loss=_targets(pareto.get("target_loss")),
         x=_choice(pareto, "x", tuple(CLOCK_OF), "[pareto]", "steps"),
+        options=_table(task, "options", "[task]"),
     )
 
 
@@ -318,6 +332,13 @@ def _count(content: Mapping[str, Any], key: str, least: int, default: int | None
     if not _whole(value) or value < least:
         raise InputError(f"[training] {key} is {value!r}: give a whole number, {least} or larger")
     return int(value)
+
+
+def _share(content: Mapping[str, Any], key: str) -> float:
+    value = content.get(key, 0.0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise InputError(f"[training] {key} is {value!r}: give a number from 0 to 1")
+    return float(value)
 
 
 def _whole(value: Any) -> bool:

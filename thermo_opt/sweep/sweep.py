@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import pandas as pd
 
 from thermo_opt.errors import InputError
 from thermo_opt.fronts.front import CLOCK_OF, ParetoFront, pareto
 from thermo_opt.fronts.trajectory import read_track
 from thermo_opt.runs import load_run
 from thermo_opt.sweep.config import Sweep, Trial
-from thermo_opt.sweep.training import UNFINISHED, check, finished, train
+from thermo_opt.sweep.records import UNFINISHED, exclusive, finished
+from thermo_opt.sweep.training import check, train
 
 TABLE, PAGE, FIGURE = "table.csv", "pareto.html", "pareto.png"
 """What a sweep leaves beside its runs."""
+_RENAMED = {"frontier": "least_distance"}
+"""Columns of `TABLE` as they were called before, and are."""
 
 
 @dataclass(frozen=True)
@@ -38,35 +44,40 @@ def run_sweep(
 
     Every run is checked before the first is trained: its settings, one step of each method, one
     probe for all seeds. A killed sweep, called again, repeats no finished run, and ends as if it
-    had not been killed.
+    had not been killed. A second sweep on the same output waits until the first has ended.
 
     Args:
         sweep: the configuration, see `read_config`.
-        jobs: runs trained at a time (through joblib, in processes).
+        jobs: runs trained at a time (through joblib, in processes); -1: one per core.
         progress: ``progress(description, total)`` starts a bar and returns ``advance(n)``.
 
     Raises:
-        InputError: for what the configuration can't mean.
+        InputError: the configuration can't mean anything, a finished run was damaged, or a run
+            couldn't be trained to its end.
     """
     trials = sweep.trials()
-    output = sweep.output
-    waiting = [trial for trial in trials if not finished(trial, output)]
+    waiting = [trial for trial in trials if not finished(trial, sweep.output)]
     _check(sweep, waiting)
-    unfinished = output / UNFINISHED
-    shutil.rmtree(unfinished, ignore_errors=True)  # what a killed sweep left
-    try:
-        unfinished.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"output {output} can't be made ({error.strerror}): choose a folder you can write to"
-        ) from None
-    advance = None if progress is None else progress("training", len(trials))
-    if advance is not None:
-        advance(len(trials) - len(waiting))
-    _train(waiting, output, jobs, advance)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    front, left_out = _draw(sweep, trials)
+    with exclusive(sweep.output):
+        waiting = [trial for trial in trials if not finished(trial, sweep.output)]
+        unfinished = sweep.output / UNFINISHED
+        shutil.rmtree(unfinished, ignore_errors=True)  # what a killed sweep left
+        advance = None if progress is None else progress("training", len(trials))
+        if advance is not None:
+            advance(len(trials) - len(waiting))
+        _train(waiting, sweep.output, jobs, advance)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        front, left_out = _draw(sweep, trials)
     return Outcome(front, len(waiting), left_out)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """The table that a sweep left, with today's names of columns whenever it was written."""
+    try:
+        table = pd.read_csv(path / TABLE if path.is_dir() else path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} can't be read as a sweep's table: {error}") from None
+    return table.rename(columns=_RENAMED)
 
 
 def _check(sweep: Sweep, waiting: list[Trial]) -> None:
@@ -89,9 +100,15 @@ def _train(
     from joblib import Parallel, delayed
 
     work = (delayed(train)(trial, output) for trial in waiting)
-    for _ in Parallel(n_jobs=jobs, return_as="generator_unordered")(work):
-        if advance is not None:
-            advance(1)
+    try:
+        for _ in Parallel(n_jobs=jobs, return_as="generator_unordered")(work):
+            if advance is not None:
+                advance(1)
+    except BrokenExecutor:
+        raise InputError(
+            f"{output}: a process that trained a run was killed, perhaps for want of memory: run "
+            "the sweep again with fewer jobs at a time; finished runs are kept"
+        ) from None
 
 
 def _draw(sweep: Sweep, trials: list[Trial]) -> tuple[ParetoFront, dict[str, str]]:

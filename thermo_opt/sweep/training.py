@@ -1,5 +1,9 @@
-"""One run of a sweep: built from its trial alone, trained, recorded, and put in place only when it
-is whole."""
+"""One training of a sweep: built from its trial alone, stepped, recorded, and put in place only
+when it is whole.
+
+Every training that the project records goes through here; studies add what they measure beside the
+record by `train`'s hooks.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,11 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,60 +24,162 @@ from torch.nn import functional
 from thermo_opt.errors import InputError
 from thermo_opt.models import outputs_of
 from thermo_opt.runs import Recorder, load_run
-from thermo_opt.runs.format import RUN_FILE, read_run_file
 from thermo_opt.sweep.config import Trial, nearest
-from thermo_opt.sweep.tasks import build_task, is_pair, load_function
-
-UNFINISHED = ".unfinished"
-"""Folder of the runs being trained: a run's own folder exists only when the run is whole."""
+from thermo_opt.sweep.records import RESULT, UNFINISHED, finished, seal, write_json
+from thermo_opt.sweep.tasks import Pair, build_task, load_function, minibatches
 
 
-def finished(trial: Trial, output: Path) -> bool:
-    """Whether the trial's run is recorded already; InputError when another trial's lies in its
-    place."""
-    folder = output / trial.name
-    if not (folder / RUN_FILE).is_file():
-        if folder.exists():
+class Step(NamedTuple):
+    """One optimizer step: the minibatch's mean loss before it (nats), the seconds of forward pass,
+    backward pass and optimizer step, and the examples of the minibatch."""
+
+    loss: float
+    seconds: float
+    examples: int
+
+
+class Trainer:
+    """A trial's model, optimizer and data at the start of training; iterating takes the steps.
+
+    Ends early where a loss isn't finite, without that step. Seconds are processor seconds of this
+    thread on a CPU (of all its threads where torch uses several), wall seconds on a GPU. The
+    caller keeps the random states it wants to keep.
+
+    Attributes:
+        trial: what is trained.
+        task: its task for the trial's seed.
+        model, optimizer: being trained; the model is in training mode.
+        steps_done: optimizer steps taken.
+        seconds: those of the steps taken.
+    """
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial = trial
+        self.task = build_task(trial.task, trial.seed, trial.options)
+        try:
+            self.model = self.task.model.to(trial.training.device).train()
+        except (RuntimeError, AssertionError) as error:
             raise InputError(
-                f"{folder} exists and holds no run of this sweep: move it, or choose another output"
-            )
-        return False
-    was = read_run_file(folder).get("notes", {}).get("sweep")
-    now = trial.facts()
-    if was != now:
-        changed = next(
-            (k for k in now if not isinstance(was, dict) or was.get(k) != now[k]), "settings"
+                f"[training] device {trial.training.device!r} can't be used: {error}"
+            ) from None
+        self.optimizer = build_optimizer(trial, self.model)
+        self.steps_done, self.seconds = 0, 0.0
+
+    def __iter__(self) -> Iterator[Step]:
+        settings, clock = self.trial.training, self._clock()
+        torch.manual_seed(self.trial.seed)
+        generator = torch.Generator().manual_seed(self.trial.seed)
+        data = minibatches(self.task.train, settings.batch_size, generator)
+        scheduler = schedule(
+            self.optimizer,
+            settings.schedule,
+            settings.steps,
+            settings.warmup_steps,
+            settings.min_lr_rate,
         )
-        raise InputError(
-            f"{folder} was trained with another {changed} than the sweep now says: choose another "
-            "output, or remove it"
-        )
-    return True
+        for _ in range(settings.steps):
+            x, y = (part.to(settings.device) for part in next(data))
+            start = clock()
+            loss = loss_of(outputs_of(self.model(x)), y, self.trial.likelihood)
+            self.optimizer.zero_grad()
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                return  # diverged: nothing after this can be audited
+            loss.backward()
+            self.optimizer.step()
+            seconds = clock() - start
+            scheduler.step()
+            self.steps_done += 1
+            self.seconds += seconds
+            yield Step(value, seconds, len(x))
+
+    def evaluate(self, parts: Iterable[Pair]) -> tuple[float, float]:
+        """Mean loss (nats per example, or per counted position) and accuracy over held-out data;
+        the accuracy of outputs that are no class scores is NaN."""
+        categorical = self.trial.likelihood == "categorical"
+        loss, right, count = 0.0, 0, 0
+        self.model.eval()
+        with torch.no_grad():
+            for inputs, labels in parts:
+                x, y = (part.to(self.trial.training.device) for part in (inputs, labels))
+                outputs = outputs_of(self.model(x))
+                size = y.numel() if categorical else len(x)
+                loss += float(loss_of(outputs, y, self.trial.likelihood)) * size
+                right += int((outputs.argmax(-1) == y).sum()) if categorical else 0
+                count += size
+        self.model.train()
+        return loss / count, right / count if categorical else math.nan
+
+    def _clock(self) -> Callable[[], float]:
+        if self.trial.training.device != "cpu":
+
+            def synchronised() -> float:
+                torch.cuda.synchronize()
+                return time.perf_counter()
+
+            return synchronised
+        return time.thread_time if torch.get_num_threads() == 1 else time.process_time
 
 
-def train(trial: Trial, output: Path) -> None:
+Watch: TypeAlias = Callable[[Trainer, Path], AbstractContextManager[Callable[[Step], None]]]
+"""A context around a recorded training; what it gives is called after each step."""
+
+
+def train(
+    trial: Trial,
+    output: Path,
+    *,
+    watch: Watch | None = None,
+    result: Callable[[Trainer, Path], dict[str, Any]] | None = None,
+) -> None:
     """Train and record a trial, from its seed on the same numbers every time. A loss that isn't
     finite ends it early.
 
-    Recorded under `UNFINISHED` and renamed when whole, so that a killed sweep leaves no half a run
-    where a run should be.
+    Recorded under `UNFINISHED` and renamed when whole and sealed, so that a killed sweep leaves no
+    half a run where a run should be.
+
+    Args:
+        trial: what is trained; the folder has its name.
+        output: the sweep's folder.
+        watch: entered around the training, given the trainer and the folder of the record; called
+            after each step.
+        result: what is to be known of the run beside its record, given the trainer after the last
+            step and the folder; kept as JSON, null for what isn't finite.
+
+    Raises:
+        InputError: the run couldn't be recorded to its end, or the user's task, model or optimizer
+            failed midway.
     """
-    scratch = Path(tempfile.mkdtemp(prefix=f"{trial.name}.", dir=output / UNFINISHED))
-    threads = torch.get_num_threads()
+    (output / UNFINISHED).mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{trial.name[:100]}.", dir=output / UNFINISHED))
+    run, threads = scratch / "run", torch.get_num_threads()
     try:
         torch.set_num_threads(trial.training.threads)
         with torch.random.fork_rng():
-            done = _record(trial, scratch / "run")
+            trainer = Trainer(trial)
+            try:
+                _record(trainer, run, watch)
+            except InputError:
+                raise
+            except Exception as error:  # the user's model, data or optimizer
+                raise InputError(
+                    f"{trial.name} failed at step {trainer.steps_done + 1} "
+                    f"({type(error).__name__}: {error}); finished runs are kept"
+                ) from error
+            found = None if result is None else result(trainer, run)
     finally:
         torch.set_num_threads(threads)
-    snapshots = load_run(scratch / "run").snapshots
-    if not snapshots or snapshots[-1].step != done:
+    snapshots = load_run(run).snapshots
+    if not snapshots or snapshots[-1].step != trainer.steps_done:
         raise InputError(
             f"{output}: {trial.name} could not be recorded to its end: make room on the disk and "
             "run it again"
         )
+    if found is not None:
+        write_json(run / RESULT, found)
+    seal(trial, run, trainer.steps_done)
     try:
-        os.rename(scratch / "run", output / trial.name)
+        os.rename(run, output / trial.name)
     except OSError:
         if not finished(trial, output):  # a twin started before a kill may have come first
             raise
@@ -84,26 +192,17 @@ def check(trial: Trial, step: bool) -> str:
     from thermo_opt.runs.probe import make_probe
 
     with torch.random.fork_rng():
-        model, data, probe = build_task(trial.task, trial.seed)
-        try:
-            model.to(trial.training.device).train()
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(
-                f"[training] device {trial.training.device!r} can't be used: {error}"
-            ) from None
-        optimizer = build_optimizer(trial, model)
+        trainer = Trainer(trial)
         if step:
             try:
-                x, y = next(batches(data, trial))
-                loss_of(outputs_of(model(x)), y, trial.likelihood).backward()
-                optimizer.step()
+                next(iter(trainer), None)
             except InputError:
                 raise
             except Exception as error:  # the user's model or optimizer
                 raise InputError(
                     f"{trial.method} can't take a step ({type(error).__name__}: {error})"
                 ) from error
-    return make_probe(*probe).fingerprint
+    return make_probe(*trainer.task.probe).fingerprint
 
 
 def build_optimizer(trial: Trial, model: nn.Module) -> torch.optim.Optimizer:
@@ -140,30 +239,30 @@ def _torch_optimizer(name: str) -> Any:
     return known[name]
 
 
-def batches(data: Any, trial: Trial) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled passes over the training data without end, in an order that depends on the seed
-    alone."""
-    from torch.utils.data import default_collate
+def schedule(
+    optimizer: torch.optim.Optimizer,
+    kind: str,
+    steps: int,
+    warmup_steps: int = 0,
+    min_lr_rate: float = 0.0,
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate's course, stepped after each optimizer step: a linear rise over
+    ``warmup_steps``, times a cosine from 1 to ``min_lr_rate`` over all ``steps`` ("cosine") or 1
+    ("constant")."""
 
-    tensors = is_pair(data)
-    count = len(data[0]) if tensors else len(data)
-    size = min(trial.training.batch_size or count, count)
-    generator = torch.Generator().manual_seed(trial.seed)
-    device = trial.training.device
-    while True:
-        order = torch.randperm(count, generator=generator) if size < count else torch.arange(count)
-        for rows in order[: count // size * size].split(size):
-            x, y = (
-                (part[rows] for part in data)
-                if tensors
-                else default_collate([data[int(i)] for i in rows])
-            )
-            yield x.to(device), y.to(device)
+    def factor(step: int) -> float:
+        rising = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+        if kind == "constant":
+            return rising
+        half = (1 - min_lr_rate) / 2
+        return rising * (min_lr_rate + half * (1 + math.cos(math.pi * min(step / steps, 1.0))))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def loss_of(outputs: Tensor, targets: Tensor, likelihood: str) -> Tensor:
-    """Mean negative log-likelihood, nats an example (a counted position, for sequences); Gaussian:
-    of variance 1."""
+    """Mean negative log-likelihood, nats per example (per counted position, for sequences);
+    Gaussian: of variance 1."""
     if likelihood == "categorical":
         return functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
     targets = targets.reshape(outputs.shape).to(outputs.dtype)
@@ -175,36 +274,21 @@ def loss_of(outputs: Tensor, targets: Tensor, likelihood: str) -> Tensor:
     return 0.5 * (outputs - targets).square().sum() / len(outputs) + constant
 
 
-def _record(trial: Trial, path: Path) -> int:
-    """Train and record; returns the number of steps taken."""
-    model, data, probe = build_task(trial.task, trial.seed)
-    model.to(trial.training.device).train()
-    optimizer = build_optimizer(trial, model)
-    steps = trial.training.steps
-    scheduler = None
-    if trial.training.schedule == "cosine":
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    torch.manual_seed(trial.seed)
+def _record(trainer: Trainer, path: Path, watch: Watch | None) -> None:
+    trial = trainer.trial
     recorder = Recorder(
         path,
-        model=model,
-        optimizer=optimizer,
-        probe=probe,
+        model=trainer.model,
+        optimizer=trainer.optimizer,
+        probe=trainer.task.probe,
         every=trial.training.every,
         likelihood=trial.likelihood,  # type: ignore[arg-type]
         batch_size=trial.training.batch_size or None,
         name=trial.name,
         notes={"sweep": trial.facts(), "method": trial.method},
     )
-    with recorder:
-        for _, (x, y) in zip(range(steps), batches(data, trial), strict=False):
-            optimizer.zero_grad()
-            loss = loss_of(outputs_of(model(x)), y, trial.likelihood)
-            if not math.isfinite(float(loss.detach())):
-                break  # diverged: nothing after this can be audited
-            loss.backward()
-            optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
-            recorder.step(loss=loss, examples=len(x))
-    return recorder.steps_done
+    with recorder, watch(trainer, path) if watch else nullcontext() as watched:
+        for step in trainer:
+            recorder.step(loss=step.loss, busy=step.seconds, examples=step.examples)
+            if watched is not None:
+                watched(step)
