@@ -45,6 +45,7 @@ _SUBPACKAGES = {
     "fisher": "fisher",
     "flow": "theory.flow",
     "fronts": "fronts",
+    "integrations": "integrations",
     "lenses": "lenses",
     "manifold": "manifold",
     "optim": "optim",

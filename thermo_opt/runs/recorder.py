@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +39,7 @@ from thermo_opt.runs.format import (
 from thermo_opt.runs.optimizer_state import adam_moments, optimizer_settings
 from thermo_opt.runs.probe import Inputs, make_probe, probe_tensors
 from thermo_opt.runs.probing import check_predictions, predict
+from thermo_opt.runs.progress import Progress
 from thermo_opt.runs.run import CLOCKS, LIKELIHOODS, Likelihood
 from thermo_opt.runs.schedule import Every, schedule
 
@@ -88,6 +89,12 @@ class Recorder:
             what was recorded later is removed.
         energy: log the joules of each step (`thermo_opt.runs.energy`), probing and recording left
             out; where the machine has no meter, the run's record and one warning say why.
+        log: called as ``log(scalars, step=k)`` with each snapshot after the first, scalars being a
+            dictionary of plain numbers so far (`thermo_opt.runs.progress.Progress`):
+            ``thermo/dissipation``, ``thermo/efficiency``, ``thermo/loss``,
+            ``thermo/alignment_lower`` and, with NGDT, ``thermo/alignment``, ``thermo/realised``,
+            ``thermo/kappa``. ``wandb.log``, ``mlflow.log_metrics`` and Accelerate's
+            ``accelerator.log`` fit as they are.
 
     Raises:
         InputError: for arguments that don't fit, a folder that is taken or can't be written to, or,
@@ -115,6 +122,7 @@ class Recorder:
         notes: Mapping[str, Any] | None = None,
         resume: bool | int = False,
         energy: bool = False,
+        log: Callable[..., Any] | None = None,
     ) -> None:
         self.path = arguments.path("path", path)
         if not isinstance(model, nn.Module):
@@ -123,6 +131,9 @@ class Recorder:
             raise InputError(
                 f"optimizer is of type {type(optimizer).__name__}; give a torch.optim.Optimizer"
             )
+        inner = getattr(optimizer, "optimizer", None)  # under Accelerate's and Lightning's wrappers
+        if isinstance(inner, torch.optim.Optimizer):
+            optimizer = inner
         self._model, self._optimizer = model, optimizer
         self._due = schedule(every)
         self._params, self._grads, self._moments = params, grads, moments
@@ -155,6 +166,14 @@ class Recorder:
             if not isinstance(probe, tuple) or len(probe) != 2 or probe[0] is None:
                 raise InputError("probe must be a pair (inputs, targets)")
             self._probe = make_probe(*_checked_probe(*probe))
+        if log is not None and not callable(log):
+            raise InputError(
+                f"log is {log!r}; give a function of (scalars, step), such as wandb.log"
+            )
+        self._show = log
+        self._progress = Progress(
+            None if self._probe is None else self._probe.targets, likelihood, sigma2
+        )
         self._names = {id(parameter): key for key, parameter in model.named_parameters()}
         self._header: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -239,6 +258,9 @@ class Recorder:
                 )
             if continued:
                 tensors, metadata = self._capture()
+                self._retrace()
+            elif self._show is not None and "probe/logits" in tensors:
+                self._progress.add(0, tensors["probe/logits"])
             target = snapshot_path(self.path, self._count)
             if not target.exists():
                 write_tensors(target, tensors, metadata)
@@ -448,6 +470,17 @@ class Recorder:
         tensors, metadata = self._capture()
         self._writer.put(snapshot_path(self.path, self._count), tensors, metadata)
         self._snapshotted = self._count
+        if self._show is not None:
+            if "probe/logits" in tensors:
+                self._progress.add(self._count, tensors["probe/logits"])
+            self._show(self._progress.scalars, step=self._count)
+
+    def _retrace(self) -> None:
+        """Take up the live scalars of a resumed run from the snapshots it has."""
+        if self._show is None or self._probe is None:
+            return
+        for snapshot in read_own(self.path).snapshots:
+            self._progress.add(snapshot.step, snapshot.load("probe/logits"))
 
     def _log_row(
         self,
@@ -469,6 +502,7 @@ class Recorder:
             "energy": None if self._meter is None else self._meter.read(),
         }
         diagnostics = getattr(self._optimizer, "last_step", None)
+        self._progress.hear(diagnostics)
         if isinstance(diagnostics, Mapping):
             row = {**{key: value for key, value in diagnostics.items() if _is_scalar(value)}, **row}
         row |= extra
