@@ -8,6 +8,7 @@ of ``data/`` are at hand.
 from __future__ import annotations
 
 import glob
+import re
 import runpy
 import shlex
 import sys
@@ -45,7 +46,9 @@ def test_every_block_of_a_page_runs(
     names: dict[str, Any] = {"__name__": "__main__"}
     try:
         for block in blocks(page):
-            if block.title is not None:
+            if shown := re.match(r'--8<-- "(examples/.*)"\n$', block.code):
+                assert (ROOT / shown[1]).is_file()  # test_examples runs it
+            elif block.title is not None:
                 target = folder / block.title
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(block.code, encoding="utf-8")

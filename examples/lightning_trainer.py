@@ -1,17 +1,16 @@
-"""Train with Lightning and audit its checkpoints: predictions are replayed on a probe.
+"""Record a Lightning run from step 0 with a callback, and audit it.
 
-python lightning_checkpoints.py        # needs the extra: pip install 'thermo-opt[lightning]'
+python lightning_trainer.py            # needs the extra: pip install 'thermo-opt[lightning]'
 """
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import thermo_opt as to
-from thermo_opt.runs.probe import make_probe
+from thermo_opt.integrations.lightning import ThermoCallback
 
 
 class Classifier(lightning.LightningModule):
@@ -28,6 +27,10 @@ class Classifier(lightning.LightningModule):
         x, y = batch
         return cross_entropy(self(x), y)
 
+    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+        x, y = batch
+        self.log("validation_loss", cross_entropy(self(x), y))
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=1e-2)
 
@@ -38,16 +41,17 @@ y = (x @ torch.randn(8, 3)).argmax(1)
 trainer = lightning.Trainer(
     max_steps=20,
     accelerator="cpu",
-    callbacks=[
-        ModelCheckpoint("lightning-run", filename="{step}", every_n_train_steps=5, save_top_k=-1)
-    ],
+    callbacks=[ThermoCallback("lightning-run")],  # the probe: the validation set
     logger=False,
+    enable_checkpointing=False,
     enable_progress_bar=False,
     enable_model_summary=False,
 )
-trainer.fit(Classifier(), DataLoader(TensorDataset(x[100:], y[100:]), batch_size=30, shuffle=True))
-
-audit = to.audit(
-    "lightning-run", model=Classifier(), probe=make_probe(x[:100], y[:100]), lens="outputs"
+trainer.fit(
+    Classifier(),
+    DataLoader(TensorDataset(x[100:], y[100:]), batch_size=30, shuffle=True),
+    DataLoader(TensorDataset(x[:100], y[:100]), batch_size=50),
 )
-print(audit.run, audit.summary["dissipation"], "nats or more, at stride", audit.summary["stride"])
+
+audit = to.audit("lightning-run", lens="outputs")
+print(audit.run, audit.summary["dissipation"], "nats at stride", audit.summary["stride"])
