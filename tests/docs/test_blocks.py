@@ -46,7 +46,7 @@ def test_every_block_of_a_page_runs(
     names: dict[str, Any] = {"__name__": "__main__"}
     try:
         for block in blocks(page):
-            if shown := re.match(r'--8<-- "(examples/.*)"\n$', block.code):
+            if shown := re.match(r"--8<--\n(examples/.*)\n", block.code):
                 assert (ROOT / shown[1]).is_file()  # test_examples runs it
             elif block.title is not None:
                 target = folder / block.title
