@@ -55,7 +55,7 @@ def _status(arguments: list[str]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            _app()(args=arguments, prog_name="thermo-opt")
+            application()(args=arguments, prog_name="thermo-opt")
     except BrokenPipeError:
         raise
     except SystemExit as status:
@@ -75,7 +75,8 @@ def _status(arguments: list[str]) -> int:
     return 0
 
 
-def _app() -> typer.Typer:
+def application() -> typer.Typer:
+    """The commands and their options."""
     app = typer.Typer(
         help=(
             "Thermodynamics of training runs: what a path through predictions cost, "

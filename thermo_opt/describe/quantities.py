@@ -102,7 +102,7 @@ QUANTITIES = (
     Quantity(
         "least_distance",
         "D*",
-        "Frontier",
+        "Least distance",
         "length",
         "The least distance from the first predictions to any predictions with the final loss: "
         "no optimizer and no network can go less far.",
@@ -111,7 +111,7 @@ QUANTITIES = (
     Quantity(
         "distance",
         "D",
-        "Geodesic",
+        "Distance",
         "length",
         "The Fisher–Rao distance between the first and the last predictions: the shortest way.",
         "D ≤ ℒ",
