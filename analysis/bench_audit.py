@@ -35,7 +35,7 @@ from torch import nn
 
 import thermo_opt as to
 from analysis.timing import interleaved, report
-from thermo_opt.lenses.path import walk
+from thermo_opt.lenses.path import path_scalars
 from thermo_opt.manifold import embed
 
 DATA = Path(__file__).parent.parent / "data"
@@ -224,7 +224,7 @@ def _outputs(classes: int, examples: int) -> list[float]:
 
     source = _Arrays(logits, targets)
     seconds = interleaved(
-        {"bare": bare, "lens": lambda: walk(source, range(len(logits)))}, repeats=9
+        {"bare": bare, "lens": lambda: path_scalars(source, range(len(logits)))}, repeats=9
     )
     return [a / b for a, b in zip(seconds["bare"], seconds["lens"], strict=True)]
 

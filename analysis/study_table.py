@@ -19,7 +19,7 @@ from analysis import tuning
 from analysis.methods import METHODS
 from analysis.training import Trial, result
 from thermo_opt.fronts.front import ParetoFront
-from thermo_opt.fronts.trajectory import Track, read_track
+from thermo_opt.fronts.trajectory import Trajectory, read_trajectory
 
 REFERENCE = "AdamW"
 """Its runs set the targets, and ratios are over its values."""
@@ -61,7 +61,7 @@ class Recorded:
 
     trial: Trial
     found: dict[str, Any]
-    track: Track | None
+    track: Trajectory | None
     seconds: np.ndarray
 
     def seconds_at(self, step: float) -> float:
@@ -75,13 +75,13 @@ def read(trial: Trial, folder: Path) -> Recorded:
     busy = run.steps["busy"].to_numpy(dtype=float) if "busy" in run.steps else np.zeros(0)
     track = None
     with contextlib.suppress(to.InputError):  # a run that diverged at once
-        track = read_track(run)
+        track = read_trajectory(run)
     if track is not None:
         assert_above_frontier(run, track)
     return Recorded(trial, result(folder), track, np.concatenate([[0.0], np.cumsum(busy)]))
 
 
-def assert_above_frontier(run: to.Run, track: Track) -> None:
+def assert_above_frontier(run: to.Run, track: Trajectory) -> None:
     """AssertionError when a point of a run lies below the frontier, ``Q T < D*(loss)²/2``, D* from
     the run's starting predictions (§5)."""
     logits, targets = run.snapshots[0].load("probe/logits").double(), run.probe.targets  # type: ignore[union-attr]

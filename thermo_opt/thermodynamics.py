@@ -60,16 +60,6 @@ def length(a: ArrayLike) -> float:
     return float(np.sqrt(_nonnegative(a, "a")).sum())
 
 
-def speed_limit(a: ArrayLike, delta: ArrayLike) -> Array:
-    """The speed-cost bound ``|d_k| ≤ √(a_k Δ_k)``: the largest decrease a step can predict (§3).
-
-    Args:
-        a: squared lengths of the steps, (K,), nats.
-        delta: squared natural-gradient norms Δ, (K,), nats.
-    """
-    return np.sqrt(_nonnegative(a, "a") * _nonnegative(delta, "delta"))
-
-
 def least_dissipation(d: ArrayLike, delta: ArrayLike, tau: ArrayLike = 1.0) -> Array:
     """Least dissipation that buys a first-order decrease d in time τ, ``d² / (2 Δ τ)`` (§3).
 

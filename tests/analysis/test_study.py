@@ -25,7 +25,7 @@ from analysis.study import Plan, Scale, Study, check, main, run_study
 from analysis.study_table import assert_above_frontier, read, targets_of
 from analysis.training import UNFINISHED, Trial, is_finished, record, result
 from analysis.tuning import TRIALS
-from thermo_opt.fronts.trajectory import read_track
+from thermo_opt.fronts.trajectory import read_trajectory
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIBATCH = Study("digits", {"tiny": Scale({"": {"batch_size": 64}}, 20, every=4, aligned=6)})
@@ -204,7 +204,7 @@ def test_a_point_below_the_frontier_is_refused(done):
     plan, table = done
     trial = plan.trial("", "AdamW", float(table.set_index("method").loc["AdamW", "setting"]), 1)
     run = to.load_run(plan.folder / trial.name)
-    track = read_track(run)
+    track = read_trajectory(run)
     assert_above_frontier(run, track)
     with pytest.raises(AssertionError, match=r"at step 4: Q·T = .* lies below the frontier"):
         assert_above_frontier(run, replace(track, dissipation=1e-3 * track.dissipation))

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import thermo_opt as to
 from thermo_opt.cli import main
-from thermo_opt.fronts.trajectory import Track, read_track
-from thermo_opt.manifold.start import Start
+from thermo_opt.fronts.trajectory import Trajectory, read_trajectory
+from thermo_opt.manifold.initial import InitialPredictions
 from thermo_opt.runs import load_run
 
 matplotlib.use("Agg")
@@ -29,9 +29,9 @@ def _audits(runs):
 def straight(name, time, excess, p_y, group):
     """A run of one interval from targets' probabilities ``p_y`` to loss 0.1, ``excess`` times above
     its frontier."""
-    start = Start("categorical", len(p_y), np.log(p_y))
+    start = InitialPredictions("categorical", len(p_y), np.log(p_y))
     least = start.least_distance(0.1) ** 2 / (2 * time)
-    return Track(
+    return Trajectory(
         name, name, group, "probe", "step", start, np.array([0, 9]),
         np.array([start.loss, 0.1]), np.array([0.0, time]),
         np.array([0.0, excess * least]),
@@ -122,7 +122,7 @@ def test_the_table_has_a_row_a_run_and_target_and_says_who_never_got_there(audit
 
 
 def test_audits_and_quick_readings_give_one_front(audits, runs):
-    quick = to.pareto([read_track(load_run(path)) for path in runs], target_loss=TARGETS)
+    quick = to.pareto([read_trajectory(load_run(path)) for path in runs], target_loss=TARGETS)
     slow = to.pareto(audits, target_loss=TARGETS)
     np.testing.assert_allclose(
         quick.table.select_dtypes("float").to_numpy(),
@@ -235,7 +235,7 @@ def test_runs_with_another_probe_are_refused_by_name(audits, tmp_path, write_run
 
 
 def test_runs_with_another_likelihood_are_refused_by_name(audits, tmp_path, write_run):
-    tracks = [read_track(load_run(audit.path)) for audit in audits]
+    tracks = [read_trajectory(load_run(audit.path)) for audit in audits]
     other = dataclasses.replace(
         tracks[0],
         run="bernoulli-run",
@@ -260,7 +260,7 @@ def test_what_has_no_line_is_refused(audits, runs, adam_run_without_probe):
     with pytest.raises(to.InputError, match="needs 'tokens'"):
         to.pareto(audits, x="tokens")
     with pytest.raises(to.InputError, match="read them with clock='wall'"):
-        to.pareto([read_track(load_run(runs[0]))], x="seconds")
+        to.pareto([read_trajectory(load_run(runs[0]))], x="seconds")
 
 
 @pytest.fixture(name="adam_run_without_probe")

@@ -12,22 +12,21 @@ import numpy as np
 from thermo_opt import arguments
 from thermo_opt.audits.results import Audit
 from thermo_opt.errors import InputError
+from thermo_opt.lenses import optimizer_state, outputs, parameters
 from thermo_opt.lenses.inputs import LensInputs, Progress, Unsupported
-from thermo_opt.lenses.optimizer_state import look_at_optimizer_state
-from thermo_opt.lenses.outputs import look_at_outputs
-from thermo_opt.lenses.parameters import look_at_parameters
+from thermo_opt.lenses.measurements import Measurements
 from thermo_opt.lenses.results import LENSES, LensAudit
-from thermo_opt.lenses.summary import Measurements, lens_audit
+from thermo_opt.lenses.summary import summarise
 from thermo_opt.runs import Probe, Run, load_run
 from thermo_opt.runs.probe import load_probe
 
-_GLANCE = 32
+_SAMPLED_INTERVALS = 32
 """Intervals the parameter lens looks at when nobody asked for it by name."""
 
-_LOOK: dict[str, Callable[[LensInputs], Measurements]] = {
-    "outputs": look_at_outputs,
-    "parameters": look_at_parameters,
-    "optimizer-state": look_at_optimizer_state,
+_MEASURE: dict[str, Callable[[LensInputs], Measurements]] = {
+    "outputs": outputs.measure,
+    "parameters": parameters.measure,
+    "optimizer-state": optimizer_state.measure,
 }
 
 
@@ -88,27 +87,28 @@ def audit(
             "record or save checkpoints more often"
         )
     given = probe if isinstance(probe, Probe) or probe is None else load_probe(probe)
-    view = LensInputs(
-        run,
-        clock,
-        stride,
-        model,
-        given,
-        batch_size,
-        steps,
-        jobs,
-        quadrature,
-        damping,
-        device,
-        progress,
+    indices = list(range(0, len(run.snapshots), stride))
+    if indices[-1] != len(run.snapshots) - 1:
+        indices.append(len(run.snapshots) - 1)
+    inputs = LensInputs(
+        run=run,
+        clock=clock,
+        indices=indices,
+        architecture=model,
+        given_probe=given,
+        given_batch_size=batch_size,
+        intervals=_spread(len(indices) - 1) if lens is None and steps is None else steps,
+        jobs=jobs,
+        quadrature=quadrature,
+        damping=damping,
+        device_name=device,
+        progress=progress,
     )
-    if lens is None and steps is None:
-        view.intervals = _spread(len(view.indices) - 1)
     lenses: dict[str, LensAudit] = {}
     missing: dict[str, str] = {}
     for name in wanted:
         try:
-            lenses[name] = lens_audit(_LOOK[name](view), run.name, name, clock)
+            lenses[name] = summarise(_MEASURE[name](inputs), run.name, name, clock)
         except Unsupported as reason:
             if lens is not None:
                 raise InputError(
@@ -125,16 +125,16 @@ def audit(
         missing=missing,
         curve=run.steps,
         optimizer=run.info.optimizer,
-        probe=None if view.probe is None else view.probe.fingerprint,
+        probe=None if inputs.probe is None else inputs.probe.fingerprint,
     )
 
 
 def _spread(count: int) -> list[int] | None:
-    """Up to `_GLANCE` of ``count`` intervals, evenly spread, the first and the last among them;
-    None for all."""
-    if count <= _GLANCE:
+    """Up to `_SAMPLED_INTERVALS` of ``count`` intervals, evenly spread, both ends among them; None
+    for all."""
+    if count <= _SAMPLED_INTERVALS:
         return None
-    return np.unique(np.linspace(0, count - 1, _GLANCE).round().astype(int)).tolist()
+    return np.unique(np.linspace(0, count - 1, _SAMPLED_INTERVALS).round().astype(int)).tolist()
 
 
 def _lenses(lens: str | Sequence[str] | None) -> Sequence[str]:

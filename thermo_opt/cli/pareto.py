@@ -13,7 +13,7 @@ from thermo_opt.cli.pages import check_page
 from thermo_opt.errors import InputError
 
 if TYPE_CHECKING:
-    from thermo_opt.fronts import ParetoFront, Target, Track
+    from thermo_opt.fronts import ParetoFront, Target, Trajectory
 
 _SHOWN = 24
 """Rows a table in the terminal has at most; the front is always shown whole."""
@@ -62,7 +62,7 @@ def pareto(
         raise InputError("--jobs 0: give at least one process, or -1 for all cores")
     replay = {"model": model, "probe": probe} if model is not None or probe is not None else None
     with terminal.Bars() as bars:
-        tracks = read_tracks(
+        tracks = read_trajectories(
             runs, CLOCK_OF[x], format, replay, jobs, bars("reading runs", len(runs))
         )
     front = speed_cost_front(tracks, target_loss=target_loss, x=x)
@@ -76,14 +76,14 @@ def pareto(
         terminal.say(f"\nPage: {html.resolve()}")
 
 
-def read_tracks(
+def read_trajectories(
     paths: Sequence[Path],
     clock: str,
     format: str | None = None,
     replay: dict[str, Any] | None = None,
     jobs: int = 1,
     advance: Callable[[int], None] | None = None,
-) -> list[Track]:
+) -> list[Trajectory]:
     """Each run's line in the speed-cost plane, in the order given; InputError names what can't be
     read."""
     from joblib import Parallel, delayed
@@ -98,16 +98,16 @@ def read_tracks(
     return tracks
 
 
-def _read(path: Path, clock: str, format: str | None, replay: dict[str, Any] | None) -> Track:
-    from thermo_opt.fronts import read_track, track_of
+def _read(path: Path, clock: str, format: str | None, replay: dict[str, Any] | None) -> Trajectory:
+    from thermo_opt.fronts import read_trajectory, trajectory_of
     from thermo_opt.runs import load_run
 
     run = load_run(path, format=format)
     if replay is None:
-        return read_track(run, clock)
+        return read_trajectory(run, clock)
     from thermo_opt.audits import audit
 
-    return track_of(audit(run, lens="outputs", clock=clock, **replay))
+    return trajectory_of(audit(run, lens="outputs", clock=clock, **replay))
 
 
 def print_front(front: ParetoFront) -> None:

@@ -1,7 +1,32 @@
 """Speed-cost fronts: what runs took, in time and dissipation, to reach a loss, and which of them
 nothing beats."""
 
-from thermo_opt.fronts.front import CLOCK_OF, ParetoFront, Target, pareto
-from thermo_opt.fronts.trajectory import Track, read_track, track_of
+from typing import Any
 
-__all__ = ["CLOCK_OF", "ParetoFront", "Target", "Track", "pareto", "read_track", "track_of"]
+from thermo_opt.deprecated import warn_renamed
+from thermo_opt.fronts.front import CLOCK_OF, ParetoFront, Target, pareto
+from thermo_opt.fronts.trajectory import Trajectory, read_trajectory, trajectory_of
+
+__all__ = [
+    "CLOCK_OF",
+    "ParetoFront",
+    "Target",
+    "Trajectory",
+    "pareto",
+    "read_trajectory",
+    "trajectory_of",
+]
+
+_RENAMED = {
+    "Track": "Trajectory",
+    "read_track": "read_trajectory",
+    "track_of": "trajectory_of",
+}
+"""Old name → new."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warn_renamed(f"{__name__}.{name}", f"{__name__}.{_RENAMED[name]}")
+    return globals()[_RENAMED[name]]

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[np.float64]
 
 
-def nondominated(x: ArrayLike, y: ArrayLike) -> NDArray[np.bool_]:
+def pareto_mask(x: ArrayLike, y: ArrayLike) -> NDArray[np.bool_]:
     """Which points (x_i, y_i) no other point beats: none is at most as large in both and smaller in
     one.
 
@@ -28,11 +28,11 @@ def nondominated(x: ArrayLike, y: ArrayLike) -> NDArray[np.bool_]:
     return kept
 
 
-def dominated_area(x: ArrayLike, y: ArrayLike, corner: tuple[float, float]) -> float:
+def hypervolume(x: ArrayLike, y: ArrayLike, corner: tuple[float, float]) -> float:
     """Area of the points that some (x_i, y_i) beats and that lie below and left of ``corner``: the
     hypervolume. O(n log n)."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    use = nondominated(x, y) & (x < corner[0]) & (y < corner[1])
+    use = pareto_mask(x, y) & (x < corner[0]) & (y < corner[1])
     if not use.any():
         return 0.0
     order = np.argsort(x[use], kind="stable")
@@ -41,7 +41,7 @@ def dominated_area(x: ArrayLike, y: ArrayLike, corner: tuple[float, float]) -> f
     return float(np.dot(right - left, corner[1] - low))
 
 
-def attainable_area(product: float, corner: tuple[float, float]) -> float:
+def attainable_hypervolume(product: float, corner: tuple[float, float]) -> float:
     """Area on or above the hyperbola ``x·y = product``, below and left of ``corner``; 0 when the
     corner is below it."""
     box = corner[0] * corner[1]

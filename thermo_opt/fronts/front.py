@@ -18,8 +18,8 @@ from thermo_opt import arguments
 from thermo_opt.arguments import jsonable
 from thermo_opt.audits.results import Audit
 from thermo_opt.errors import InputError
-from thermo_opt.fronts.dominance import attainable_area, dominated_area, hull, nondominated
-from thermo_opt.fronts.trajectory import Track, track_of
+from thermo_opt.fronts.dominance import attainable_hypervolume, hull, hypervolume, pareto_mask
+from thermo_opt.fronts.trajectory import Trajectory, trajectory_of
 
 CLOCK_OF = {
     "steps": "step",
@@ -186,7 +186,7 @@ class ParetoFront:
 
 
 def pareto(
-    audits: Sequence[Audit | Track],
+    audits: Sequence[Audit | Trajectory],
     *,
     target_loss: float | Sequence[float] | None = None,
     x: str | None = None,
@@ -213,7 +213,7 @@ def pareto(
     run's start, or that rounding can't resolve. Cost: O(runs x (snapshots + probe)) a target.
     """
     audits = arguments.listed(
-        "audits", audits, (Audit, Track), "give a list of what to.audit returns"
+        "audits", audits, (Audit, Trajectory), "give a list of what to.audit returns"
     )
     if not audits:
         raise InputError("nothing to compare: give at least one audited run")
@@ -225,10 +225,13 @@ def pareto(
         raise InputError(f"x={x!r} is unknown: use one of {', '.join(CLOCK_OF)}")
     clock = None if x is None else CLOCK_OF[x]
     own = [
-        audit.clock if isinstance(audit, Track) else str(audit.summary["clock"]) for audit in audits
+        audit.clock if isinstance(audit, Trajectory) else str(audit.summary["clock"])
+        for audit in audits
     ]
     _same("clock", [audit.run for audit in audits], own, "audit them all on one clock")
-    tracks = [audit if isinstance(audit, Track) else track_of(audit, clock) for audit in audits]
+    tracks = [
+        audit if isinstance(audit, Trajectory) else trajectory_of(audit, clock) for audit in audits
+    ]
     clock = clock or own[0]
     if tracks[0].clock != clock:
         raise InputError(
@@ -252,7 +255,7 @@ def pareto(
 
 
 def _front(
-    tracks: Sequence[Track],
+    tracks: Sequence[Trajectory],
     labels: Sequence[str],
     target_loss: float,
     corner: tuple[float, float] | None,
@@ -263,15 +266,15 @@ def _front(
     least_distance = np.array([c.least_distance for c in crossings])
     reached = np.array([c.reached for c in crossings])
     per_distance = spent / least_distance**2  # Q/D*²: no unit of distance left, so starts compare
-    on_front = nondominated(time, per_distance)
+    on_front = pareto_mask(time, per_distance)
     # the front's own median, so that removing a dominated run changes nothing
     reference = float(np.median(least_distance[on_front]))
     scaled = per_distance * reference**2
     least = 0.5 * reference**2
     if corner is None:
         corner = (_MARGIN * float(time[on_front].max()), _MARGIN * float(scaled[on_front].max()))
-    area = dominated_area(time, scaled, corner)
-    attainable = attainable_area(least, corner)
+    area = hypervolume(time, scaled, corner)
+    attainable = attainable_hypervolume(least, corner)
     ends = least_distance[reached]
     target = Target(
         target_loss,
@@ -305,7 +308,7 @@ def _front(
     return target, rows
 
 
-def _comparable(tracks: Sequence[Track]) -> None:
+def _comparable(tracks: Sequence[Trajectory]) -> None:
     names = [track.run for track in tracks]
     _same(
         "probe",
@@ -338,7 +341,9 @@ def _same(what: str, names: Sequence[str], values: Sequence[str], remedy: str) -
     raise InputError(f"{listed} and {rest} ({usual[:16]}) differ in their {what}: {remedy}")
 
 
-def _targets(tracks: Sequence[Track], target_loss: float | Sequence[float] | None) -> list[float]:
+def _targets(
+    tracks: Sequence[Trajectory], target_loss: float | Sequence[float] | None
+) -> list[float]:
     best = sorted(track.best for track in tracks)
     if target_loss is None:
         wanted = [best[(len(best) - 1) // 2]]

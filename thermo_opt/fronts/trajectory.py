@@ -11,28 +11,21 @@ the crossing exactly, not only at snapshots (§4, §5).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
 from thermo_opt import thermodynamics as td
 from thermo_opt.audits.results import Audit
 from thermo_opt.errors import InputError
-from thermo_opt.lenses.replay import targets_of
-from thermo_opt.manifold import Point, embed, row_distances
-from thermo_opt.manifold.start import Start
+from thermo_opt.lenses.path import path_scalars
+from thermo_opt.lenses.predictions import RecordedPredictions
+from thermo_opt.manifold.initial import InitialPredictions
 from thermo_opt.runs import Run
 from thermo_opt.runs.run import RunInfo
-
-_BLOCK_BYTES = 1 << 18
-"""Predictions embedded at a time by `read_track`: enough to spread NumPy's overheads, few enough
-for the cache."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ class Crossing:
 
 
 @dataclass(frozen=True)
-class Track:
+class Trajectory:
     """A run's line: ``steps``, ``loss`` (nats), ``time`` and ``dissipation`` since the start, each
     (K+1,) over snapshots; ``energy``, joules since the start, where each step logged them."""
 
@@ -63,12 +56,45 @@ class Track:
     optimizer: str | None
     probe: str | None
     clock: str
-    start: Start
+    start: InitialPredictions
     steps: np.ndarray
     loss: np.ndarray
     time: np.ndarray
     dissipation: np.ndarray
     energy: np.ndarray | None = None
+
+    @classmethod
+    def along(
+        cls,
+        *,
+        run: str,
+        clock: str,
+        start: InitialPredictions | None,
+        loss: np.ndarray,
+        a: np.ndarray,
+        tau: np.ndarray,
+        **known: Any,
+    ) -> Trajectory:
+        """The line through intervals of squared lengths ``a`` and durations ``tau``; the rest as
+        the attributes."""
+        if start is None or np.isnan(loss).any():
+            raise InputError(
+                f"{run}: the probe has no targets, so the run has no loss; record it with targets"
+            )
+        try:
+            q = td.dissipation(a, tau)
+        except ValueError as error:
+            raise InputError(f"{run}: clock {clock!r}: {error}") from None
+        time, dissipation = (np.concatenate([[0.0], np.cumsum(x)]) for x in (tau, q))
+        return cls(
+            run=run,
+            clock=clock,
+            start=start,
+            loss=loss,
+            time=time,
+            dissipation=dissipation,
+            **known,
+        )
 
     @property
     def best(self) -> float:
@@ -101,19 +127,22 @@ class Track:
         )
 
 
-def track_of(audit: Audit, clock: str | None = None) -> Track:
-    """The line of an audited run, from its outputs lens; ``clock``: another one than it was audited
-    on.
+def trajectory_of(audit: Audit, clock: str | None = None) -> Trajectory:
+    """The line of an audited run, from its outputs lens.
 
-    Raises InputError naming the run when it has no outputs lens, no targets, or no readings of that
-    clock.
+    Args:
+        audit: The audit.
+        clock: Another clock than the audit's.
+
+    Raises:
+        InputError: Naming the run when it has no outputs lens, no targets, or no readings of that
+            clock.
     """
     lens = audit.lenses.get("outputs")
     if lens is None:
         reason = audit.missing.get("outputs", "it was audited through other lenses only")
         raise InputError(f"{audit.run}: a speed-cost front needs the outputs lens: {reason}")
     steps = np.append(lens.steps["step"].to_numpy(), lens.steps["step_end"].iloc[-1])
-    loss = np.append(lens.steps["loss"].to_numpy(), lens.steps["loss_end"].iloc[-1])
     tau = lens.steps["tau"].to_numpy()
     if clock is not None and clock != lens.summary["clock"]:
         try:
@@ -122,129 +151,60 @@ def track_of(audit: Audit, clock: str | None = None) -> Track:
             InputError
         ) as error:  # a reading of the whole record may know more, a constant batch size for one
             raise InputError(f"{error}; or audit it with clock={clock!r}") from None
-    return _track(
-        audit.run,
-        audit.path,
-        audit.optimizer,
-        audit.probe,
-        clock or lens.summary["clock"],
-        lens.start,
-        steps,
-        loss,
-        lens.steps["a"].to_numpy(),
-        tau,
-        _energy(audit.curve, steps),
+    return Trajectory.along(
+        run=audit.run,
+        path=audit.path,
+        optimizer=audit.optimizer,
+        probe=audit.probe,
+        clock=clock or lens.summary["clock"],
+        start=lens.start,
+        steps=steps,
+        loss=np.append(lens.steps["loss"].to_numpy(), lens.steps["loss_end"].iloc[-1]),
+        energy=_energy(audit.curve, steps),
+        a=lens.steps["a"].to_numpy(),
+        tau=tau,
     )
 
 
-def read_track(run: Run, clock: str = "step") -> Track:
-    """The line of a run from the predictions it recorded: what `track_of` its audit gives, without
-    the audit's other work.
+def read_trajectory(run: Run, clock: str = "step") -> Trajectory:
+    """The line of a run from the predictions it recorded: what `trajectory_of` its audit gives,
+    without the audit's other work.
 
-    Raises InputError as `track_of`, and for a run without recorded predictions. Cost: one reading
-    of the snapshots.
+    Cost: one reading of the snapshots.
+
+    Raises:
+        InputError: As `trajectory_of`, and for a run without recorded predictions.
     """
-    likelihood, sigma2 = run.info.likelihood or "categorical", run.info.sigma2 or 1.0
     if len(run.snapshots) < 2 or "probe/logits" not in run.snapshots[0].names():
         raise InputError(
             f"{run.path}: a speed-cost front needs predictions recorded on a probe at two steps at "
             "least"
         )
-    targets = targets_of(run.probe)
-    if targets is None:
+    source = RecordedPredictions(run, run.info.likelihood or "categorical", run.info.sigma2 or 1.0)
+    if source.targets is None:
         raise InputError(
             f"{run.path}: the probe has no targets, so the run has no loss; record it with targets"
         )
-    block = max(2, _BLOCK_BYTES // (8 * max(1, math.prod(run.snapshots[0].shape("probe/logits")))))
-    start: Start | None = None
-    loss: list[float] = []
-    a: list[float] = []
-    held: list[np.ndarray] = []
-    for begin in range(0, len(run.snapshots), block):
-        held += [
-            _array(snapshot.load("probe/logits"))
-            for snapshot in run.snapshots[begin : begin + block]
-        ]
-        found = _walk(np.stack(held), targets, likelihood, sigma2, str(run.path))
-        start = start or found.start
-        loss += found.loss[1:] if loss else found.loss
-        a += found.a
-        if len(found.loss) < len(held):
-            break
-        held = held[-1:]
-    if len(loss) < 2:
+    found = path_scalars(source, range(len(run.snapshots)), strides=(), first_order=False)
+    if len(found.loss) < 2:
         raise InputError(
             f"{run.path}: the predictions are NaN or infinite from its first steps: there is no "
             "path to follow"
         )
-    steps = np.array([snapshot.step for snapshot in run.snapshots[: len(loss)]])
-    tau = _tau(str(run.path), run.steps, run.info.batch_size, clock, steps)
-    probe = None if run.probe is None else run.probe.fingerprint
-    energy = _energy(run.steps, steps)
-    return _track(
-        run.name,
-        str(run.path),
-        run.info.optimizer,
-        probe,
-        clock,
-        start,
-        steps,
-        np.array(loss),
-        np.array(a),
-        tau,
-        energy,
+    steps = np.array(source.steps[: len(found.loss)])
+    return Trajectory.along(
+        run=run.name,
+        path=str(run.path),
+        optimizer=run.info.optimizer,
+        probe=None if run.probe is None else run.probe.fingerprint,
+        clock=clock,
+        start=InitialPredictions.of(source.point(0), source.likelihood, source.sigma2),
+        steps=steps,
+        loss=np.array(found.loss),
+        energy=_energy(run.steps, steps),
+        a=np.array(found.a),
+        tau=_tau(str(run.path), run.steps, run.info.batch_size, clock, steps),
     )
-
-
-class _Walked(NamedTuple):
-    start: Start | None
-    loss: list[float]
-    a: list[float]
-
-
-def _walk(
-    outputs: np.ndarray, targets: np.ndarray, likelihood: str, sigma2: float, source: str
-) -> _Walked:
-    """The start, the losses and the squared distances of predictions (K+1, n, …), up to the first
-    that isn't finite."""
-    count = len(outputs)
-    tiled = np.broadcast_to(targets, (count, *targets.shape)).reshape(-1, *targets.shape[1:])
-    try:
-        whole = embed(
-            outputs.reshape(-1, *outputs.shape[2:]), tiled, likelihood=likelihood, sigma2=sigma2
-        )
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from None
-    if not whole.finite:
-        finite = np.isfinite(whole.u).reshape(count, -1).all(axis=1)
-        count = count if finite.all() else int(np.argmin(finite))
-        if count == 0:
-            return _Walked(None, [], [])
-    examples, rows = whole.examples // len(outputs), len(whole.u) // len(outputs)
-    assert whole.loss is not None
-    loss = whole.loss.reshape(len(outputs), -1)[:count].sum(axis=1) / examples
-
-    def part(first: int, last: int) -> Point:
-        at = slice(first * rows, last * rows)
-        log_y = None if whole.log_amplitude_y is None else whole.log_amplitude_y[at]
-        return Point(
-            whole.u[at],
-            examples,
-            log_y,
-            None if whole.residual is None else whole.residual[at],
-            finite=whole.finite,
-        )
-
-    distance = row_distances(part(0, count - 1), part(1, count), likelihood).reshape(
-        count - 1, rows
-    )
-    a = np.einsum("ij,ij->i", distance, distance) / examples
-    return _Walked(Start.of(part(0, 1), likelihood, sigma2), loss.tolist(), a.tolist())
-
-
-def _array(outputs: Tensor) -> np.ndarray:
-    half = outputs.dtype in (torch.bfloat16, torch.float16)
-    return (outputs.float() if half else outputs).detach().numpy()
 
 
 def _tau(
@@ -274,34 +234,4 @@ def _energy(curve: pd.DataFrame, steps: np.ndarray) -> np.ndarray | None:
         None
         if np.isnan(joules).any()
         else np.concatenate([[0.0], np.cumsum(joules)])[steps - steps[0]]
-    )
-
-
-def _track(
-    run: str,
-    path: str,
-    optimizer: str | None,
-    probe: str | None,
-    clock: str,
-    start: Start | None,
-    steps: np.ndarray,
-    loss: np.ndarray,
-    a: np.ndarray,
-    tau: np.ndarray,
-    energy: np.ndarray | None,
-) -> Track:
-    if start is None or np.isnan(loss).any():
-        raise InputError(
-            f"{run}: the probe has no targets, so the run has no loss; record it with targets"
-        )
-    try:
-        q = td.dissipation(a, tau)
-    except ValueError as error:
-        raise InputError(f"{run}: clock {clock!r}: {error}") from None
-
-    def total(values: np.ndarray) -> np.ndarray:
-        return np.concatenate([[0.0], np.cumsum(values)])
-
-    return Track(
-        run, path, optimizer, probe, clock, start, steps, loss, total(tau), total(q), energy
     )

@@ -4,6 +4,7 @@ added."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from thermo_opt import thermodynamics as td
 from thermo_opt.errors import InputError
-from thermo_opt.lenses.replay import build_model
+from thermo_opt.lenses.predictions import build_model
 from thermo_opt.runs import Probe, Run
 
 Progress = Callable[[str, int], Callable[[int], None]]
@@ -24,49 +25,80 @@ class Unsupported(InputError):
     """The run lacks what a lens needs; the message says what."""
 
 
+@dataclass(kw_only=True)
 class LensInputs:
-    """A run as an audit looks at it. Arguments as in `thermo_opt.audits.audit`."""
+    """A run as an audit looks at it.
 
-    def __init__(
-        self,
-        run: Run,
-        clock: str = "step",
-        stride: int = 1,
-        model: str | nn.Module | None = None,
-        probe: Probe | None = None,
-        batch_size: int | None = None,
-        intervals: slice | Sequence[int] | None = None,
-        jobs: int = 1,
-        quadrature: Literal["start", "trapezoid"] = "start",
-        damping: float | None = None,
-        device: str | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        self.run, self.clock, self.jobs = run, clock, jobs
-        self.batch_size = batch_size if batch_size is not None else run.info.batch_size
-        self.sigma2 = run.info.sigma2 if run.info.sigma2 is not None else 1.0
-        self.indices = list(range(0, len(run.snapshots), stride))
-        if self.indices[-1] != len(run.snapshots) - 1:
-            self.indices.append(len(run.snapshots) - 1)
-        self.intervals = intervals
-        if quadrature not in ("start", "trapezoid"):
-            raise InputError(f"quadrature {quadrature!r} is unknown: use 'start' or 'trapezoid'")
-        if jobs == 0:
-            raise InputError("jobs must be a number of processes, or -1 for one a core, not 0")
-        self.quadrature, self.damping = quadrature, damping
+    Attributes:
+        run: The recorded run.
+        clock: The unit of τ: step, flow, wall, examples or tokens.
+        indices: Positions of the audited snapshots, increasing; at least two.
+        architecture: What rebuilds the model: a module, ``package.module:factory``, or None.
+        given_probe: The user's probe, or None for the run's own.
+        given_batch_size: The user's batch size, or None for the recorded one.
+        intervals: The audited intervals that the parameter lens looks at; None for all.
+        jobs: Processes.
+        quadrature: Whether the parameter lens's values are those at each step's start, or the mean
+            of both ends'.
+        damping: The parameter lens's λ; None for its default.
+        device_name: Where the parameter lens computes; None for a GPU if there is one.
+        progress: Starts progress bars, if any are wanted.
+    """
+
+    run: Run
+    clock: str = "step"
+    indices: Sequence[int]
+    architecture: str | nn.Module | None = None
+    given_probe: Probe | None = None
+    given_batch_size: int | None = None
+    intervals: slice | Sequence[int] | None = None
+    jobs: int = 1
+    quadrature: Literal["start", "trapezoid"] = "start"
+    damping: float | None = None
+    device_name: str | None = None
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if self.quadrature not in ("start", "trapezoid"):
+            raise InputError(
+                f"quadrature {self.quadrature!r} is unknown: use 'start' or 'trapezoid'"
+            )
+        if self.jobs == 0:
+            raise InputError("jobs must be a number of processes, or -1 for one per core, not 0")
+        self.device  # noqa: B018 (an unknown device is refused here)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the parameter lens computes."""
+        default = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            return torch.device(self.device_name or default)
         except (RuntimeError, TypeError):
             raise InputError(
-                f"device is {device!r}; give one of torch's, such as 'cpu' or 'cuda'"
+                f"device is {self.device_name!r}; give one of torch's, such as 'cpu' or 'cuda'"
             ) from None
-        self.probe_given = probe is not None
-        self._probe, self._model, self._progress = probe, model, progress
+
+    @property
+    def steps(self) -> np.ndarray:
+        """Step numbers of the audited snapshots."""
+        return np.array([self.run.snapshots[i].step for i in self.indices])
 
     @cached_property
     def probe(self) -> Probe | None:
         """The user's probe, else the run's own."""
-        return self._probe if self._probe is not None else self.run.probe
+        return self.given_probe if self.given_probe is not None else self.run.probe
+
+    @property
+    def batch_size(self) -> int | None:
+        """Loss terms per optimizer step, as the user or the record says."""
+        return (
+            self.given_batch_size if self.given_batch_size is not None else self.run.info.batch_size
+        )
+
+    @property
+    def sigma2(self) -> float:
+        """Variance of Gaussian outputs."""
+        return self.run.info.sigma2 if self.run.info.sigma2 is not None else 1.0
 
     @property
     def likelihood(self) -> tuple[str, list[str]]:
@@ -75,16 +107,13 @@ class LensInputs:
             return "categorical", ["outputs taken for class logits (the record doesn't say)"]
         return self.run.info.likelihood, []
 
+    @cached_property
     def model(self) -> nn.Module:
         """The architecture, built once."""
-        return self._built
-
-    @cached_property
-    def _built(self) -> nn.Module:
         try:
-            return build_model(self.run, self._model)
+            return build_model(self.run, self.architecture)
         except InputError as error:
-            if self._model is not None:
+            if self.architecture is not None:
                 raise
             raise Unsupported(str(error)) from None
 
@@ -94,8 +123,7 @@ class LensInputs:
         for k in np.flatnonzero(np.diff(readings) < 0):
             raise InputError(
                 f"{self.run.path}: clock {self.clock!r} runs backwards from step {steps[k]} to "
-                f"{steps[k + 1]}: correct "
-                "what the run logged, or use clock 'step'"
+                f"{steps[k + 1]}: correct what the run logged, or use clock 'step'"
             )
         return td.durations(readings)
 
@@ -114,4 +142,4 @@ class LensInputs:
 
     def advance(self, description: str, total: int) -> Callable[[int], None] | None:
         """Start a progress bar if the user asked for any."""
-        return None if self._progress is None else self._progress(description, total)
+        return None if self.progress is None else self.progress(description, total)

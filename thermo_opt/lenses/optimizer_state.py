@@ -20,22 +20,22 @@ from torch import Tensor
 from thermo_opt.errors import InputError
 from thermo_opt.fisher.optimizer_state import CHUNK, Step, StepScalars, path_scalars, total
 from thermo_opt.lenses.inputs import LensInputs, Unsupported
-from thermo_opt.lenses.summary import Measurements
+from thermo_opt.lenses.measurements import Measurements
 from thermo_opt.runs.run import Snapshot
 
 _TOGETHER = 8
 """Snapshots walked through at a time, so that the path comes from memory once for all of them."""
 
 
-def look_at_optimizer_state(view: LensInputs) -> Measurements:
+def measure(inputs: LensInputs) -> Measurements:
     """Scalars of each interval in the metric of the moments at its end; nats only where the batch
     size is known.
 
     Raises Unsupported when weights or moments are missing. Cost: one read of the snapshots, one
     array of memory.
     """
-    run, notes = view.run, []
-    snapshots = [run.snapshots[i] for i in view.indices]
+    run, notes = inputs.run, []
+    snapshots = [run.snapshots[i] for i in inputs.indices]
     if not snapshots[0].has_group("params"):
         raise Unsupported("it holds no weights: record them with params=True")
     for group in ("exp_avg", "exp_avg_sq"):
@@ -52,13 +52,13 @@ def look_at_optimizer_state(view: LensInputs) -> Measurements:
             f"{len(still)} parameters without moments (frozen, or not in the optimizer) are not "
             f"seen: {still[0]} …"
         )
-    if view.batch_size is None:
+    if inputs.batch_size is None:
         notes.append(
             "batch size unknown: quantities in nats are not available (give --batch-size), their "
             "ratios are"
         )
-    advance = view.advance("optimizer-state lens", len(snapshots) - 1)
-    found, distance = _walk(snapshots, start, view.batch_size, advance)
+    advance = inputs.advance("optimizer-state lens", len(snapshots) - 1)
+    found, distance = _developed_path(snapshots, start, inputs.batch_size, advance)
     if len(found) < len(snapshots) - 1:
         bad = snapshots[len(found) + 1]
         if not found:
@@ -71,9 +71,11 @@ def look_at_optimizer_state(view: LensInputs) -> Measurements:
             f"weights or moments are NaN or infinite from step {bad.step}: only what precedes was "
             "audited"
         )
-        found, distance = _walk(snapshots[: len(found) + 1], start, view.batch_size, None)
+        found, distance = _developed_path(
+            snapshots[: len(found) + 1], start, inputs.batch_size, None
+        )
     steps = np.array([s.step for s in snapshots[: len(found) + 1]])
-    loss = view.training_loss(steps)
+    loss = inputs.training_loss(steps)
     a, d, delta, null = (
         np.array([getattr(s, key) for s in found]) for key in ("a", "d", "delta", "null_decrease")
     )
@@ -89,7 +91,7 @@ def look_at_optimizer_state(view: LensInputs) -> Measurements:
     return Measurements(
         step=steps[:-1],
         step_end=steps[1:],
-        tau=view.tau(steps),
+        tau=inputs.tau(steps),
         a=a,
         d=d - null,
         delta_lower=delta,
@@ -97,13 +99,13 @@ def look_at_optimizer_state(view: LensInputs) -> Measurements:
         loss=loss[:-1],
         loss_end=loss[1:],
         distance=min(distance, length),  # equal on a straight path, but for float32 rounding
-        nats=view.batch_size is not None,
+        nats=inputs.batch_size is not None,
         notes=notes,
         extra={"null_decrease": null},
     )
 
 
-def _walk(
+def _developed_path(
     snapshots: Sequence[Snapshot],
     start: dict[str, Tensor],
     batch_size: int | None,

@@ -8,18 +8,19 @@ import numpy as np
 from thermo_opt.errors import InputError
 from thermo_opt.fisher.likelihoods import likelihood
 from thermo_opt.lenses.inputs import LensInputs, Unsupported
-from thermo_opt.lenses.path import Predictions, landmarks, squared_distance, walk
-from thermo_opt.lenses.replay import RecordedPredictions, ReplayedPredictions
-from thermo_opt.lenses.summary import Measurements
-from thermo_opt.manifold import Point
-from thermo_opt.manifold.start import Start
+from thermo_opt.lenses.measurements import Measurements
+from thermo_opt.lenses.path import landmarks, path_scalars, squared_distance
+from thermo_opt.lenses.predictions import Predictions, RecordedPredictions, ReplayedPredictions
+from thermo_opt.manifold.initial import InitialPredictions
 
+_LANDMARKS = 48
+"""Predictions kept for the trajectory map."""
 _RESOLUTION = 1e-29
 """Squared distances below this are rounding of the embedded predictions: such a motion has no
 direction."""
 
 
-def look_at_outputs(view: LensInputs) -> Measurements:
+def measure(inputs: LensInputs) -> Measurements:
     """Scalars of the path the predictions took: a exact, d to first order, Δ between Cauchy-Schwarz
     and χ².
 
@@ -27,37 +28,39 @@ def look_at_outputs(view: LensInputs) -> Measurements:
     were recorded. Stops at the first non-finite prediction and says so. Raises Unsupported when
     there is nothing to look at.
     """
-    source, notes = _predictions(view)
-    advance = view.advance("outputs lens", len(view.indices))
-    found = walk(source, view.indices, view.jobs, advance)
-    audited = np.array([source.steps[i] for i in view.indices[: len(found.loss)]])
+    source, notes = _predictions(inputs)
+    advance = inputs.advance("outputs lens", len(inputs.indices))
+    found = path_scalars(
+        source, inputs.indices, landmarks=_LANDMARKS, jobs=inputs.jobs, advance=advance
+    )
+    audited = np.array([source.steps[i] for i in inputs.indices[: len(found.loss)]])
     if found.stopped is not None:
         if len(audited) < 2:
             raise InputError(
-                f"{view.run.path}: the predictions at step {found.stopped} are NaN or infinite and "
-                "fewer than two "
-                "finite snapshots precede it: there is no path to audit"
+                f"{inputs.run.path}: the predictions at step {found.stopped} are NaN or infinite "
+                "and fewer than two finite snapshots precede it: there is no path to audit"
             )
         notes.append(
             f"predictions are NaN or infinite from step {found.stopped}: only what precedes was "
             "audited"
         )
-    first, last = source.point(view.indices[0]), source.point(view.indices[len(audited) - 1])
-    if likelihood(source.likelihood).suspicious(source.outputs(view.indices[0]).float()):
+    first, last = source.point(inputs.indices[0]), source.point(inputs.indices[len(audited) - 1])
+    if likelihood(source.likelihood).suspicious(source.outputs(inputs.indices[0]).float()):
         notes.append(
             "the outputs look like probabilities (rows sum to one), not logits: record them before "
             "the softmax"
         )
+    start = InitialPredictions.of(first, source.likelihood, source.sigma2)
     end_loss = last.mean_loss
     least = None
-    if end_loss is None:
+    if end_loss is None or start is None:
         notes.append("the probe has no targets: loss, frontier and alignment are unknown")
     elif not np.isfinite(end_loss):
         notes.append(
             "the loss at the end is infinite (a target has probability 0): its frontier is unknown"
         )
     else:
-        least = least_distance(first, end_loss, source.likelihood, source.sigma2)
+        least = start.least_distance(end_loss)
     a, d, chi2 = (np.array(x) for x in (found.a, found.d, found.chi2))
     if end_loss is not None:
         notes.append(
@@ -68,7 +71,7 @@ def look_at_outputs(view: LensInputs) -> Measurements:
     return Measurements(
         step=audited[:-1],
         step_end=audited[1:],
-        tau=view.tau(audited),
+        tau=inputs.tau(audited),
         a=a,
         d=d,
         delta_lower=np.zeros_like(a),
@@ -80,16 +83,16 @@ def look_at_outputs(view: LensInputs) -> Measurements:
         notes=notes,
         chords=found.chords,
         landmarks=landmarks(found, audited),
-        start=Start.of(first, source.likelihood, source.sigma2),
+        start=start,
     )
 
 
-def _predictions(view: LensInputs) -> tuple[Predictions, list[str]]:
-    first = view.run.snapshots[0]
-    family, notes = view.likelihood
+def _predictions(inputs: LensInputs) -> tuple[Predictions, list[str]]:
+    first = inputs.run.snapshots[0]
+    family, notes = inputs.likelihood
     recorded = "probe/logits" in first.names()
-    if recorded and not view.probe_given:
-        return RecordedPredictions(view.run, family, view.sigma2), notes
+    if recorded and inputs.given_probe is None:
+        return RecordedPredictions(inputs.run, family, inputs.sigma2), notes
     if not first.has_group("params"):
         raise Unsupported(
             "it holds neither predictions on a probe nor weights to replay them from"
@@ -99,19 +102,11 @@ def _predictions(view: LensInputs) -> tuple[Predictions, list[str]]:
                 "weights to replay another one"
             )
         )
-    if view.probe is None:
+    if inputs.probe is None:
         raise Unsupported(
             "it recorded no predictions: give --probe (and --model) to replay them from its weights"
         )
-    return ReplayedPredictions(view.run, view.model(), view.probe, family, view.sigma2), [
+    return ReplayedPredictions(inputs.run, inputs.model, inputs.probe, family, inputs.sigma2), [
         *notes,
         "replayed",
     ]
-
-
-def least_distance(start: Point, loss: float, likelihood: str, sigma2: float = 1.0) -> float:
-    """D*(loss) from the run's own starting predictions, in the units of the geodesic distance
-    (§5)."""
-    begun = Start.of(start, likelihood, sigma2)
-    assert begun is not None
-    return begun.least_distance(loss)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -27,10 +27,10 @@ from thermo_opt.fisher.certificate import gradient_norm
 from thermo_opt.fisher.exact import JacobianMetric
 from thermo_opt.fisher.metric import dot
 from thermo_opt.lenses.inputs import LensInputs, Unsupported
-from thermo_opt.lenses.outputs import least_distance
+from thermo_opt.lenses.measurements import Measurements
 from thermo_opt.lenses.path import squared_distance
-from thermo_opt.lenses.summary import Measurements
-from thermo_opt.manifold import embed
+from thermo_opt.manifold import Point, embed
+from thermo_opt.manifold.initial import InitialPredictions
 from thermo_opt.models import map_tensors
 from thermo_opt.runs import Probe, Run
 from thermo_opt.runs.probe import Inputs
@@ -168,31 +168,35 @@ class ParameterLens:
         return float(np.mean([metric.quadratic(v) for v in signs])) / sum(v.numel() for v in values)
 
 
-def look_at_parameters(view: LensInputs) -> Measurements:
+def measure(lens_inputs: LensInputs) -> Measurements:
     """Scalars of each audited step in the exact Fisher metric on the probe, with attribution to
     parameters.
 
-    Raises Unsupported when weights, model or probe are missing. ``view.intervals`` selects a subset
-    of the steps; unless they follow one another, sums over the path are then unknown. Stops at the
-    first NaN or infinite weight.
+    Raises Unsupported when weights, model or probe are missing. ``lens_inputs.intervals`` selects
+    some of the steps; unless they follow one another, sums over the path are then unknown. Stops at
+    the first NaN or infinite weight.
     """
-    run, probe = view.run, view.probe
+    run, probe = lens_inputs.run, lens_inputs.probe
     if not run.snapshots[0].has_group("params"):
         raise Unsupported("it holds no weights: record them with params=True")
     if probe is None or probe.inputs is None or probe.targets is None:
         raise Unsupported("the parameter lens needs a probe with inputs and targets: give --probe")
-    likelihood, notes = view.likelihood
+    likelihood, notes = lens_inputs.likelihood
     targets = probe.targets
     if likelihood == "categorical" and bool((targets.double() == targets.long()).all()):
         targets = targets.long()  # class numbers that a file kept as floating-point or boolean
-    model = copy.deepcopy(view.model()).to(device=view.device, dtype=torch.float64).eval()
+    model = (
+        copy.deepcopy(lens_inputs.model).to(device=lens_inputs.device, dtype=torch.float64).eval()
+    )
     inputs = map_tensors(
-        probe.inputs, lambda t: (t.double() if t.is_floating_point() else t).to(view.device)
+        probe.inputs, lambda t: (t.double() if t.is_floating_point() else t).to(lens_inputs.device)
     )
     probe = Probe(inputs, targets, probe.fingerprint)
-    lens = ParameterLens(run, model, probe, likelihood, view.sigma2, 0.0, view.quadrature, None)
-    first_snapshot = run.snapshots[view.indices[0]]
-    if not lens._finite(view.indices[0]):
+    lens = ParameterLens(
+        run, model, probe, likelihood, lens_inputs.sigma2, 0.0, lens_inputs.quadrature, None
+    )
+    first_snapshot = run.snapshots[lens_inputs.indices[0]]
+    if not lens._finite(lens_inputs.indices[0]):
         raise InputError(
             f"{first_snapshot.path}: weights are NaN or infinite at step {first_snapshot.step}, "
             "the first"
@@ -200,14 +204,14 @@ def look_at_parameters(view: LensInputs) -> Measurements:
     install(model, first_snapshot, run.info.tied)
     predict(model, map_tensors(inputs, lambda t: t[:1]))  # refuses inputs that the model can't take
     lens.microbatch = _microbatch(model, inputs)
-    pairs = list(zip(view.indices[:-1], view.indices[1:], strict=True))
-    chosen = _subset(len(pairs), view.intervals)
-    if view.damping is not None:
-        lens.damping = view.damping
+    pairs = list(zip(lens_inputs.indices[:-1], lens_inputs.indices[1:], strict=True))
+    chosen = _subset(len(pairs), lens_inputs.intervals)
+    if lens_inputs.damping is not None:
+        lens.damping = lens_inputs.damping
     else:
         lens.damping = _RELATIVE_DAMPING * lens.mean_eigenvalue(pairs[0][0])
     with _threads(model, targets.shape[0]):
-        seen = _finite_intervals(lens, [pairs[k] for k in chosen], view)
+        seen = _finite_intervals(lens, [pairs[k] for k in chosen], lens_inputs)
     if len(seen) < len(chosen):
         bad = run.snapshots[pairs[chosen[len(seen)]][1]]
         if not seen:
@@ -221,14 +225,15 @@ def look_at_parameters(view: LensInputs) -> Measurements:
         chosen = chosen[: len(seen)]
     first = _point(lens, pairs[chosen[0]][0])
     last = _point(lens, pairs[chosen[-1]][1])
-    steps = np.array([run.snapshots[i].step for i in view.indices])
+    start = InitialPredictions.of(first, likelihood, lens_inputs.sigma2)
+    steps = lens_inputs.steps
     path = chosen == list(range(chosen[0], chosen[-1] + 1))
     a = np.array([s.a for s in seen])
     distance: float | None = float(np.sqrt(squared_distance(first, last, likelihood)))
     notes = [
         *notes,
         f"alignment in F + λI with λ = {lens.damping:.3g}; dissipation in F; "
-        f"{view.quadrature}-point values",
+        f"{lens_inputs.quadrature}-point values",
     ]
     if not path:
         distance = None
@@ -247,7 +252,7 @@ def look_at_parameters(view: LensInputs) -> Measurements:
         "every target's probability is positive"
     )
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    tau = view.tau(steps)[chosen]
+    tau = lens_inputs.tau(steps)[chosen]
     share = np.array([s.by_parameter for s in seen]) / np.where(tau > 0, 2 * tau, np.inf)[:, None]
     return Measurements(
         step=steps[:-1][chosen],
@@ -260,9 +265,7 @@ def look_at_parameters(view: LensInputs) -> Measurements:
         loss=np.array([s.loss for s in seen]),
         loss_end=np.array([s.loss_end for s in seen]),
         distance=distance,
-        least_distance=least_distance(first, seen[-1].loss_end, likelihood, view.sigma2)
-        if path
-        else None,
+        least_distance=start.least_distance(seen[-1].loss_end) if path and start else None,
         path=path,
         a_alignment=np.maximum([s.a_damped for s in seen], 0.0),
         notes=notes,
@@ -272,14 +275,14 @@ def look_at_parameters(view: LensInputs) -> Measurements:
 
 
 def _finite_intervals(
-    lens: ParameterLens, pairs: Sequence[tuple[int, int]], view: LensInputs
+    lens: ParameterLens, pairs: Sequence[tuple[int, int]], lens_inputs: LensInputs
 ) -> list[Interval]:
     """Scalars of these intervals up to the first whose weights aren't finite."""
-    advance = view.advance("parameter lens", len(pairs))
-    if view.jobs == 1:
+    advance = lens_inputs.advance("parameter lens", len(pairs))
+    if lens_inputs.jobs == 1:
         intervals: Iterator[Interval | None] = (lens.interval(i, j) for i, j in pairs)
     else:
-        intervals = Parallel(n_jobs=min(view.jobs, len(pairs)), return_as="generator")(
+        intervals = Parallel(n_jobs=min(lens_inputs.jobs, len(pairs)), return_as="generator")(
             delayed(lens.interval)(i, j) for i, j in pairs
         )
     seen: list[Interval] = []
@@ -292,7 +295,7 @@ def _finite_intervals(
     return seen
 
 
-def _point(lens: ParameterLens, index: int) -> Any:
+def _point(lens: ParameterLens, index: int) -> Point:
     """The predictions of a snapshot as a point of the prediction manifold."""
     outputs = lens._state(index)[2].cpu().numpy()
     targets = None if lens.probe.targets is None else lens.probe.targets.cpu().numpy()

@@ -1,168 +1,270 @@
 """One pass over a run's predictions: the scalars of each interval and the chords of the
 coarse-graining curves.
 
-Holds one embedded prediction a stride, so that memory does not grow with the run.
+Holds a few embedded predictions per stride, so that memory does not grow with the run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 
 import numpy as np
 from joblib import Parallel, delayed
-from torch import Tensor
 
+from thermo_opt.lenses.predictions import Predictions
 from thermo_opt.lenses.results import Landmarks
 from thermo_opt.manifold import Point, move, row_distances
 from thermo_opt.manifold.predictive import Array
 
+STRIDES = (1, 2, 4, 8, 16, 32, 64)
+"""Strides of the coarse-graining curves, in snapshots."""
 _SEGMENT = 64
-"""Intervals a unit of work spans, and so the largest stride of the coarse-graining curves."""
+"""Intervals that a unit of work spans, and so the largest stride of the coarse-graining curves."""
 _AMPLITUDE_BYTES = 1 << 30
 """Memory the embedded predictions held at once may take; very wide probes get fewer strides."""
-_LANDMARKS, _LANDMARK_FLOATS = 48, 20_000
-
-
-class Predictions(Protocol):
-    """Where predictions come from: picklable, so that other processes can walk their own
-    segment."""
-
-    likelihood: str
-    sigma2: float
-
-    @property
-    def steps(self) -> Sequence[int]:
-        """Step number of each snapshot."""
-        ...
-
-    def outputs(self, index: int) -> Tensor:
-        """The outputs of snapshot ``index``, as the model gave them."""
-        ...
-
-    def point(self, index: int) -> Point:
-        """The embedded predictions of snapshot ``index``."""
-        ...
+_BLOCK_BYTES = 1 << 18
+"""Predictions embedded at a time: enough to spread NumPy's overheads, few enough for the cache."""
+_LANDMARK_FLOATS = 20_000
 
 
 @dataclass
-class Walk:
-    """What one pass over the predictions finds; arrays over audited snapshots (K+1) or intervals
-    (K).
+class PathScalars:
+    """What one pass over the predictions finds; K intervals between K+1 snapshots.
 
-    ``a``, ``d``, ``chi2`` (K,), ``loss`` (K+1,) nats; ``chords``: for each stride m the list of
-    (first, last, a) chords; ``stopped``: the step of the first non-finite prediction (what precedes
-    it was walked), or None.
+    Attributes:
+        loss: (K+1,) mean loss at each snapshot (nats), NaN without targets.
+        a: (K,) squared Fisher–Rao distance of each interval (nats).
+        d: (K,) first-order decrease of the loss along each interval's geodesic (nats).
+        chi2: (K,) the certificate Δ ≤ χ² at each interval's start (nats).
+        chi2_shares: (n,) each example's share of χ², summed over the intervals with weight a; None
+            without targets.
+        chords: per stride m the list of (first, last, a) of the chords over m intervals.
+        landmarks: (position, amplitudes) of the predictions kept for the trajectory map.
+        stopped: the step of the first non-finite prediction (what precedes it was walked), or None.
     """
 
     loss: list[float] = field(default_factory=list)
     a: list[float] = field(default_factory=list)
     d: list[float] = field(default_factory=list)
     chi2: list[float] = field(default_factory=list)
+    chi2_shares: Array | None = None
     chords: dict[int, list[tuple[int, int, float]]] = field(default_factory=dict)
     landmarks: list[tuple[int, Array]] = field(default_factory=list)
     stopped: int | None = None
 
 
-def walk(
+def path_scalars(
     source: Predictions,
     indices: Sequence[int],
+    *,
+    strides: Sequence[int] = STRIDES,
+    first_order: bool = True,
+    landmarks: int = 0,
     jobs: int = 1,
     advance: Callable[[int], None] | None = None,
-) -> Walk:
-    """Walk the snapshots ``indices`` (increasing) of a source of predictions; segments in parallel
-    when ``jobs`` ≠ 1.
+) -> PathScalars:
+    """Scalars of the path through the snapshots ``indices`` of a source of predictions.
 
-    Cost: one embedding a snapshot, O(n c), and about two distances (strides 1, 2, 4, … up to 64).
+    Args:
+        source: Where the predictions come from.
+        indices: Positions of the snapshots, increasing.
+        strides: Strides of the chords to measure, none or 1 first; those longer than the path, or
+            too many for the memory of a wide probe, are left out.
+        first_order: Whether d and χ² are wanted; without them both stay empty.
+        landmarks: Predictions to keep for a map, evenly spread.
+        jobs: Processes that share the path's segments.
+        advance: Called with the number of snapshots done.
+
+    Returns:
+        `PathScalars`. Cost: one embedding per snapshot, O(n c), and about two distances.
     """
     intervals = len(indices) - 1
-    marks = set(
-        np.unique(
-            np.linspace(0, intervals, min(_LANDMARKS, intervals + 1)).round().astype(int)
-        ).tolist()
+    kept = np.linspace(0, intervals, min(landmarks, intervals + 1)).round().astype(int)
+    bytes_each = max(1, source.points(indices[:1]).w.nbytes)
+    plan = _Plan(
+        strides=[m for m in strides if m <= max(1, intervals)][
+            : max(1, _AMPLITUDE_BYTES // bytes_each)
+        ],
+        first_order=first_order,
+        marks=frozenset(kept.tolist()),
+        block=max(1, _BLOCK_BYTES // bytes_each),
     )
-    first = source.point(indices[0])
-    widest = max(1, _AMPLITUDE_BYTES // max(1, first.w.nbytes))
-    strides = [m for m in (1, 2, 4, 8, 16, 32, 64) if m <= max(1, intervals)][:widest]
     starts = range(0, intervals, _SEGMENT)
-    parts: Iterator[Walk]
-    if jobs == 1 or len(starts) == 1:
-        parts = (_segment(source, indices, s, strides, marks, advance) for s in starts)
+    parts: Iterator[PathScalars]
+    alone = jobs == 1 or len(starts) == 1
+    if alone:
+        parts = (_segment(source, indices, start, plan, advance) for start in starts)
     else:
         parts = Parallel(n_jobs=min(jobs, len(starts)), return_as="generator")(
-            delayed(_segment)(source, indices, s, strides, marks, None) for s in starts
+            delayed(_segment)(source, indices, start, plan) for start in starts
         )
-    total = Walk(chords={m: [] for m in strides})
+    total = PathScalars(chords={m: [] for m in plan.strides})
     for part in parts:
-        if jobs != 1 and len(starts) > 1 and advance is not None:
+        if not alone and advance is not None:
             advance(len(part.loss))
-        total.loss += part.loss if not total.loss else part.loss[1:]
-        total.a += part.a
-        total.d += part.d
-        total.chi2 += part.chi2
-        for m in strides:
-            total.chords[m] += part.chords[m]
-        total.landmarks += part.landmarks
+        _append(total, part)
         if part.stopped is not None:
-            total.stopped = part.stopped
             break
     return total
+
+
+@dataclass(frozen=True)
+class _Plan:
+    strides: Sequence[int]
+    first_order: bool
+    marks: frozenset[int]
+    block: int
+
+
+def _append(total: PathScalars, part: PathScalars) -> None:
+    """Put a segment behind those before it; its first snapshot is their last."""
+    total.loss += part.loss[1:] if total.loss else part.loss
+    total.a += part.a
+    total.d += part.d
+    total.chi2 += part.chi2
+    if part.chi2_shares is not None:
+        total.chi2_shares = part.chi2_shares + (
+            0.0 if total.chi2_shares is None else total.chi2_shares
+        )
+    for m, chords in part.chords.items():
+        total.chords[m] += chords
+    total.landmarks += part.landmarks
+    total.stopped = part.stopped
 
 
 def _segment(
     source: Predictions,
     indices: Sequence[int],
     start: int,
-    strides: Sequence[int],
-    marks: set[int],
-    advance: Callable[[int], None] | None,
-) -> Walk:
-    out = Walk(chords={m: [] for m in strides})
+    plan: _Plan,
+    advance: Callable[[int], None] | None = None,
+) -> PathScalars:
+    out = PathScalars(chords={m: [] for m in plan.strides})
     end = min(start + _SEGMENT, len(indices) - 1)
     held: dict[int, tuple[int, Point]] = {}
     previous: Point | None = None
-    previous_k = start
-    for k in range(start, end + 1):
-        point = source.point(indices[k])
+    k = start
+    for begin in range(start, end + 1, plan.block):
+        chosen = indices[begin : min(begin + plan.block, end + 1)]
+        block, points = _embedded(source, chosen)
         if advance is not None:
-            advance(1)
-        if not point.finite:
-            out.stopped = int(source.steps[indices[k]])
+            advance(len(points))
+        out.loss += [np.nan if p.loss is None else p.mean_loss for p in points]  # type: ignore[misc]
+        if not plan.first_order:
+            out.a += _squared_distances(previous, block, points, source.likelihood)
+        for position, point in enumerate(points):
+            k = begin + position
+            boundary = k == start > 0  # the segment before has seen this point as its last
+            if k in plan.marks and not boundary and source.likelihood != "gaussian":
+                rows = max(1, _LANDMARK_FLOATS // point.w.shape[1])
+                out.landmarks.append((k, point.first(rows).astype(np.float32)))
+            if previous is None:
+                held = dict.fromkeys(plan.strides[1:], (k, point))
+            elif plan.first_order:
+                step = move(previous, point, source.likelihood)
+                out.a.append(step.a)
+                out.d.append(step.d)
+                out.chi2.append(step.chi2)
+                _count_shares(out, previous, step.a)
+            if previous is not None:
+                for m in plan.strides[:1]:
+                    out.chords[m].append((k - 1, k, out.a[k - 1 - start]))
+                for m in plan.strides[1:]:
+                    if (k - start) % m == 0:
+                        first, before = held[m]
+                        a = squared_distance(before, point, source.likelihood)
+                        out.chords[m].append((first, k, a))
+                        held[m] = (k, point)
+            previous = point
+        if len(points) < len(chosen):
+            out.stopped = int(source.steps[chosen[len(points)]])
             break
-        loss = point.mean_loss
-        out.loss.append(np.nan if loss is None else loss)
-        boundary = k == start > 0  # the segment before has seen this point as its last
-        if k in marks and not boundary and source.likelihood != "gaussian":
-            rows = max(1, _LANDMARK_FLOATS // point.w.shape[1])
-            out.landmarks.append((k, point.first(rows).astype(np.float32)))
-        if previous is None:
-            held = dict.fromkeys(strides[1:], (k, point))
-        else:
-            step = move(previous, point, source.likelihood)
-            out.a.append(step.a)
-            out.d.append(step.d)
-            out.chi2.append(step.chi2)
-            if strides:
-                out.chords[1].append((k - 1, k, step.a))
-            for m in strides[1:]:
-                if (k - start) % m == 0:
-                    out.chords[m].append(
-                        (held[m][0], k, squared_distance(held[m][1], point, source.likelihood))
-                    )
-                    held[m] = (k, point)
-        previous, previous_k = point, k
     if previous is not None and (out.stopped is not None or end == len(indices) - 1):
-        for m in strides[1:]:  # the path's tail, shorter than the stride
-            if held[m][0] < previous_k:
-                out.chords[m].append(
-                    (
-                        held[m][0],
-                        previous_k,
-                        squared_distance(held[m][1], previous, source.likelihood),
-                    )
-                )
+        for m in plan.strides[1:]:  # the path's tail, shorter than the stride
+            first, before = held[m]
+            if first < k:
+                a = squared_distance(before, previous, source.likelihood)
+                out.chords[m].append((first, k, a))
     return out
+
+
+def _embedded(source: Predictions, indices: Sequence[int]) -> tuple[Point, list[Point]]:
+    """These snapshots' predictions embedded together, and each apart, up to the first that isn't
+    finite."""
+    block = source.points(indices)
+    if block.finite:
+        return block, _split(block, len(indices))
+    points = []
+    for index in indices:
+        point = source.points([index])
+        if not point.finite:
+            break
+        points.append(point)
+    return block, points
+
+
+def _split(block: Point, count: int) -> list[Point]:
+    """The points of ``count`` snapshots that were embedded one after another."""
+    if count == 1:
+        return [block]
+    rows = len(block.w) // count
+    per_row = [
+        name
+        for name in (f.name for f in fields(block))
+        if isinstance(value := getattr(block, name), np.ndarray) and len(value) == len(block.w)
+    ]
+    return [
+        replace(
+            block,
+            examples=block.examples // count,
+            **{name: getattr(block, name)[k * rows : (k + 1) * rows] for name in per_row},
+        )
+        for k in range(count)
+    ]
+
+
+def _squared_distances(
+    previous: Point | None, block: Point, points: Sequence[Point], likelihood: str
+) -> list[float]:
+    """Squared distances from ``previous``, if any, to the first of a block and between its
+    points: all of them in two calls where the block is whole."""
+    joined = [] if previous is None or not points else [previous]
+    a = [squared_distance(p, points[0], likelihood) for p in joined]
+    if len(points) < 2:
+        return a
+    rows = len(points[0].w)
+    if len(points) * rows != len(block.w) or not block.finite:
+        return a + [squared_distance(p, q, likelihood) for p, q in pairwise(points)]
+    first, last = (
+        _rows(block, slice(0, len(block.w) - rows)),
+        _rows(block, slice(rows, len(block.w))),
+    )
+    distance = row_distances(first, last, likelihood).reshape(len(points) - 1, rows)
+    return a + (np.einsum("ij,ij->i", distance, distance) / points[0].examples).tolist()
+
+
+def _rows(block: Point, part: slice) -> Point:
+    scale = None if block.scale is None else block.scale[part]
+    return Point(block.w[part], block.examples, scale=scale)
+
+
+def _count_shares(out: PathScalars, point: Point, a: float) -> None:
+    """Add each example's share of χ² at an interval's start, with weight a."""
+    if point.log_amplitude_y is not None:
+        with np.errstate(over="ignore"):
+            chi2 = np.expm1(-2 * point.log_amplitude_y)
+    elif point.residual is not None:
+        chi2 = np.einsum("ij,ij->i", point.residual, point.residual)
+    else:
+        return
+    infinite = np.isinf(chi2)
+    chi2 = np.where(infinite, 1.0, 0.0) if infinite.any() else chi2
+    shares = chi2.reshape(point.examples, -1).sum(axis=1)
+    total = shares.sum()
+    added = shares * (a / total) if total > 0 else np.zeros(point.examples)
+    out.chi2_shares = added if out.chi2_shares is None else out.chi2_shares + added
 
 
 def squared_distance(p: Point, q: Point, likelihood: str) -> float:
@@ -172,7 +274,7 @@ def squared_distance(p: Point, q: Point, likelihood: str) -> float:
     return float(np.dot(distance, distance) / p.examples)
 
 
-def landmarks(found: Walk, steps: np.ndarray) -> Landmarks | None:
+def landmarks(found: PathScalars, steps: np.ndarray) -> Landmarks | None:
     """The predictions kept for the trajectory map, or None where there is no sphere to map."""
     if not found.landmarks:
         return None

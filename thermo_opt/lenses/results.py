@@ -13,7 +13,7 @@ import pandas as pd
 
 from thermo_opt.arguments import jsonable
 from thermo_opt.deprecated import RenamedKeys
-from thermo_opt.manifold.start import Start
+from thermo_opt.manifold.initial import InitialPredictions
 
 LENSES = ("outputs", "parameters", "optimizer-state")
 """Every lens, in the order in which an audit prefers them for its headline."""
@@ -88,7 +88,7 @@ class LensAudit:
     hurst: float | None = None
     attribution: pd.DataFrame | None = None
     landmarks: Landmarks | None = None
-    start: Start | None = None
+    start: InitialPredictions | None = None
 
 
 @runtime_checkable

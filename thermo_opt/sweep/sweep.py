@@ -12,7 +12,7 @@ import pandas as pd
 
 from thermo_opt.errors import InputError
 from thermo_opt.fronts.front import CLOCK_OF, ParetoFront, pareto
-from thermo_opt.fronts.trajectory import read_track
+from thermo_opt.fronts.trajectory import read_trajectory
 from thermo_opt.runs import load_run
 from thermo_opt.sweep.config import Sweep, Trial
 from thermo_opt.sweep.records import UNFINISHED, exclusive, finished
@@ -119,7 +119,7 @@ def _draw(sweep: Sweep, trials: list[Trial]) -> tuple[ParetoFront, dict[str, str
             left_out[trial.name] = "its first loss isn't finite"
             continue
         try:
-            tracks.append(read_track(run, CLOCK_OF[sweep.x]))
+            tracks.append(read_trajectory(run, CLOCK_OF[sweep.x]))
         except InputError as error:
             left_out[trial.name] = str(error)
             continue

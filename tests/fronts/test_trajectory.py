@@ -12,7 +12,7 @@ from scipy.optimize import brentq
 from scipy.special import log_softmax, softmax
 
 import thermo_opt as to
-from thermo_opt.fronts.trajectory import read_track, track_of
+from thermo_opt.fronts.trajectory import read_trajectory, trajectory_of
 from thermo_opt.runs import load_run
 
 
@@ -41,7 +41,7 @@ def test_crossings_lie_on_or_above_the_frontier_and_not_before_the_geodesic_meet
 ):
     z, y = descent(seed, snapshots=7, n=5, noise=0.6, speed=0.5)
     with tempfile.TemporaryDirectory() as folder:
-        track = read_track(load_run(write_run(Path(folder) / "run", z, y)))
+        track = read_trajectory(load_run(write_run(Path(folder) / "run", z, y)))
     p = softmax(z, axis=-1)
     rows = np.arange(len(y))
     loss = -np.log(p[:, rows, y]).mean(axis=1)
@@ -63,7 +63,7 @@ def test_crossings_lie_on_or_above_the_frontier_and_not_before_the_geodesic_meet
 def test_the_straight_path_at_constant_speed_lies_on_the_frontier(tmp_path, write_run):
     phi = np.linspace(1.2, 0.3, 10)  # one example's angle to its target, arccos √p(y)
     p = np.stack([np.cos(phi) ** 2, np.sin(phi) ** 2], axis=-1)[:, None, :]
-    track = read_track(load_run(write_run(tmp_path / "run", np.log(p), np.array([0]))))
+    track = read_trajectory(load_run(write_run(tmp_path / "run", np.log(p), np.array([0]))))
     found = track.crossing(float(-2 * np.log(np.cos(phi[-1]))) * (1 + 1e-15))
     assert found.time == pytest.approx(9)
     assert found.least_distance == pytest.approx(2 * 0.9)
@@ -73,7 +73,7 @@ def test_the_straight_path_at_constant_speed_lies_on_the_frontier(tmp_path, writ
 
 
 def test_a_run_that_never_gets_there_has_no_crossing(runs):
-    track = read_track(load_run(runs[-1]))
+    track = read_trajectory(load_run(runs[-1]))
     found = track.crossing(track.best * 0.9)
     assert not found.reached
     assert np.isnan(found.time)
@@ -84,7 +84,7 @@ def test_a_run_that_never_gets_there_has_no_crossing(runs):
 def test_the_first_crossing_counts_not_the_last(tmp_path, write_run):
     z = np.zeros((5, 1, 2))
     z[:, 0, 0] = [0.0, 2.0, -1.0, 3.0, 4.0]
-    track = read_track(load_run(write_run(tmp_path / "run", z, np.array([0]), every=10)))
+    track = read_trajectory(load_run(write_run(tmp_path / "run", z, np.array([0]), every=10)))
     target = float(-log_softmax(z[1, 0])[0])
     assert track.crossing(target).step == pytest.approx(10)
 
@@ -110,7 +110,10 @@ def test_the_quick_reading_agrees_with_the_audit(tmp_path, write_run, kind, cloc
     z, y = OUTPUTS[kind](np.random.default_rng(3))
     likelihood = kind if kind in ("bernoulli", "gaussian") else "categorical"
     path = write_run(tmp_path / "run", z, y, every=3, likelihood=likelihood, sigma2=0.5)
-    slow, quick = track_of(to.audit(path, lens="outputs"), clock), read_track(load_run(path), clock)
+    slow, quick = (
+        trajectory_of(to.audit(path, lens="outputs"), clock),
+        read_trajectory(load_run(path), clock),
+    )
     assert slow.clock == quick.clock == clock
     for column in ("steps", "loss", "time", "dissipation"):
         np.testing.assert_allclose(getattr(quick, column), getattr(slow, column), rtol=1e-12)
@@ -127,11 +130,11 @@ def test_predictions_that_stop_being_numbers_end_the_line(
     z, y = descent(0)
     z[9, 3, 1] = np.nan
     path = write_run(tmp_path / "run", z, y)
-    whole = read_track(load_run(path))
+    whole = read_trajectory(load_run(path))
     assert whole.steps.tolist() == list(range(9))
-    monkeypatch.setattr("thermo_opt.fronts.trajectory._BLOCK_BYTES", 1)  # two snapshots at a time
+    monkeypatch.setattr("thermo_opt.lenses.path._BLOCK_BYTES", 1)  # two snapshots at a time
     np.testing.assert_allclose(
-        read_track(load_run(path)).dissipation, whole.dissipation, rtol=1e-12
+        read_trajectory(load_run(path)).dissipation, whole.dissipation, rtol=1e-12
     )
 
 
@@ -139,4 +142,4 @@ def test_a_run_that_is_never_a_number_twice_is_refused(tmp_path, write_run, desc
     z, y = descent(0)
     z[1:] = np.nan
     with pytest.raises(to.InputError, match="no path to follow"):
-        read_track(load_run(write_run(tmp_path / "run", z, y)))
+        read_trajectory(load_run(write_run(tmp_path / "run", z, y)))

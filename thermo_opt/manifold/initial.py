@@ -13,7 +13,7 @@ from thermo_opt.manifold.level_set import gaussian_least_distance
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialPredictions:
     """What D*(L*) depends on: the targets' log-probabilities, or for Gaussian outputs the
     residual's norm.
 
@@ -31,7 +31,7 @@ class Start:
     sigma2: float = 1.0
 
     @classmethod
-    def of(cls, point: Point, likelihood: str, sigma2: float = 1.0) -> Start | None:
+    def of(cls, point: Point, likelihood: str, sigma2: float = 1.0) -> InitialPredictions | None:
         """The start of a run whose first predictions are ``point``; None without targets."""
         if point.residual is not None:
             square = float(np.einsum("ij,ij->", point.residual, point.residual))
