@@ -23,6 +23,7 @@ from analysis.race import STUDIES
 from analysis.tasks import TASKS
 from analysis.timing import report
 from analysis.training import STRIDE, curve, first_reach
+from thermo_opt.optim import KFAC
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -34,17 +35,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "damping 1e-5": {"damping": 1e-5},
     "momentum 0.5": {"momentum": 0.5},
     "momentum 0.9": {"momentum": 0.9},
-    "fresh curvature at every step": {"refresh_every": 1},
-    "stale curvature (every 64)": {"refresh_every": 64},
-    "128 rows": {"rows": 128},
-    "all rows": {"rows": None},
-    "whole factors": {"overhead": math.inf},
-    "factor memory 0.8": {"decay": 0.8},
-    "labels from the model": {"targets": "sampled"},
-    "eigenbasis and exact damping": {"null_space": "none", "damping": 1e-4},
+    "fresh curvature at every step": {"metric": KFAC(max_refresh_interval=1)},
+    "stale curvature (every 64)": {"metric": KFAC(max_refresh_interval=64)},
+    "128 rows": {"metric": KFAC(max_rows=128)},
+    "all rows": {"metric": KFAC(max_rows=None)},
+    "whole factors": {"metric": KFAC(max_solve_overhead=math.inf)},
+    "factor memory 0.8": {"metric": KFAC(factor_decay=0.8)},
+    "labels from the model": {"metric": KFAC(fisher_type="mc")},
+    "eigenbasis and exact damping": {"metric": KFAC(inverse="pseudo"), "damping": 1e-4},
     "EKFAC": {"metric": "ekfac"},
-    "reduce setting": {"setting": "reduce"},
-    "no calibration": {"calibrate": 0, "budget": 1e-3},
+    "reduce setting": {"metric": KFAC(kfac_approx="reduce")},
+    "no calibration": {"calibration": None, "budget": 1e-3},
 }
 
 

@@ -43,6 +43,6 @@ def state_size(optimizer: torch.optim.Optimizer) -> int:
             walk(vars(node), depth + 1)
 
     walk(dict(optimizer.state), 0)
-    if hasattr(optimizer, "curvature"):
-        walk(optimizer.curvature, 0)
+    if hasattr(optimizer, "metric"):
+        walk(optimizer.metric, 0)
     return sum(found.values())

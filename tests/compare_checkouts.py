@@ -382,13 +382,15 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", help="configurations whose name contains this ('audits' is one)"
     )
+    parser.add_argument("--weights", action="store_true", help="no audits")
     parser.add_argument("--runs", type=Path, help="folder of recorded runs (default: OLD/data)")
     parser.add_argument(
         "--keep", type=Path, help="where OLD's results are kept, and taken from the next time"
     )
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    names = [name for name in (*CONFIGURATIONS, "audits") if options.only in name]
+    known = list(CONFIGURATIONS) if options.weights else [*CONFIGURATIONS, "audits"]
+    names = [name for name in known if options.only in name]
     runs = options.runs or options.old / "data"
     if options.worker:
         folder, given = options.worker
@@ -415,6 +417,7 @@ def main() -> None:
                 "PYTHONDONTWRITEBYTECODE": "1",
             }
             rest = [f"--only={options.only}", "--worker", str(folder), given]
+            rest += ["--weights"] if options.weights else []
             subprocess.run([*command, *rest], check=True, cwd=checkout, env=environment)
         found = list(differences(old, new, names))
     print("\n".join([*found, f"{len(found)} differences"]))

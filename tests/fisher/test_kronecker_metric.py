@@ -277,7 +277,7 @@ def test_scale_blocks_are_exact_on_any_batch():
 
 
 def test_wide_scale_layers_get_a_small_block_per_channel(monkeypatch):
-    monkeypatch.setattr("thermo_opt.fisher.kronecker.estimate.DENSE_SCALES", 4)
+    monkeypatch.setattr("thermo_opt.fisher.kronecker.layers.DENSE_SCALES", 4)
     torch.manual_seed(5)
     model, shape = mlp()
     x, y = data(shape)

@@ -8,9 +8,8 @@ from torch import nn
 
 import thermo_opt as to
 from tests.optim import optim_models as models
-from thermo_opt.optim.damping import LEAST, PRIOR, damping_of
-from thermo_opt.optim.kronecker_curvature import KroneckerCurvature
-from thermo_opt.optim.kronecker_unit import KroneckerUnit
+from thermo_opt.optim.kronecker.matrix import MatrixBlock
+from thermo_opt.optim.kronecker.refresh import LEAST, PRIOR, default_damping
 
 
 def test_of_a_linear_softmax_it_is_ten_mean_variances_of_the_minibatch_gradient() -> None:
@@ -27,9 +26,9 @@ def test_of_a_linear_softmax_it_is_ten_mean_variances_of_the_minibatch_gradient(
 
 
 def test_it_is_never_below_the_least() -> None:
-    assert damping_of(1e-9, 10, 100) == LEAST
-    assert damping_of(math.inf, 10, 100) == LEAST
-    assert damping_of(1e3, 10, 100) == PRIOR
+    assert default_damping(1e-9, 10, 100) == LEAST
+    assert default_damping(math.inf, 10, 100) == LEAST
+    assert default_damping(1e3, 10, 100) == PRIOR
 
 
 @pytest.mark.parametrize(("given", "used"), [(0.3, 0.3), (lambda step: 0.2 + step, 0.2)])
@@ -74,22 +73,21 @@ def test_traces_are_those_of_the_whole_matrices(metric: str) -> None:
         optimizer.zero_grad()
         models.loss(model(tokens), y).backward()
         optimizer.step()
-    curvature = optimizer.curvature
-    assert isinstance(curvature, KroneckerCurvature)
+    blocks = optimizer.metric.blocks
     total = 0.0
-    for unit in curvature.units:
-        if isinstance(unit, KroneckerUnit):
+    for block in blocks:
+        if isinstance(block, MatrixBlock):
             whole = 0.0
-            for side in unit.sides:
+            for side in block.sides:
                 A, G = side.average.value
                 if A.dim() == 1:
                     A = torch.diag(A)
                 pairs = zip(A, G, strict=True) if A.dim() == 3 else [(A, G)]
                 whole += sum(float(torch.kron(a, g).trace()) for a, g in pairs)
         else:
-            values = [t for average in unit.running() for t in average.value]
+            values = [t for average in block.averages() for t in average.value]
             whole = sum(float(t.trace() if t.shape == (24, 24) else t.sum()) for t in values)
-        trace = unit.trace()
+        trace = block.trace()
         assert trace is not None
         assert float(trace) == pytest.approx(whole, rel=1e-5)
         total += whole
@@ -97,7 +95,7 @@ def test_traces_are_those_of_the_whole_matrices(metric: str) -> None:
     assert optimizer.last_step["damping"] == pytest.approx(
         max(10 * total / size / 40, LEAST), rel=1e-5
     )
-    assert len(curvature.units) == (6 if metric == "kfac" else 8)
+    assert len(blocks) == (6 if metric == "kfac" else 8)
 
 
 class Elsewhere(nn.Module):

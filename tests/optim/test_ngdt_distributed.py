@@ -10,10 +10,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import thermo_opt as to
 from tests.optim import optim_models as models
-from thermo_opt.optim import kronecker_unit
-from thermo_opt.optim.damping import LEAST
+from thermo_opt.optim import EKFAC, KFAC, Calibration
+from thermo_opt.optim.kronecker import matrix
+from thermo_opt.optim.kronecker.refresh import LEAST
 
 STEPS = 12
+
+
+KINDS = {"kfac": KFAC, "ekfac": EKFAC}
 
 
 def join(rank: int, count: int, path: str) -> None:
@@ -35,7 +39,7 @@ def uneven(rank: int, path: str, metric: str) -> None:
     join(rank, 2, path)
     model = models.mlp().double()
     called = DistributedDataParallel(model)
-    optimizer = to.NGDT(called, metric=metric, refresh_every=4)
+    optimizer = to.NGDT(called, metric=KINDS[metric](max_refresh_interval=4))
     for step in range(6):
         x, y = models.minibatch(models.digits(), step, 21)
         part = slice(0, 16) if rank == 0 else slice(16, 21)
@@ -57,7 +61,7 @@ def test_processes_with_unequal_batches_stay_together(metric: str, tmp_path: Pat
 
 def run(rank: int, count: int, path: str, metric: str, settled: int) -> None:
     torch.set_num_threads(1)
-    kronecker_unit.SETTLED = settled
+    matrix.SETTLED = settled
     if count > 1:
         join(rank, count, path)
     model = models.mlp().double()
@@ -65,11 +69,8 @@ def run(rank: int, count: int, path: str, metric: str, settled: int) -> None:
     optimizer = to.NGDT(
         called,
         budget=1e-2,
-        metric=metric,
-        rows=None,
-        calibration_predictions=None,
-        refresh_every=4,
-        overhead=1e9,
+        metric=KINDS[metric](max_rows=None, max_refresh_interval=4, max_solve_overhead=1e9),
+        calibration=Calibration(predictions=None),
     )
     data = models.digits()
     for step in range(STEPS):
@@ -91,7 +92,7 @@ def test_two_processes_equal_one(
     metric: str, settled: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``settled``: from which observation on EKFAC's bases follow by warm starts."""
-    monkeypatch.setattr(kronecker_unit, "SETTLED", settled)
+    monkeypatch.setattr(matrix, "SETTLED", settled)
     run(0, 1, str(tmp_path), metric, settled)
     mp.spawn(run, args=(2, str(tmp_path), metric, settled), nprocs=2)
     one, first, second = (

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 import thermo_opt as to
 from thermo_opt.fisher.kronecker import DenseBlock, KroneckerBlock
-from thermo_opt.optim import Dissipation
-from thermo_opt.optim.solvers import Spectral
+from thermo_opt.optim import Dissipation, Minibatch
+from thermo_opt.optim.kronecker.inverses import SpectralInverse
 
 
 def classifier(seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
@@ -123,10 +123,9 @@ def test_linear_gaussian_models_reach_the_optimum_in_one_step(metric: str) -> No
     sigma2 = 0.7
     optimizer = to.NGDT(
         model,
-        metric=metric,
+        metric=Minibatch(metric, inverse="pseudo"),
         regulator="fixed",
         eta_max=1.0,
-        null_space="none",
         momentum=0.0,
         likelihood="gaussian",
         sigma2=sigma2,
@@ -170,8 +169,7 @@ def test_trajectory_is_the_same_in_any_linear_coordinates_of_a_layer(momentum: f
         optimizer = to.NGDT(
             model,
             budget=3e-4,
-            metric="dense",
-            null_space="none",
+            metric=Minibatch("dense", inverse="pseudo"),
             momentum=momentum,
             likelihood="gaussian",
         )
@@ -205,7 +203,7 @@ def test_ten_thousand_rank_deficient_fishers() -> None:
         matrix, basis, values = _random_fisher(rng, size, rank, dtype)
         g = torch.tensor(rng.standard_normal(size), dtype=dtype)
         rtol = 1e-5 if dtype == torch.float32 else 1e-12
-        solver = Spectral(DenseBlock(matrix), 0.0, rtol, 0.0)
+        solver = SpectralInverse(DenseBlock(matrix), 0.0, rtol, 0.0)
         null = solver.null(g)
         u = solver.solve(g - null)
         a = float(u.double() @ matrix.double() @ u.double())
@@ -242,7 +240,7 @@ def test_kronecker_threshold_acts_on_products_of_eigenvalues() -> None:
         A, _, _ = _random_fisher(rng, 4, int(rng.integers(1, 5)), torch.float64)
         G, _, _ = _random_fisher(rng, 3, int(rng.integers(1, 4)), torch.float64)
         V = torch.tensor(rng.standard_normal((3, 4)))
-        solver = Spectral(KroneckerBlock(A, G), 0.0, 1e-9, 0.0)
+        solver = SpectralInverse(KroneckerBlock(A, G), 0.0, 1e-9, 0.0)
         a, U_A = torch.linalg.eigh(A)
         g, U_G = torch.linalg.eigh(G)
         products, cut = torch.outer(g.clamp(min=0), a.clamp(min=0)), 1e-9 * float(a[-1] * g[-1])
@@ -264,7 +262,10 @@ def test_hybrid_step_moves_freely_in_the_null_space_and_spends_nothing_there() -
         torch.tensor([0, 2]),
     )  # two examples: rank ≤ 4 of 21
     optimizer = to.NGDT(
-        model, budget=1e-3, metric="dense", null_space="hybrid", eta_null=0.5, momentum=0.0
+        model,
+        budget=1e-3,
+        metric=Minibatch("dense", inverse="pseudo+null", eta_null=0.5),
+        momentum=0.0,
     )
     (
         F.cross_entropy(model(x), y) + 0.1 * model.weight.sum()

@@ -3,6 +3,7 @@ reported."""
 
 import math
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from torch import nn
 
 import thermo_opt as to
 from tests.optim import optim_models as models
-from thermo_opt.optim import kronecker_unit
-from thermo_opt.optim.inverse import positive_inverse
-from thermo_opt.optim.solvers import KroneckerInverse, invert
-from thermo_opt.optim.units import DiagonalUnit
+from thermo_opt.optim import EKFAC, KFAC, Calibration, Minibatch
+from thermo_opt.optim.kronecker import matrix
+from thermo_opt.optim.kronecker.blocks import UnruledBlock
+from thermo_opt.optim.kronecker.cholesky import positive_inverse
+from thermo_opt.optim.kronecker.inverses import KroneckerInverse, invert
 
 DATA = models.digits()
 
@@ -35,20 +37,36 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int = 0) ->
         ({"eta_max": math.nan}, "eta_max"),
         ({"damping": -1e-3}, "damping"),
         ({"damping": math.nan}, "damping"),
-        ({"damping": 0.0}, "damping=0 needs null_space"),
+        ({"damping": 0.0}, "damping=0 needs a metric with inverse="),
         ({"momentum": 1.0}, "momentum"),
         ({"lr": -1.0}, "lr"),
         ({"metric": "newton"}, "metric 'newton' is not one of"),
         ({"regulator": "greedy"}, "regulator 'greedy' is not one of"),
-        ({"null_space": "all"}, "null_space"),
-        ({"targets": "true"}, "targets"),
         ({"likelihood": "cauchy"}, "likelihood"),
-        ({"refresh_every": 0}, "refresh_every"),
     ],
 )
 def test_impossible_settings(options: dict, words: str) -> None:
     with pytest.raises(to.InputError, match=words):
         to.NGDT(models.mlp(), **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: KFAC(factor_decay=1.0), "factor_decay"),
+        (lambda: KFAC(max_rows=0), "max_rows must be at least 1"),
+        (lambda: KFAC(max_refresh_interval=0), "max_refresh_interval"),
+        (lambda: KFAC(max_solve_overhead=0.0), "max_solve_overhead must be > 0"),
+        (lambda: EKFAC(inverse="all"), "inverse 'all' is not one of damped, pseudo, pseudo"),
+        (lambda: EKFAC(fisher_type="true"), "fisher_type 'true' is not one of empirical, mc"),
+        (lambda: KFAC(kfac_approx="sum"), "kfac_approx"),
+        (lambda: Minibatch("kfac"), "metric 'kfac' is not one of exact"),
+        (lambda: Calibration(every=0), "every"),
+    ],
+)
+def test_impossible_options_of_a_metric(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(to.InputError, match=words):
+        make()
 
 
 def test_models_that_cannot_be_trained() -> None:
@@ -159,7 +177,7 @@ def test_non_finite_steps_are_skipped_and_poison_nothing(
     assert optimizer.last_step["skipped"] == 1
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), weights, strict=True))
     if metric in ("kfac", "ekfac"):
-        assert not any(isinstance(unit, DiagonalUnit) for unit in optimizer.curvature.units)
+        assert not any(isinstance(block, UnruledBlock) for block in optimizer.metric.blocks)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         for number in range(4, 12):
@@ -238,15 +256,15 @@ def test_a_broken_eigensolver_does_not_stop_training(
 def test_a_broken_warm_start_keeps_the_basis_and_is_decomposed_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kronecker_unit, "SETTLED", 2)
+    monkeypatch.setattr(matrix, "SETTLED", 2)
     model = models.mlp()
     optimizer = to.NGDT(model, metric="ekfac", budget=1e-2)
     for number in range(5):
         step(model, optimizer, number)
-    unit = next(u for u in optimizer.curvature.units if isinstance(u, kronecker_unit.KroneckerUnit))
-    assert unit._block is not None
-    assert unit._block.A.spectrum.note == ""
-    before = unit._block.A.spectrum.basis.clone()
+    block = next(b for b in optimizer.metric.blocks if isinstance(b, matrix.MatrixBlock))
+    assert block._basis is not None
+    assert block._basis.A.spectrum.note == ""
+    before = block._basis.A.spectrum.basis.clone()
 
     def broken(*_: object, **__: object) -> None:
         raise torch.linalg.LinAlgError("no convergence")
@@ -254,8 +272,8 @@ def test_a_broken_warm_start_keeps_the_basis_and_is_decomposed_anew(
     with monkeypatch.context() as patch:
         patch.setattr(torch.linalg, "qr", broken)
         step(model, optimizer, 5)
-    assert "kept the last basis" in unit._block.A.spectrum.note
-    torch.testing.assert_close(unit._block.A.spectrum.basis, before)
+    assert "kept the last basis" in block._basis.A.spectrum.note
+    torch.testing.assert_close(block._basis.A.spectrum.basis, before)
     assert optimizer.last_step["solver_failures"] > 0
     step(model, optimizer, 6)
-    assert unit._block.A.spectrum.note == ""
+    assert block._basis.A.spectrum.note == ""

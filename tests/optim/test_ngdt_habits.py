@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import thermo_opt as to
 from tests.optim import optim_models as models
+from thermo_opt.optim import EKFAC, KFAC, Calibration
 
 DATA = models.digits()
 
@@ -30,10 +31,15 @@ def weights(model: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"metric": "ekfac"}, {"weight_decay": 0.05, "targets": "sampled"}, {"metric": "diagonal"}],
+    [
+        {"metric": KFAC(max_refresh_interval=8)},
+        {"metric": EKFAC(max_refresh_interval=8)},
+        {"weight_decay": 0.05, "metric": KFAC(fisher_type="mc", max_refresh_interval=8)},
+        {"metric": "diagonal"},
+    ],
 )
 def test_resume_is_bit_exact(options: dict, tmp_path: Path) -> None:
-    options = {"budget": 5e-3, "refresh_every": 8, **options}
+    options = {"budget": 5e-3, **options}
     torch.manual_seed(7)
     whole = models.mlp()
     train(whole, to.NGDT(whole, **options), range(100))
@@ -89,7 +95,7 @@ def test_accumulated_parts_equal_one_whole_batch() -> None:
     results = []
     for parts in (1, 4):
         model = models.mlp()
-        optimizer = to.NGDT(model, budget=1e-2, rows=None, calibrate=0)
+        optimizer = to.NGDT(model, budget=1e-2, metric=KFAC(max_rows=None), calibration=None)
         for _ in range(3):
             optimizer.zero_grad()
             for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):
@@ -143,14 +149,14 @@ def test_autocast_keeps_factors_in_float32() -> None:
             value = models.loss(model(x), y)
         value.backward()
         optimizer.step()
-    for unit in optimizer.curvature.units:
-        assert {t.dtype for running in unit.running() for t in running.value} == {torch.float32}
+    for block in optimizer.metric.blocks:
+        assert {t.dtype for average in block.averages() for t in average.value} == {torch.float32}
     assert optimizer.last_step["skipped"] == 0
 
 
 def test_clipping_leaves_the_budget_alone() -> None:
     model = models.mlp()
-    optimizer = to.NGDT(model, budget=1e-3, eta_max=1e6, calibrate=0)
+    optimizer = to.NGDT(model, budget=1e-3, eta_max=1e6, calibration=None)
     for step in range(4):
         x, y = models.minibatch(DATA, step, 64)
         optimizer.zero_grad()
@@ -170,13 +176,13 @@ def test_compiled_models(in_place: bool) -> None:
             model.compile(backend="eager")
         elif compiled:
             called = torch.compile(model, backend="eager")
-        with to.NGDT(called, budget=1e-2, refresh_every=4) as optimizer:
+        with to.NGDT(called, budget=1e-2, metric=KFAC(max_refresh_interval=4)) as optimizer:
             for step in range(30):
                 x, y = models.minibatch(DATA, step, 32)
                 optimizer.zero_grad()
                 models.loss(called(x), y).backward()
                 optimizer.step()
-            assert all(unit.solver is not None for unit in optimizer.curvature.units)
+            assert all(block.inverse is not None for block in optimizer.metric.blocks)
         results.append(models.loss(model(DATA[0]), DATA[1]).item())
     assert results[1] == pytest.approx(results[0], rel=0.5)
     assert results[1] < 1.5
@@ -221,10 +227,10 @@ def test_modules_used_twice_and_unused_parameters() -> None:
 
     torch.manual_seed(0)
     model = Twice()
-    optimizer = to.NGDT(model, budget=1e-2, rows=None)
+    optimizer = to.NGDT(model, budget=1e-2, metric=KFAC(max_rows=None))
     untouched = model.never.weight.detach().clone()
     train(model, optimizer, range(1), size=40)
-    shared = next(u for u in optimizer.curvature.units if u.name == "shared")
+    shared = next(b for b in optimizer.metric.blocks if b.name == "shared")
     assert shared.sides[0].rows == 2 * 40
     train(model, optimizer, range(1, 20), size=40)
     assert torch.equal(model.never.weight, untouched)
@@ -286,7 +292,7 @@ def test_dropout_and_batchnorm_keep_their_random_draws_and_statistics() -> None:
     )
     twin = copy.deepcopy(model)
     for measured, net in ((True, model), (False, twin)):
-        optimizer = to.NGDT(net, budget=1e-12, calibrate=1 if measured else 0)
+        optimizer = to.NGDT(net, budget=1e-12, calibration=Calibration(1) if measured else None)
         torch.manual_seed(5)
         train(net, optimizer, range(3))
         if measured:
@@ -302,7 +308,7 @@ def test_parameter_groups_share_the_budget() -> None:
         {"params": model[2].parameters()},
         {"params": model[4].parameters(), "lr": 0.0},
     ]
-    optimizer = to.NGDT(model, budget=4e-3, params=groups, calibrate=0)
+    optimizer = to.NGDT(model, budget=4e-3, params=groups, calibration=None)
     frozen = model[4].weight.detach().clone()
     for step in range(5):
         before = {id(p): p.detach().clone() for p in model.parameters()}
@@ -311,9 +317,10 @@ def test_parameter_groups_share_the_budget() -> None:
         models.loss(model(x), y).backward()
         optimizer.step()
         spent = []
-        for unit in optimizer.curvature.units:
-            delta = unit.gather([p.detach() - before[id(p)] for p in unit.params])
-            spent.append(0.5 * float((delta * unit.solver.matvec(delta)).sum()))
+        for block in optimizer.metric.blocks:
+            moved = [p.detach() - before[id(p)] for p in block.params]
+            delta = block.coordinates.gather(moved)
+            spent.append(0.5 * float((delta * block.inverse.matvec(delta)).sum()))
         assert spent[0] == pytest.approx(1e-3, rel=1e-3)
         assert spent[1] == pytest.approx(3e-3, rel=1e-3)
     assert torch.equal(frozen, model[4].weight)

@@ -10,6 +10,7 @@ from torch import nn
 
 import thermo_opt as to
 from tests.optim import optim_models as models
+from thermo_opt.optim import EKFAC, KFAC
 
 TASKS = {
     "digits MLP": (models.mlp, models.digits, 128),
@@ -52,7 +53,11 @@ def test_first_step_is_the_natural_gradient_of_the_empirical_kfac_metric() -> No
     x, y = models.minibatch(models.digits(), 0, 64)
     metric = to.fisher.make("kfac", copy.deepcopy(model), (x, y), damping=1e-3, targets="empirical")
     optimizer = to.NGDT(
-        model, rows=None, null_space="none", damping=1e-3, calibrate=0, momentum=0.0, overhead=1e9
+        model,
+        metric=KFAC(inverse="pseudo", max_rows=None, max_solve_overhead=1e9),
+        damping=1e-3,
+        calibration=None,
+        momentum=0.0,
     )
     before = [p.detach().clone() for p in model.parameters()]
     models.loss(model(x), y).backward()
@@ -68,15 +73,19 @@ def test_first_step_is_the_natural_gradient_of_the_empirical_kfac_metric() -> No
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"weight_decay": 0.1}, {"metric": "ekfac"}, {"null_space": "hybrid"}]
+    "options",
+    [
+        {"metric": KFAC(max_refresh_interval=4)},
+        {"metric": KFAC(max_refresh_interval=4), "weight_decay": 0.1},
+        {"metric": EKFAC(max_refresh_interval=4)},
+        {"metric": KFAC(max_refresh_interval=4, inverse="pseudo+null", eta_null=0.0)},
+    ],
 )
 def test_the_update_spends_what_it_predicts_in_its_own_metric(options: dict) -> None:
     """δᵀF_λδ recomputed from scratch, block by block, against the lengths carried along by inner
     products."""
     model, data = models.transformer(), models.text()
-    optimizer = to.NGDT(
-        model, budget=1e-3, calibrate=0, momentum=0.7, refresh_every=4, eta_null=0.0, **options
-    )
+    optimizer = to.NGDT(model, budget=1e-3, calibration=None, momentum=0.7, **options)
     for step in range(45):
         x, y = models.minibatch(data, step, 8)
         optimizer.zero_grad()
@@ -84,9 +93,10 @@ def test_the_update_spends_what_it_predicts_in_its_own_metric(options: dict) -> 
         before = {id(p): p.detach().clone() for p in model.parameters()}
         optimizer.step()
         spent = 0.0
-        for unit in optimizer.curvature.units:
-            delta = unit.gather([p.detach() - before[id(p)] for p in unit.params])
-            spent += 0.5 * float((delta * unit.solver.matvec(delta)).sum())
+        for block in optimizer.metric.blocks:
+            moved = [p.detach() - before[id(p)] for p in block.params]
+            delta = block.coordinates.gather(moved)
+            spent += 0.5 * float((delta * block.inverse.matvec(delta)).sum())
         assert spent == pytest.approx(optimizer.last_step["predicted"], rel=0.02)
         assert optimizer.last_step["predicted"] == pytest.approx(1e-3, rel=1e-6)
 
@@ -95,10 +105,10 @@ def test_the_update_spends_what_it_predicts_in_its_own_metric(options: dict) -> 
     "options",
     [
         {"metric": "ekfac"},
-        {"null_space": "none", "damping": 1e-3},
-        {"null_space": "hybrid"},
-        {"targets": "sampled"},
-        {"setting": "reduce"},
+        {"metric": KFAC(inverse="pseudo"), "damping": 1e-3},
+        {"metric": KFAC(inverse="pseudo+null")},
+        {"metric": KFAC(fisher_type="mc")},
+        {"metric": KFAC(kfac_approx="reduce")},
         {"metric": "diagonal"},
         {"regulator": "heat", "budget": 0.3},
     ],
@@ -123,12 +133,12 @@ def test_wide_factors_are_cut_where_they_would_slow_training_and_only_there() ->
     x, y = torch.randn(8, 600), torch.randint(3, (8,))
     for overhead, parts in ((0.05, 5), (1e9, 1)):
         net = copy.deepcopy(model)
-        optimizer = to.NGDT(net, overhead=overhead, rows=None)
+        optimizer = to.NGDT(net, metric=KFAC(max_solve_overhead=overhead, max_rows=None))
         models.loss(net(x), y).backward()
         optimizer.step()
-        first = optimizer.curvature.units[0]
-        assert len(first.solver.A.inverses) == parts
-        assert sum(len(b) for b in first.solver.A.inverses) == 601
+        first = optimizer.metric.blocks[0]
+        assert len(first.inverse.A.inverses) == parts
+        assert sum(len(b) for b in first.inverse.A.inverses) == 601
 
 
 @pytest.mark.parametrize("metric", ["kfac", "ekfac"])
@@ -171,7 +181,7 @@ def test_tied_and_unruled_parameters_are_covered() -> None:
         first = first or value.item()
         value.backward()
         optimizer.step()
-    assert {unit.name for unit in optimizer.curvature.units} == {
+    assert {block.name for block in optimizer.metric.blocks} == {
         "tokens = head",
         "head.bias",
         "shift",
@@ -194,5 +204,5 @@ def test_attention_whose_projections_bypass_their_modules_falls_back_to_the_diag
 
     with pytest.warns(UserWarning, match="out_proj: gradients arrive although"):
         train()
-    assert all(unit.solver is not None for unit in optimizer.curvature.units)
+    assert all(block.inverse is not None for block in optimizer.metric.blocks)
     assert optimizer.last_step["skipped"] == 0

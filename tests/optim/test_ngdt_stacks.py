@@ -1,4 +1,4 @@
-"""Layers of one shape are stacked to one unit: the numbers stay those of the layers apart."""
+"""Layers of one shape are stacked to one block: the numbers stay those of the layers apart."""
 
 import copy
 import itertools
@@ -10,9 +10,11 @@ from torch import nn
 
 import thermo_opt as to
 from tests.optim import optim_models as models
-from thermo_opt.optim import kronecker_curvature, kronecker_unit
-from thermo_opt.optim.solvers import Damped, KroneckerInverse, invert
-from thermo_opt.optim.units import Running
+from thermo_opt.fisher.kronecker import Factor
+from thermo_opt.optim import KFAC
+from thermo_opt.optim.kronecker import layer_factors, layout
+from thermo_opt.optim.kronecker.capture import RunningAverage
+from thermo_opt.optim.kronecker.inverses import DampedInverse, KroneckerInverse, invert
 
 
 class Alike(nn.Module):
@@ -78,26 +80,26 @@ def trained_state(steps: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"overhead": 1e-9}])
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"cut": True}])
 def test_stacked_layers_move_as_they_would_apart(
     skip: bool, options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks that a step doesn't see keep their own factors. ``overhead``: with sides cut to
-    diagonal blocks."""
+    """Blocks that a step doesn't see keep their own factors. ``cut``: with sides cut to diagonal
+    blocks."""
     torch.manual_seed(0)
     together = Alike(skip=skip)
     apart = copy.deepcopy(together)
-    if "overhead" in options:
-        monkeypatch.setattr(kronecker_curvature, "SIDES", (10,))
-    options = {
-        **options,
-        "refresh_every": 1,
-    }  # a stack has one turn: with all turns at every step it matters not
+    options = dict(options)
+    cut = options.pop("cut", False)
+    if cut:
+        monkeypatch.setattr(layout, "SIDES", (10,))
+    # A stack has one turn: with all turns at every step it makes no difference.
+    options["metric"] = KFAC(max_refresh_interval=1, max_solve_overhead=1e-9 if cut else 0.05)
     stacked = trained(together, **options)
-    monkeypatch.setattr(kronecker_curvature, "STACK", 1)
+    monkeypatch.setattr(layout, "STACK", 1)
     single = trained(apart, **options)
-    assert len(stacked.curvature.units) == 4
-    assert len(single.curvature.units) == 12
+    assert len(stacked.metric.blocks) == 4
+    assert len(single.metric.blocks) == 12
     for p, q in zip(together.parameters(), apart.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
     assert stacked.last_step["delta"] == pytest.approx(single.last_step["delta"], rel=1e-8)
@@ -106,7 +108,7 @@ def test_stacked_layers_move_as_they_would_apart(
 def test_stacks_are_of_one_parameter_group_and_no_larger_than_allowed() -> None:
     torch.manual_seed(0)
     model = Alike(blocks=10)
-    names = [unit.name for unit in trained(model, 2).curvature.units]
+    names = [block.name for block in trained(model, 2).metric.blocks]
     assert len(names) == 6
     assert max(name.count(",") for name in names) == 4  # ten layers: two stacks of five
     model = Alike(blocks=4)
@@ -120,18 +122,18 @@ def test_stacks_are_of_one_parameter_group_and_no_larger_than_allowed() -> None:
         },
         {"params": model.blocks[2:].parameters(), "lr": 0.5},
     ]
-    assert len(trained(model, 2, groups).curvature.units) == 6
+    assert len(trained(model, 2, groups).metric.blocks) == 6
 
 
 def test_only_the_member_that_cannot_be_inverted_keeps_its_last_inverse() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 6, 12)
     good = x @ x.mT / 12 + torch.eye(6)
-    last = Damped(good, 0.1, None)
+    last = DampedInverse(good, 0.1, None)
     invert([last])
     bad = 2 * good
     bad[1] = -torch.eye(6)
-    now = Damped(bad, torch.tensor([0.1, 0.2, 0.3]), last)
+    now = DampedInverse(bad, torch.tensor([0.1, 0.2, 0.3]), last)
     invert([now])
     torch.testing.assert_close(now.inverse[1], last.inverse[1])
     torch.testing.assert_close(
@@ -154,7 +156,10 @@ def test_inverses_of_every_size_class(k: int) -> None:
     matrix = x @ x.mT / k
     inverses = []
     for _ in range(2):
-        found, other = Damped(matrix.clone(), 0.1, None), Damped(2 * matrix[0], 0.3, None)
+        found, other = (
+            DampedInverse(matrix.clone(), 0.1, None),
+            DampedInverse(2 * matrix[0], 0.3, None),
+        )
         invert([other, found])
         inverses.append(found.inverse)
     exact = torch.linalg.inv(matrix.double() + 0.1 * torch.eye(k))
@@ -171,8 +176,8 @@ def test_an_inverse_depends_only_in_its_rounding_on_what_is_inverted_with_it(
     blocks = [x @ x.mT for x in factors]
     found = []
     for together in (1 << 20, 1):
-        monkeypatch.setattr("thermo_opt.optim.solvers.TOGETHER", together)
-        parts = [Damped(block, 0.1, None) for block in blocks]
+        monkeypatch.setattr("thermo_opt.optim.kronecker.inverses.TOGETHER", together)
+        parts = [DampedInverse(block, 0.1, None) for block in blocks]
         invert(parts)
         found.append([part.inverse for part in parts])
     for a, b in zip(*found, strict=True):
@@ -195,12 +200,12 @@ def test_resume_is_bit_exact_where_layers_of_different_shapes_have_factors_of_on
             models.loss(model(x), y).backward()
             optimizer.step()
 
-    steps(straight, to.NGDT(straight, overhead=math.inf), range(12))
-    first = to.NGDT(resumed, overhead=math.inf)
+    steps(straight, to.NGDT(straight, metric=KFAC(max_solve_overhead=math.inf)), range(12))
+    first = to.NGDT(resumed, metric=KFAC(max_solve_overhead=math.inf))
     steps(resumed, first, range(8))
-    second = to.NGDT(resumed, overhead=math.inf)
+    second = to.NGDT(resumed, metric=KFAC(max_solve_overhead=math.inf))
     second.load_state_dict(copy.deepcopy(first.state_dict()))
-    pairs = zip(first.curvature.units, second.curvature.units, strict=True)
+    pairs = zip(first.metric.blocks, second.metric.blocks, strict=True)
     assert all(
         torch.equal(p.inverse, q.inverse)
         for u, v in pairs
@@ -214,14 +219,14 @@ def test_resume_is_bit_exact_where_layers_of_different_shapes_have_factors_of_on
 
 
 def test_young_averages_forget_their_first_observations() -> None:
-    average = Running()
+    average = RunningAverage()
     for k in range(40):
         average.add([torch.tensor([float(k == 0), float(k), 1.0])], decay=0.95)
     first, mean, weight = average.value[0].tolist()
     assert first < 1e-4  # a plain mean would keep 1/40 of it
     assert mean == pytest.approx(39 * 4 / 5, abs=1.0)  # weights grow as the third power of the step
     assert weight == pytest.approx(1.0)
-    long = Running()
+    long = RunningAverage()
     for _ in range(1000):
         long.add([torch.ones(1)], decay=0.95)
     long.add([torch.zeros(1)], decay=0.95)
@@ -233,11 +238,11 @@ def test_equal_blocks_are_multiplied_as_one() -> None:
     blocks = [torch.randn(2, 7, 9) for _ in range(3)]
     G = [b @ b.mT for b in blocks]
     A = [(a := torch.randn(2, 5, 9)) @ a.mT]
-    solver = KroneckerInverse(A, G, 0.1, None)
+    solver = KroneckerInverse(Factor(A), Factor(G), 0.1, None)
     invert(solver.damped)
     assert solver.G.equal is not None
     b, v = torch.randn(2, 21, 5), torch.randn(2, 21, 5)
     wanted = 0.7 * b + solver.solve(v)
     solver.accumulate(b, 0.7, v)
     torch.testing.assert_close(b, wanted, rtol=1e-4, atol=1e-5)
-    assert not kronecker_unit.bounds(4, None)[1:]
+    assert not layer_factors.bounds(4, None)[1:]

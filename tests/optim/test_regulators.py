@@ -10,7 +10,7 @@ from torch import nn
 
 import thermo_opt as to
 from thermo_opt.errors import InputError
-from thermo_opt.optim import Dissipation, Fixed, Heat
+from thermo_opt.optim import Dissipation, Fixed, Heat, Minibatch
 
 positive = st.floats(1e-8, 1e8)
 
@@ -47,7 +47,9 @@ def test_schedules_are_functions_of_the_step() -> None:
         Dissipation(budget=lambda k: 0.0 if k == 3 else 1.0).step_size(1.0, 3)
 
 
-def worked_example(**options: object) -> tuple[torch.Tensor, dict[str, float | None]]:
+def worked_example(
+    eta_null: float, **options: object
+) -> tuple[torch.Tensor, dict[str, float | None]]:
     """F = diag(2, 1, 0, 0), g = (1, 2, 3, 4), as the Fisher of a linear-Gaussian model with a
     gradient put in by hand."""
     model = nn.Linear(4, 1, bias=False).double()
@@ -56,9 +58,8 @@ def worked_example(**options: object) -> tuple[torch.Tensor, dict[str, float | N
     optimizer = to.NGDT(
         model,
         budget=0.1,
-        metric="dense",
+        metric=Minibatch("dense", inverse="pseudo+null", eta_null=eta_null),
         likelihood="gaussian",
-        null_space="hybrid",
         momentum=0.0,
         **options,
     )
@@ -69,7 +70,7 @@ def worked_example(**options: object) -> tuple[torch.Tensor, dict[str, float | N
 
 
 def test_worked_example_of_the_theory_page_to_seven_digits() -> None:
-    step, report = worked_example(eta_null=0.25)
+    step, report = worked_example(0.25)
     assert report["delta"] == pytest.approx(4.5, rel=1e-12)
     assert report["eta"] == pytest.approx(0.2108185, abs=5e-8)
     assert report["predicted"] == pytest.approx(0.1, rel=1e-12)
@@ -79,7 +80,7 @@ def test_worked_example_of_the_theory_page_to_seven_digits() -> None:
 
 
 def test_published_heat_mapping_on_the_worked_example() -> None:
-    step, report = worked_example(regulator="heat", eta_null=0.0)
+    step, report = worked_example(0.0, regulator="heat")
     assert report["eta"] == pytest.approx(0.0222222, abs=5e-8)
     assert report["predicted"] == pytest.approx(0.00111111, abs=5e-9)
     torch.testing.assert_close(step[2:], torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-14)

@@ -1,7 +1,19 @@
 """NGD-T, the natural-gradient optimizer on a dissipation budget: metric × regulator × null-space
-policy (THEORY §7)."""
+policy (theory §7)."""
 
+from thermo_opt.optim.budget import Dissipation, Fixed, Heat, Regulator
+from thermo_opt.optim.calibration import Calibration
+from thermo_opt.optim.metrics import EKFAC, KFAC, Minibatch
 from thermo_opt.optim.ngdt import NGDT
-from thermo_opt.optim.regulators import Dissipation, Fixed, Heat, Regulator
 
-__all__ = ["NGDT", "Dissipation", "Fixed", "Heat", "Regulator"]
+__all__ = [
+    "EKFAC",
+    "KFAC",
+    "NGDT",
+    "Calibration",
+    "Dissipation",
+    "Fixed",
+    "Heat",
+    "Minibatch",
+    "Regulator",
+]

@@ -1,4 +1,4 @@
-"""Calibration: budgets in realised nats, and the guard that keeps them there (THEORY §7,
+"""Calibration: budgets in realised nats, and the guard that keeps them there (theory §7,
 "calibrated budget").
 
 An approximate Fisher F̃ misjudges a step's KL by a factor that drifts slowly. The calibrated metric
@@ -8,14 +8,16 @@ minibatch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from thermo_opt import arguments
+
 PATIENCE = 8
-"""The first measurements are this many times closer together than the steps taken before them."""
+"""At first, every ``step / PATIENCE`` steps are measured once, at most every ``every``."""
 
 SELDOM = 32
-"""The last ones are at most this many times closer together."""
+"""From step ``SELDOM·every`` on, every ``step / SELDOM`` steps are measured once."""
 
 RISE = 11.0
 """Largest ratio of realised to predicted KL that a measurement in the warm-up reports to κ, which
@@ -45,15 +47,34 @@ class Calibration:
     step SELDOM·every on, slowly beyond), and whenever Δ jumps. Before step ``warmup`` κ may rise
     fast. κ moves by a share ``gain`` of what the measured ratio asks for, so that noise of one
     minibatch is averaged over a few measurements.
+
+    Args:
+        every: steps between measurements.
+        predictions: about how many predictions a measurement reads, in 4 examples at least (None:
+            the whole minibatch). A model with Dropout or BatchNorm in training mode is measured on
+            the whole minibatch.
+        warmup: steps in which κ may rise fast.
+        gain: share of the measured correction that κ takes.
+
+    Attributes:
+        kappa: κ. usual: running mean of Δ in the uncalibrated metric.
+        last: the last step that corrected κ. breached: whether the last measurement says that the
+            curvature is out of date.
     """
 
     every: int = 10
+    predictions: int | None = 32
     warmup: int = 30
     gain: float = 0.7
-    kappa: float = 1.0
-    usual: float = 0.0
-    last: int = -1
-    breached: bool = False
+    kappa: float = field(default=1.0, init=False)
+    usual: float = field(default=0.0, init=False)
+    last: int = field(default=-1, init=False)
+    breached: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        arguments.whole("every", self.every)
+        if self.predictions is not None:
+            arguments.whole("predictions", self.predictions)
 
     def due(self, step: int) -> bool:
         """Whether the schedule asks for a measurement at this step (0, 1, 2, …)."""

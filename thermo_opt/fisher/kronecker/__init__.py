@@ -6,11 +6,9 @@ from thermo_opt.fisher.kronecker.blocks import (
     DenseBlock,
     DiagonalBlock,
     EigenvalueCorrectedBlock,
-    Factor,
     KroneckerBlock,
-    factored_damping,
-    nearest_product,
 )
+from thermo_opt.fisher.kronecker.factor import Factor, factored_damping, nearest_product
 from thermo_opt.fisher.kronecker.factors import Moment, gradient_moment, input_moment
 from thermo_opt.fisher.kronecker.rules import (
     RULES,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from thermo_opt.fisher import spectral
+from thermo_opt.fisher.kronecker.factor import Factor
 
 
 class Block(ABC):
@@ -70,90 +71,15 @@ class Block(ABC):
         return []
 
 
-class Factor:
-    """One side of a Kronecker product: a matrix (…, k, k), or the diagonal (k,) of one, with its
-    spectrum on demand."""
+class KroneckerBasis(Block):
+    """A block whose eigenvectors are products of those of two factors A and G.
 
-    def __init__(self, matrix: Tensor, diagonal: bool = False) -> None:
-        self.matrix = matrix
-        self.diagonal = diagonal
-        self._spectrum: spectral.Spectrum | None = None
-
-    @property
-    def spectrum(self) -> spectral.Spectrum:
-        """Cached eigendecomposition; for a diagonal side the values in place, and no basis is
-        formed."""
-        if self._spectrum is None:
-            if self.diagonal:
-                self._spectrum = spectral.Spectrum(
-                    self.matrix.clamp(min=0), self.matrix.new_empty(0)
-                )
-            else:
-                self._spectrum = spectral.eigh(self.matrix)
-        return self._spectrum
-
-    @property
-    def decomposed(self) -> bool:
-        """Whether a decomposition without a failure is at hand."""
-        return self._spectrum is not None and not self._spectrum.note
-
-    def update(self, matrix: Tensor, spectrum: spectral.Spectrum | None = None) -> None:
-        """Replace the matrix, and its spectrum (given, or recomputed with the previous one as the
-        last resort)."""
-        last, self.matrix = self._spectrum, matrix
-        if spectrum is None and not self.diagonal:
-            spectrum = spectral.eigh(matrix, last=last)
-        self._spectrum = spectrum
-
-    @property
-    def values(self) -> Tensor:
-        """Eigenvalues (…, k)."""
-        return self.spectrum.eigenvalues
-
-    def left(self, v: Tensor) -> Tensor:
-        """``M v`` with v (…, k, m)."""
-        return self.matrix[..., None] * v if self.diagonal else self.matrix @ v
-
-    def right(self, v: Tensor) -> Tensor:
-        """``v M`` with v (…, m, k)."""
-        return v * self.matrix if self.diagonal else v @ self.matrix
-
-    def full(self) -> Tensor:
-        """The matrix, a diagonal one spelt out."""
-        return torch.diag_embed(self.matrix) if self.diagonal else self.matrix
-
-    def full_basis(self) -> Tensor:
-        """The eigenbasis, the unit basis of a diagonal side spelt out."""
-        return (
-            torch.diag_embed(torch.ones_like(self.matrix)) if self.diagonal else self.spectrum.basis
-        )
-
-    @property
-    def trace(self) -> Tensor:
-        """Trace (…,), without an eigendecomposition."""
-        return (
-            self.matrix.sum(-1) if self.diagonal else self.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-        )
-
-
-class KroneckerBlock(Block):
-    """``A ⊗ G``, acting on matrices V (…, out, in) as ``G V A``; eigenvalues ``g_i a_j`` in the
-    basis U_G · U_Aᵀ.
-
-    ``A``: input side (…, in, in), or (in,) with ``diagonal_A``; ``G``: output side, likewise.
-    Products cost O(out · in · (out + in)); the eigendecompositions, O(out³ + in³), are made on
-    first use and kept.
+    It acts on matrices V (…, out, in); products cost O(out · in · (out + in)); the
+    eigendecompositions, O(out³ + in³), are made on first use and kept.
     """
 
-    def __init__(
-        self, A: Tensor, G: Tensor, diagonal_A: bool = False, diagonal_G: bool = False
-    ) -> None:
-        self.A = Factor(A, diagonal_A)
-        self.G = Factor(G, diagonal_G)
-
-    @property
-    def eigenvalues(self) -> Tensor:
-        return self.G.values[..., :, None] * self.A.values[..., None, :]
+    def __init__(self, A: Factor, G: Factor) -> None:
+        self.A, self.G = A, G
 
     def project(self, v: Tensor) -> Tensor:
         if not self.A.diagonal:
@@ -165,54 +91,50 @@ class KroneckerBlock(Block):
             c = c @ self.A.spectrum.basis.mT
         return c if self.G.diagonal else self.G.spectrum.basis @ c
 
+    @property
+    def notes(self) -> list[str]:
+        return [f"{side}: {f.note}" for side, f in (("A", self.A), ("G", self.G)) if f.note]
+
+
+class KroneckerBlock(KroneckerBasis):
+    """``A ⊗ G``, acting on matrices V (…, out, in) as ``G V A``; eigenvalues ``g_i a_j`` in the
+    basis U_G · U_Aᵀ.
+
+    ``A``: input side (…, in, in), or (in,) with ``diagonal_A``; ``G``: output side, likewise.
+    """
+
+    def __init__(
+        self, A: Tensor, G: Tensor, diagonal_A: bool = False, diagonal_G: bool = False
+    ) -> None:
+        super().__init__(Factor(A, diagonal_A), Factor(G, diagonal_G))
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        return self.G.values[..., :, None] * self.A.values[..., None, :]
+
     def matvec(self, v: Tensor) -> Tensor:
         return self.G.left(self.A.right(v))
-
-    def solve_factored(self, g: Tensor, damping: float) -> Tensor:
-        """``((A + π√λ I) ⊗ (G + √λ/π I))⁻¹ g`` (Martens & Grosse 2015, §6.3), π as in
-        `factored_damping`."""
-        on_a, on_g = factored_damping(self.A, self.G, damping)
-        values = (self.G.values + on_g[..., None])[..., :, None] * (
-            self.A.values + on_a[..., None]
-        )[..., None, :]
-        return self.unproject(self.project(g) / values)
 
     def dense(self) -> Tensor:
         return _block_diagonal(_kron(self.G.full(), self.A.full()))
 
     @property
     def trace(self) -> float:
-        return float(
-            (
-                self.A.full().diagonal(dim1=-2, dim2=-1).sum(-1)
-                * self.G.full().diagonal(dim1=-2, dim2=-1).sum(-1)
-            ).sum()
-        )
-
-    @property
-    def notes(self) -> list[str]:
-        return [
-            f"{side}: {note}"
-            for side, factor in (("A", self.A), ("G", self.G))
-            if factor._spectrum is not None and (note := factor._spectrum.note)
-        ]
+        return float((self.A.trace * self.G.trace).sum())
 
 
-class EigenvalueCorrectedBlock(KroneckerBlock):
+class EigenvalueCorrectedBlock(KroneckerBasis):
     """EKFAC: the eigenbasis of ``A ⊗ G`` with eigenvalues (…, out, in) equal to the second moments
     of the per-example gradients projected on it, the closest such operator to F in Frobenius norm
     (George et al. 2018)."""
 
-    def __init__(self, base: KroneckerBlock, eigenvalues: Tensor) -> None:
-        self.A, self.G = base.A, base.G
+    def __init__(self, base: KroneckerBasis, eigenvalues: Tensor) -> None:
+        super().__init__(base.A, base.G)
         self._eigenvalues = eigenvalues
 
     @property
     def eigenvalues(self) -> Tensor:
         return self._eigenvalues
-
-    def matvec(self, v: Tensor) -> Tensor:
-        return Block.matvec(self, v)
 
     def dense(self) -> Tensor:
         sides = [
@@ -223,10 +145,6 @@ class EigenvalueCorrectedBlock(KroneckerBlock):
         ]
         basis = _kron(*sides)
         return _block_diagonal(basis * self.eigenvalues.flatten(-2)[..., None, :] @ basis.mT)
-
-    @property
-    def trace(self) -> float:
-        return Block.trace.fget(self)  # type: ignore[attr-defined]
 
 
 class DenseBlock(Block):
@@ -253,12 +171,11 @@ class DenseBlock(Block):
 
     @property
     def trace(self) -> float:
-        return float(self.factor.matrix.diagonal(dim1=-2, dim2=-1).sum())
+        return float(self.factor.trace.sum())
 
     @property
     def notes(self) -> list[str]:
-        spectrum = self.factor._spectrum
-        return [spectrum.note] if spectrum is not None and spectrum.note else []
+        return [self.factor.note] if self.factor.note else []
 
 
 class DiagonalBlock(Block):
@@ -279,40 +196,6 @@ class DiagonalBlock(Block):
 
     def dense(self) -> Tensor:
         return torch.diag(self._values.flatten())
-
-
-def factored_damping(A: Factor, G: Factor, damping: float) -> tuple[Tensor, Tensor]:
-    """The two sides' shares ``(π√λ, √λ/π)`` of a damping λ, with ``π² = (tr A / dim A) / (tr G /
-    dim G)``.
-
-    An approximation to ``A ⊗ G + λI`` that keeps the Kronecker form (Martens & Grosse 2015, §6.3).
-    π = 1 if a trace is zero.
-    """
-    mean_a, mean_g = A.values.mean(-1), G.values.mean(-1)
-    pi = (mean_a / mean_g).sqrt()
-    pi = torch.where(torch.isfinite(pi) & (pi > 0), pi, 1.0)
-    return pi * damping**0.5, damping**0.5 / pi
-
-
-def nearest_product(terms: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """One Kronecker pair for a sum ``S = Σ X_k ⊗ Y_k``: the product of the partial traces of S over
-    its trace.
-
-    For a weight used by several layers (tied weights): exact when there is one term, and it keeps
-    the trace and both partial traces of S. Each term is (X, Y), both full matrices or both
-    diagonals on a side.
-    """
-    weights = [(_trace(x), _trace(y)) for x, y in terms]
-    total = sum(tx * ty for tx, ty in weights)
-    if len(terms) == 1 or float(total) == 0.0:
-        return terms[0]
-    left = torch.stack([x * ty for (x, _), (_, ty) in zip(terms, weights, strict=True)]).sum(0)
-    right = torch.stack([y * tx for (_, y), (tx, _) in zip(terms, weights, strict=True)]).sum(0)
-    return left, right / total
-
-
-def _trace(side: Tensor) -> Tensor:
-    return side.sum() if side.dim() == 1 else side.diagonal(dim1=-2, dim2=-1).sum()
 
 
 def _kron(G: Tensor, A: Tensor) -> Tensor:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from thermo_opt.fisher.kronecker import factors
-from thermo_opt.fisher.kronecker.blocks import EigenvalueCorrectedBlock, KroneckerBlock
+from thermo_opt.fisher.kronecker.blocks import (
+    EigenvalueCorrectedBlock,
+    KroneckerBasis,
+    KroneckerBlock,
+)
 from thermo_opt.fisher.kronecker.columns import Columns, one_by_one, pull_back
-from thermo_opt.fisher.kronecker.layers import Cover, Layer, Use, cover, recording
+from thermo_opt.fisher.kronecker.layers import (
+    Call,
+    Cover,
+    KroneckerLayer,
+    ScaleLayer,
+    cover,
+    recording,
+)
 from thermo_opt.fisher.kronecker.placement import (
     Placed,
     place_diagonal,
@@ -19,12 +30,7 @@ from thermo_opt.fisher.kronecker.placement import (
     place_scale,
     place_tied,
 )
-from thermo_opt.fisher.kronecker.rules import KroneckerRule, ScaleRule
 from thermo_opt.fisher.predictor import Predictor
-
-DENSE_SCALES = 1024
-"""Most scale and shift parameters of one layer that share a dense block; above it, one small block
-a channel."""
 
 
 @dataclass
@@ -40,19 +46,24 @@ class Estimate:
 def estimate(
     predictor: Predictor,
     columns: Columns,
-    setting: str,
+    kfac_approx: str,
     corrected: bool = False,
     max_side: int = 8192,
 ) -> Estimate:
     """K-FAC's blocks on the predictor's batch; with ``corrected``, EKFAC's (a second pass)."""
     plan = cover(predictor.model, predictor.modules)
-    sums = {layer: _sum_for(layer, setting, max_side) for layer in plan.layers}
-    for layer, samples, gradients in _visits(predictor, columns, plan.layers):
+    sums: dict[str, _KroneckerSum | _ScaleSum] = {
+        layer.name: _ScaleSum(layer)
+        if isinstance(layer, ScaleLayer)
+        else _KroneckerSum(layer, kfac_approx, max_side)
+        for layer in plan.layers
+    }
+    for samples, gradients in _visits(predictor, columns, plan.layers):
         if gradients is None:
-            sums[layer].add_inputs(samples)
+            sums[samples.layer.name].add_inputs(samples.calls)
         else:
-            sums[layer].add_gradients(samples, gradients)
-    result = _blocks(plan, sums, predictor, columns)
+            sums[samples.layer.name].add_gradients(samples.calls, gradients)
+    result = _blocks(plan, list(sums.values()), predictor, columns)
     if corrected:
         _correct(result, plan, predictor, columns)
     return result
@@ -60,102 +71,97 @@ def estimate(
 
 @dataclass
 class _Samples:
-    """The uses of one layer in one microbatch, with equal numbers of examples: joined along the
-    shared positions."""
+    """The calls of one layer in one microbatch, with equal numbers of examples.
 
-    layer: Layer
-    uses: list[Use]
-    projected: Tensor | None = (
-        None  # inputs in the eigenbasis of A, made once for all pieces of gradients
-    )
+    ``projected``: their inputs in the eigenbasis of A, made once for all pieces of gradients.
+    """
 
-    def inputs(self) -> Tensor:
-        rule, module = self.layer.rule, self.layer.module
-        assert isinstance(rule, KroneckerRule)
-        if not rule.covers(module, "weight"):
-            return self.uses[0].input()
-        parts = [rule.inputs(module, use.input()) for use in self.uses]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1 if rule.one_hot else -2)
+    layer: KroneckerLayer | ScaleLayer
+    calls: list[Call]
+    projected: Tensor | None = None
 
-    def moment(self, setting: str, diagonal: bool) -> factors.Moment:
-        """Their sum for the input factor."""
-        rule, module = self.layer.rule, self.layer.module
-        assert isinstance(rule, KroneckerRule)
-        if len(self.uses) == 1:
-            return factors.input_moment(
-                rule, module, self.uses[0].input(), setting, diagonal=diagonal
-            )
-        return factors.samples_moment(rule, module, self.inputs(), setting, diagonal=diagonal)
 
-    def gradients(self, grads: Sequence[Tensor]) -> Tensor:
-        """(…, K·n, r, out) from one (K, …) gradient a use."""
-        rule, module = self.layer.rule, self.layer.module
-        assert isinstance(rule, KroneckerRule)
-        parts = []
-        for use, g in zip(self.uses, grads, strict=True):
-            x = use.x.repeat(len(g), *[1] * (use.x.dim() - 1)) if rule.one_hot else use.x
-            parts.append(rule.gradients(module, x, g.flatten(0, 1)))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+def _joined_inputs(layer: KroneckerLayer, calls: Sequence[Call]) -> Tensor:
+    """Input samples of several calls, joined along the shared positions."""
+    if not layer.covers("weight"):
+        return calls[0].input()
+    parts = [layer.inputs(call.input()) for call in calls]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1 if layer.rule.one_hot else -2)
+
+
+def _joined_gradients(
+    layer: KroneckerLayer, calls: Sequence[Call], grads: Sequence[Tensor]
+) -> Tensor:
+    """(…, K·n, r, out) from one (K, …) gradient per call."""
+    parts = []
+    for call, g in zip(calls, grads, strict=True):
+        repeats = (len(g), *[1] * (call.x.dim() - 1))
+        x = call.x.repeat(*repeats) if layer.rule.one_hot else call.x
+        parts.append(layer.gradients(x, g.flatten(0, 1)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 
 def _visits(
-    predictor: Predictor, columns: Columns, layers: Sequence[Layer]
-) -> Iterator[tuple[Layer, _Samples, list[Tensor] | None]]:
+    predictor: Predictor, columns: Columns, layers: Sequence[KroneckerLayer | ScaleLayer]
+) -> Iterator[tuple[_Samples, list[Tensor] | None]]:
     """For every microbatch and layer: its samples once with None, then with each piece of output
     gradients (K, …)."""
-    with recording(layers) as uses:
+    with recording(layers) as calls:
         for number, (part, f, _) in enumerate(predictor.graphs(once=columns.single)):
-            groups = _grouped(uses)
+            groups = _grouped(calls)
             for samples in groups:
-                yield samples.layer, samples, None
-            ordered = [use for samples in groups for use in samples.uses]
-            ends, sizes = [use.output for use in ordered], [use.size for use in ordered]
+                yield samples, None
+            ordered = [call for samples in groups for call in samples.calls]
+            ends, sizes = [call.output for call in ordered], [call.size for call in ordered]
             for grads in pull_back(f, columns.at(number, part, f), ends, sizes) if ordered else ():
                 rest = iter(grads)
                 for samples in groups:
-                    own = [next(rest) for _ in samples.uses]
+                    own = [next(rest) for _ in samples.calls]
                     # A call whose result the outputs don't depend on has no gradient and no share
                     # in F.
-                    kept = [
-                        (use, g) for use, g in zip(samples.uses, own, strict=True) if g is not None
-                    ]
+                    pairs = zip(samples.calls, own, strict=True)
+                    kept = [(call, g) for call, g in pairs if g is not None]
+                    if len(kept) < len(own):
+                        samples = _Samples(samples.layer, [call for call, _ in kept])
                     if kept:
-                        whole = len(kept) == len(own)
-                        alive = (
-                            samples if whole else _Samples(samples.layer, [use for use, _ in kept])
-                        )
-                        yield samples.layer, alive, [g for _, g in kept]
-            uses.clear()  # also of what a checkpointed layer recomputed during the backward pass
+                        yield samples, [g for _, g in kept]
+            calls.clear()  # also of what a checkpointed layer recomputed during the backward pass
 
 
-def _grouped(uses: Sequence[Use]) -> list[_Samples]:
+def _grouped(calls: Sequence[Call]) -> list[_Samples]:
     groups: dict[tuple[str, int], _Samples] = {}
-    for use in uses:
-        key = (use.layer.name, use.x.shape[0] if use.x.dim() else 1)
-        groups.setdefault(key, _Samples(use.layer, [])).uses.append(use)
+    for call in calls:
+        key = (call.layer.name, call.x.shape[0] if call.x.dim() else 1)
+        groups.setdefault(key, _Samples(call.layer, [])).calls.append(call)
     return list(groups.values())
 
 
 class _KroneckerSum:
     """Running sums of a layer's A and G; a side wider than ``max_side`` keeps its diagonal only."""
 
-    def __init__(self, layer: Layer, rule: KroneckerRule, setting: str, max_side: int) -> None:
-        self.layer, self.rule, self.setting = layer, rule, setting
-        _, out, inputs = rule.shape(layer.module)
-        self.diagonal_A, self.diagonal_G = rule.one_hot or inputs > max_side, out > max_side
+    def __init__(self, layer: KroneckerLayer, kfac_approx: str, max_side: int) -> None:
+        self.layer, self.kfac_approx = layer, kfac_approx
+        _, out, inputs = layer.shape
+        self.diagonal_A, self.diagonal_G = layer.rule.one_hot or inputs > max_side, out > max_side
         self.A: factors.Moment | None = None
         self.G: Tensor | None = None
 
-    def add_inputs(self, samples: _Samples) -> None:
-        moment = samples.moment(self.setting, self.diagonal_A)
+    def add_inputs(self, calls: Sequence[Call]) -> None:
+        rule, module, kind = self.layer.rule, self.layer.module, self.kfac_approx
+        if len(calls) == 1:
+            x = calls[0].input()
+            moment = factors.input_moment(rule, module, x, kind, diagonal=self.diagonal_A)
+        else:
+            x = _joined_inputs(self.layer, calls)
+            moment = factors.samples_moment(rule, module, x, kind, diagonal=self.diagonal_A)
         if self.A is None:
             self.A = moment
         else:
             self.A.add(moment)
 
-    def add_gradients(self, samples: _Samples, grads: list[Tensor]) -> None:
-        setting = "expand" if self.rule.one_hot else self.setting
-        rows = factors.flatten(samples.gradients(grads), setting, mean=False)
+    def add_gradients(self, calls: Sequence[Call], grads: list[Tensor]) -> None:
+        kind = "expand" if self.layer.rule.one_hot else self.kfac_approx
+        rows = factors.flatten(_joined_gradients(self.layer, calls, grads), kind, mean=False)
         total = factors.outer(rows, diagonal=self.diagonal_G)
         self.G = total if self.G is None else self.G.add_(total)
 
@@ -169,28 +175,22 @@ class _KroneckerSum:
 class _ScaleSum:
     """Running second moment of the per-example gradients of a layer's scale and shift."""
 
-    def __init__(self, layer: Layer, rule: ScaleRule) -> None:
-        self.layer, self.rule = layer, rule
-        self.parts = len(layer.own)
-        size = sum(getattr(layer.module, local).numel() for local, _ in layer.own)
-        self.dense = size <= DENSE_SCALES
+    def __init__(self, layer: ScaleLayer) -> None:
+        self.layer = layer
         self.total: Tensor | None = None
 
-    def add_inputs(self, samples: _Samples) -> None:
+    def add_inputs(self, calls: Sequence[Call]) -> None:
         """Nothing to do: the rows need the gradients."""
 
-    def add_gradients(self, samples: _Samples, grads: list[Tensor]) -> None:
+    def add_gradients(self, calls: Sequence[Call], grads: list[Tensor]) -> None:
+        rule, module = self.layer.rule, self.layer.module
         for k in range(len(grads[0])):
-            rows = torch.stack(
-                [
-                    self.rule.rows(self.layer.module, use.input(), g[k])
-                    for use, g in zip(samples.uses, grads, strict=True)
-                ]
-            ).sum(0)
-            if self.dense:
+            pairs = zip(calls, grads, strict=True)
+            rows = torch.stack([rule.rows(module, call.input(), g[k]) for call, g in pairs]).sum(0)
+            if self.layer.dense:
                 total = factors.outer(rows)
             else:
-                per_channel = rows.unflatten(-1, (self.parts, -1))
+                per_channel = rows.unflatten(-1, (len(self.layer.own), -1))
                 total = torch.einsum("npd,nqd->dpq", per_channel, per_channel)
             self.total = total if self.total is None else self.total.add_(total)
 
@@ -198,16 +198,9 @@ class _ScaleSum:
         return None if self.total is None else self.total / count
 
 
-def _sum_for(layer: Layer, setting: str, max_side: int) -> _KroneckerSum | _ScaleSum:
-    if isinstance(layer.rule, ScaleRule):
-        return _ScaleSum(layer, layer.rule)
-    assert isinstance(layer.rule, KroneckerRule)
-    return _KroneckerSum(layer, layer.rule, setting, max_side)
-
-
 def _blocks(
     plan: Cover,
-    sums: dict[Layer, _KroneckerSum | _ScaleSum],
+    sums: Sequence[_KroneckerSum | _ScaleSum],
     predictor: Predictor,
     columns: Columns,
 ) -> Estimate:
@@ -215,41 +208,44 @@ def _blocks(
     notes: list[str] = []
     loose = set(plan.rest)
     silent: list[str] = []
-    shared: dict[int, list[tuple[Layer, Tensor, Tensor]]] = {i: [] for i in plan.tied}
-    for layer, total in sums.items():
-        done = total.finish(predictor.count)
-        if done is None:
-            silent.append(layer.name)
-            loose.update(i for _, i in layer.own)
-        elif isinstance(done, Tensor):
-            if any(i in plan.tied for _, i in layer.own):
-                loose.update(i for _, i in layer.own)
+    shared: dict[int, list[tuple[KroneckerLayer, Tensor, Tensor]]] = {i: [] for i in plan.tied}
+    for total in sums:
+        positions = {i for _, i in total.layer.own}
+        tied = not plan.tied.isdisjoint(positions)
+        if isinstance(total, _ScaleSum):
+            moment = total.finish(predictor.count)
+            if moment is None:
+                silent.append(total.layer.name)
+            if moment is None or tied:
+                loose |= positions
             else:
-                placed.append(place_scale(layer, done))
-        else:
-            assert isinstance(total, _KroneckerSum)
-            A, G = done
-            tied = [(local, i) for local, i in layer.own if i in plan.tied]
-            if not tied:
-                placed.append(
-                    place_kronecker(layer, KroneckerBlock(A, G, total.diagonal_A, total.diagonal_G))
-                )
-                continue
-            for local, i in layer.own:
-                if local != "weight" or A.dim() > 2:
-                    loose.add(i)
-                else:
-                    bias = len(layer.own) > 1
-                    weight_A = (A[:-1] if A.dim() == 1 else A[:-1, :-1]) if bias else A
-                    shared[i].append((layer, weight_A, G))
+                placed.append(place_scale(total.layer, moment))
+            continue
+        layer, pair = total.layer, total.finish(predictor.count)
+        if pair is None:
+            silent.append(layer.name)
+            loose |= positions
+            continue
+        A, G = pair
+        if not tied:
+            block = KroneckerBlock(A, G, total.diagonal_A, total.diagonal_G)
+            placed.append(place_kronecker(layer, block))
+            continue
+        for local, i in layer.own:
+            if local != "weight" or A.dim() > 2:
+                loose.add(i)
+            else:
+                bias = len(layer.own) > 1
+                weight_A = (A[:-1] if A.dim() == 1 else A[:-1, :-1]) if bias else A
+                shared[i].append((layer, weight_A, G))
     for i, terms in shared.items():
-        block = place_tied(i, predictor.values[i], terms) if terms and i not in loose else None
-        if block is None:
+        one = place_tied(i, predictor.values[i], terms) if terms and i not in loose else None
+        if one is None:
             loose.add(i)
         else:
-            placed.append(block)
+            placed.append(one)
             notes.append(
-                f"tied weights {block.name}: one block, the nearest Kronecker product of the sum "
+                f"tied weights {one.name}: one block, the nearest Kronecker product of the sum "
                 "over uses"
             )
     # A layer that never ran doesn't loosen a parameter to which another layer has given a block.
@@ -291,70 +287,67 @@ def _diagonal(predictor: Predictor, columns: Columns, positions: Sequence[int]) 
 def _correct(result: Estimate, plan: Cover, predictor: Predictor, columns: Columns) -> None:
     """Replace each untied layer's Kronecker block by its eigenvalue-corrected one (George et al.
     2018)."""
-    places = {
-        placed.name: n
-        for n, placed in enumerate(result.blocks)
-        if isinstance(placed.block, KroneckerBlock)
+    bases = {one.name: one.block for one in result.blocks if isinstance(one.block, KroneckerBlock)}
+    layers = {
+        layer.name: layer
+        for layer in plan.layers
+        if isinstance(layer, KroneckerLayer) and layer.name in bases
     }
-    layers = [layer for layer in plan.layers if layer.name in places]
     totals: dict[str, Tensor] = {}
-    for layer, samples, grads in _visits(predictor, columns, layers):
+    for samples, grads in _visits(predictor, columns, list(layers.values())):
         if grads is None:
             continue
-        block = result.blocks[places[layer.name]].block
-        assert isinstance(block, KroneckerBlock)
+        layer = layers[samples.layer.name]
+        basis = bases[layer.name]
         if samples.projected is None:
-            samples.projected = projected_inputs(layer, block, samples.inputs())
-        squares = _squares(layer, block, samples.projected, samples.gradients(grads))
-        totals[layer.name] = (
-            squares if layer.name not in totals else totals[layer.name].add_(squares)
+            samples.projected = projected_inputs(layer, basis, _joined_inputs(layer, samples.calls))
+        gradients = _joined_gradients(layer, samples.calls, grads)
+        squares = _squares(layer, basis, samples.projected, gradients)
+        known = totals.get(layer.name)
+        totals[layer.name] = squares if known is None else known.add_(squares)
+    result.blocks = [
+        replace(
+            one,
+            block=EigenvalueCorrectedBlock(bases[one.name], totals[one.name] / predictor.count),
         )
-    for name, total in totals.items():
-        old = result.blocks[places[name]]
-        assert isinstance(old.block, KroneckerBlock)
-        block = EigenvalueCorrectedBlock(old.block, total / predictor.count)
-        result.blocks[places[name]] = Placed(name, block, old.positions, old.gather, old.scatter)
+        if one.name in totals
+        else one
+        for one in result.blocks
+    ]
 
 
 def projected_squares(
-    layer: Layer, block: KroneckerBlock, inputs: Tensor, gradients: Tensor
+    layer: KroneckerLayer, basis: KroneckerBasis, inputs: Tensor, gradients: Tensor
 ) -> Tensor:
     """``Σ_n (U_Gᵀ (Σ_r g_r a_rᵀ) U_A)²`` (…, out, in) from a layer's samples: n inputs, K·n
     gradients."""
-    return _squares(layer, block, projected_inputs(layer, block, inputs), gradients)
+    return _squares(layer, basis, projected_inputs(layer, basis, inputs), gradients)
 
 
-def projected_inputs(layer: Layer, block: KroneckerBlock, inputs: Tensor) -> Tensor:
+def projected_inputs(layer: KroneckerLayer, basis: KroneckerBasis, inputs: Tensor) -> Tensor:
     """Input samples, bias column included, in the eigenbasis of A; indices and absent weights stay
     as they are."""
-    rule, module = layer.rule, layer.module
-    assert isinstance(rule, KroneckerRule)
-    if rule.one_hot or not rule.covers(module, "weight"):
+    if layer.rule.one_hot or not layer.covers("weight"):
         return inputs
-    bias = rule.covers(module, "bias")
-    if block.A.diagonal:
-        return (
-            torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1) if bias else inputs
-        )
-    basis = _aligned(block.A.spectrum.basis)
-    return (inputs @ basis[..., :-1, :]).add_(basis[..., -1:, :]) if bias else inputs @ basis
+    bias = layer.covers("bias")
+    if basis.A.diagonal:
+        ones = inputs.new_ones(*inputs.shape[:-1], 1)
+        return torch.cat([inputs, ones], dim=-1) if bias else inputs
+    axes = _aligned(basis.A.spectrum.basis)
+    return (inputs @ axes[..., :-1, :]).add_(axes[..., -1:, :]) if bias else inputs @ axes
 
 
-def _squares(layer: Layer, block: KroneckerBlock, a: Tensor, gradients: Tensor) -> Tensor:
-    rule, module = layer.rule, layer.module
-    assert isinstance(rule, KroneckerRule)
-    g = gradients if block.G.diagonal else gradients @ _aligned(block.G.spectrum.basis)
-    if rule.one_hot:
-        return factors.squared_one_hot_gradients(
-            a.repeat(len(g) // len(a), 1), g, rule.shape(module)[2]
-        )
-    if not rule.covers(module, "weight"):
+def _squares(layer: KroneckerLayer, basis: KroneckerBasis, a: Tensor, gradients: Tensor) -> Tensor:
+    g = gradients if basis.G.diagonal else gradients @ _aligned(basis.G.spectrum.basis)
+    if layer.rule.one_hot:
+        indices = a.repeat(len(g) // len(a), 1)
+        return factors.squared_one_hot_gradients(indices, g, layer.shape[2])
+    if not layer.covers("weight"):
         return g.sum(-2).square().sum(-2).unsqueeze(-1)
-    total = None
-    for piece in g.split(a.shape[-3], dim=-3):
-        squares = factors.squared_example_gradients(a, piece)
-        total = squares if total is None else total.add_(squares)
-    assert total is not None
+    first, *rest = g.split(a.shape[-3], dim=-3)
+    total = factors.squared_example_gradients(a, first)
+    for piece in rest:
+        total.add_(factors.squared_example_gradients(a, piece))
     return total
 
 

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from thermo_opt.errors import InputError
 from thermo_opt.fisher.kronecker.factors import working
-from thermo_opt.fisher.kronecker.rules import Rule, ScaleRule, rule_for
+from thermo_opt.fisher.kronecker.rules import KroneckerRule, Rule, ScaleRule, rule_for
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,57 @@ class Layer:
     rule: Rule
     own: tuple[tuple[str, int], ...]
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The covered parameters, in the order of ``own``."""
+        return [self.module._parameters[local] for local, _ in self.own]  # type: ignore[misc]
+
+    def covers(self, name: str) -> bool:
+        """Whether the parameter of this local name is the layer's."""
+        return any(local == name for local, _ in self.own)
+
+
+@dataclass(frozen=True)
+class KroneckerLayer(Layer):
+    """A layer that is linear in a matrix."""
+
+    rule: KroneckerRule
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(groups, out, in) of its matrix, a trainable bias column counted in."""
+        return self.rule.shape(self.module)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Input samples of one call (`KroneckerRule.inputs`)."""
+        return self.rule.inputs(self.module, x)
+
+    def gradients(self, x: Tensor, g: Tensor) -> Tensor:
+        """Output-gradient samples of one call (`KroneckerRule.gradients`)."""
+        return self.rule.gradients(self.module, x, g)
+
+
+@dataclass(frozen=True)
+class ScaleLayer(Layer):
+    """A normalisation layer, with its scale and shift."""
+
+    rule: ScaleRule
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many numbers each of the parameters holds."""
+        return [p.numel() for p in self.parameters]
+
+    @property
+    def dense(self) -> bool:
+        """Whether all of them share one dense block, rather than one small block per channel."""
+        return sum(self.sizes) <= DENSE_SCALES
+
+
+DENSE_SCALES = 1024
+"""Most scale and shift parameters of one layer that share a dense block; above it, one small block
+per channel."""
+
 
 @dataclass(frozen=True)
 class Cover:
@@ -36,7 +87,7 @@ class Cover:
     own them.
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[KroneckerLayer | ScaleLayer, ...]
     tied: frozenset[int]
     rest: tuple[int, ...]
     unruled: tuple[tuple[str, str], ...]
@@ -57,13 +108,14 @@ def cover(model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = No
             if p is not None and p.requires_grad:
                 position.setdefault(id(p), len(position))
     owners: dict[int, int] = {}
-    layers, unruled = [], []
+    layers: list[KroneckerLayer | ScaleLayer] = []
+    unruled = []
     for name, module in owning:
         rule = rule_for(module)
         ruled = {} if rule is None else dict(rule.parameters(module))
         own = tuple((local, position[id(p)]) for local, p in ruled.items())
         if rule is not None and own:
-            layers.append(Layer(name, module, rule, own))
+            layers.append(_layer(name, module, rule, own))
             for _, i in own:
                 owners[i] = owners.get(i, 0) + 1
         others = [
@@ -78,8 +130,21 @@ def cover(model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = No
     return Cover(tuple(layers), tied, rest, tuple(unruled))
 
 
+def _layer(
+    name: str, module: nn.Module, rule: Rule, own: tuple[tuple[str, int], ...]
+) -> KroneckerLayer | ScaleLayer:
+    if isinstance(rule, ScaleRule):
+        return ScaleLayer(name, module, rule, own)
+    if isinstance(rule, KroneckerRule):
+        return KroneckerLayer(name, module, rule, own)
+    raise InputError(
+        f"the rule of module {name!r} is a {type(rule).__name__}; derive it from KroneckerRule or "
+        "ScaleRule"
+    )
+
+
 @dataclass
-class Use:
+class Call:
     """One call of a layer: its input (for scale rules, already normalised) and where its output
     sits in the autograd graph.
 
@@ -87,7 +152,7 @@ class Use:
     what it refers to.
     """
 
-    layer: Layer
+    layer: KroneckerLayer | ScaleLayer
     x: Tensor
     output: GradientEdge
     size: int
@@ -105,34 +170,34 @@ class Use:
 
 
 @contextmanager
-def recording(layers: Iterable[Layer]) -> Iterator[list[Use]]:
+def recording(layers: Iterable[KroneckerLayer | ScaleLayer]) -> Iterator[list[Call]]:
     """Record every call of these layers whose output takes part in autograd; the hooks are gone on
     leaving."""
-    uses: list[Use] = []
+    calls: list[Call] = []
     handles = [
         layer.module.register_forward_hook(
-            _recorder(layer, uses), with_kwargs=True, always_call=False
+            _recorder(layer, calls), with_kwargs=True, always_call=False
         )
         for layer in layers
     ]
     try:
-        yield uses
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _recorder(layer: Layer, uses: list[Use]) -> Any:
+def _recorder(layer: KroneckerLayer | ScaleLayer, calls: list[Call]) -> Any:
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         if not (isinstance(output, Tensor) and output.requires_grad and torch.is_grad_enabled()):
             return
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
-        if isinstance(layer.rule, ScaleRule):
+        if isinstance(layer, ScaleLayer):
             x = layer.rule.normalised(module, x)
         if x.is_floating_point():
             x = working(x)
-        uses.append(Use(layer, x, get_gradient_edge(output), output.numel(), x._version))
+        calls.append(Call(layer, x, get_gradient_edge(output), output.numel(), x._version))
 
     return hook

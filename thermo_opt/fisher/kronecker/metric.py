@@ -72,7 +72,7 @@ class KroneckerMetric(Metric):
     ) -> list[Tensor]:
         out: list[Tensor] = [torch.empty(0)] * len(self.shapes)
         for placed in self.blocks:
-            result = placed.scatter(operation(placed.block, placed.take(v)))
+            result = placed.coordinates.scatter(operation(placed.block, placed.take(v)))
             for i, tensor in zip(placed.positions, result, strict=True):
                 out[i] = tensor.reshape(self.shapes[i])
         return out
@@ -133,7 +133,7 @@ class KroneckerMetric(Metric):
             own = [v[i] for i in placed.positions]
             damped = self.damping * dot(own, own)
             shares[placed.name] = (
-                max(float(placed.block.quadratic(placed.gather(own))), 0.0) + damped
+                max(float(placed.block.quadratic(placed.coordinates.gather(own))), 0.0) + damped
             )
         return shares
 

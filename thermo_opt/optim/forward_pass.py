@@ -1,8 +1,8 @@
 """Hooks on the model: what went in and came out of it, and of the layers whose turn it is.
 
 Hooks are attached only for the steps that need them. They act on training passes alone (autograd
-on): a probe's forward pass under ``no_grad`` is not seen. They hold the optimizer weakly and turn
-into nothing when the model is copied or pickled.
+on): a probe's forward pass under ``no_grad`` is not seen. They keep a weak reference to the
+optimizer; copies and pickles of the model carry inert hooks.
 """
 
 from __future__ import annotations
@@ -20,46 +20,28 @@ from thermo_opt.errors import InputError
 from thermo_opt.models import map_tensors, mixes_examples, outputs_of, repeated
 
 
-class Tap:
-    """A forward hook that calls ``owner.method(place, …)`` while the owner lives, and nothing in a
-    copy of the model."""
+class WeakHook:
+    """A forward hook or pre-hook that calls a bound method while its owner lives, in passes that
+    autograd records; a copy of it does nothing."""
 
-    def __init__(self, owner: Any = None, method: str = "", place: Any = None) -> None:
-        self._owner = None if owner is None else weakref.ref(owner)
-        self._method, self._place = method, place
+    def __init__(self, method: Callable[..., None] | None = None) -> None:
+        self._method = None if method is None else weakref.WeakMethod(method)
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        owner = None if self._owner is None else self._owner()
-        if owner is not None and torch.is_grad_enabled():
-            getattr(owner, self._method)(self._place, module, args, kwargs, output)
+    def __call__(self, *seen: Any) -> None:
+        method = None if self._method is None else self._method()
+        if method is not None and torch.is_grad_enabled():
+            method(*seen)
 
-    def __deepcopy__(self, memo: Any) -> Tap:
-        return Tap()
+    def __deepcopy__(self, memo: Any) -> WeakHook:
+        return WeakHook()
 
-    def __reduce__(self) -> tuple[type[Tap], tuple[()]]:
-        return Tap, ()
+    def __reduce__(self) -> tuple[type[WeakHook], tuple[()]]:
+        return WeakHook, ()
 
 
-class BeforeTap(Tap):
-    """The same for a forward pre-hook; its method takes nothing."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *_: Any) -> None:
-        owner = None if self._owner is None else self._owner()
-        if owner is not None and torch.is_grad_enabled():
-            getattr(owner, self._method)()
-
-    def __deepcopy__(self, memo: Any) -> BeforeTap:
-        return BeforeTap()
-
-    def __reduce__(self) -> tuple[type[Tap], tuple[()]]:
-        return BeforeTap, ()
-
-
-def attach(module: nn.Module, tap: Tap) -> RemovableHandle:
-    """Attach a tap as a forward hook."""
-    return module.register_forward_hook(tap, with_kwargs=True)
+def after_forward(module: nn.Module, method: Callable[..., None]) -> RemovableHandle:
+    """Call ``method(module, args, kwargs, output)`` after every recorded call of a module."""
+    return module.register_forward_hook(WeakHook(method), with_kwargs=True)
 
 
 def on_gradient(output: Any, receive: Callable[[Tensor], None]) -> bool:
@@ -77,7 +59,7 @@ def on_gradient(output: Any, receive: Callable[[Tensor], None]) -> bool:
 
 
 @dataclass
-class Forward:
+class ForwardPass:
     """One training pass of the whole model: its arguments, its outputs (detached), and what
     backward showed of them.
 
@@ -102,13 +84,9 @@ class Forward:
         """The arguments in the form `thermo_opt.fisher.Batch` takes."""
         if self.kwargs and self.args:
             return {**{str(i): a for i, a in enumerate(self.args)}, **self.kwargs}
-        return (
-            dict(self.kwargs)
-            if self.kwargs
-            else self.args[0]
-            if len(self.args) == 1
-            else tuple(self.args)
-        )
+        if self.kwargs:
+            return dict(self.kwargs)
+        return self.args[0] if len(self.args) == 1 else tuple(self.args)
 
     def again(self, model: nn.Module, predictions: int | None) -> tuple[Tensor, Tensor]:
         """(old outputs, outputs of ``model`` now) on about ``predictions`` predictions of evenly
@@ -131,31 +109,26 @@ class Forward:
             return old, outputs_of(model(*args, **kwargs)).detach()
 
 
-class ModelObserver:
-    """Sees whole training passes of a model: `passes` since the last `clear`. Its two hooks are
-    there while it is `armed`.
+class PassRecorder:
+    """Records whole training passes of a model: `passes` since the last `clear`. Its two hooks are
+    there while it is armed.
 
     While ``counting``, the loss terms of each pass are counted too.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.passes: list[Forward] = []
+        self.passes: list[ForwardPass] = []
         self.counting = True
         self._handles: list[RemovableHandle] = []
         self._random_state: Tensor | None = None
-
-    @property
-    def armed(self) -> bool:
-        """Whether the hooks are attached."""
-        return bool(self._handles)
 
     def arm(self, counting: bool = True) -> None:
         """Attach the hooks."""
         self.counting = counting
         if not self._handles:
-            before = self.model.register_forward_pre_hook(BeforeTap(self, "starts"))
-            self._handles = [before, attach(self.model, Tap(self, "saw"))]
+            before = self.model.register_forward_pre_hook(WeakHook(self._before))
+            self._handles = [before, after_forward(self.model, self._after)]
 
     def disarm(self) -> None:
         """Remove the hooks."""
@@ -163,19 +136,19 @@ class ModelObserver:
             handle.remove()
         self._handles = []
 
-    def starts(self) -> None:
-        """Called when a training pass begins."""
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A training pass begins."""
         self._random_state = torch.random.get_rng_state() if mixes_examples(self.model) else None
 
-    def saw(
-        self, _: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    def _after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Called when a training pass ends."""
+        """A training pass ends."""
         try:
             outputs = outputs_of(output)
         except InputError:
             return  # a pass that returns something else than predictions: nothing to calibrate on
-        seen = Forward(args, kwargs, outputs.detach(), self._random_state)
+        seen = ForwardPass(args, kwargs, outputs.detach(), self._random_state)
 
         def receive(g: Tensor) -> None:
             seen.used = True
@@ -188,7 +161,7 @@ class ModelObserver:
             self.passes.append(seen)
 
     @property
-    def used(self) -> list[Forward]:
+    def used(self) -> list[ForwardPass]:
         """The passes that took part in a backward pass."""
         return [seen for seen in self.passes if seen.used]
 

@@ -1,4 +1,4 @@
-"""What NGDT refuses, in sentences."""
+"""Validation of NGDT's arguments, parameter groups and steps."""
 
 from __future__ import annotations
 
@@ -10,56 +10,51 @@ import torch
 from torch import Tensor, nn
 
 from thermo_opt.errors import InputError
-from thermo_opt.optim.observer import Forward
+from thermo_opt.optim.forward_pass import ForwardPass
 
 
-def options(given: Mapping[str, Any]) -> None:
-    """Refuse impossible settings of `NGDT`, by name."""
-    model = given["model"]
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            "NGDT's first argument must be the model (a torch.nn.Module), got "
-            f"{type(model).__name__}; pass parameters as params=…"
-        )
-    for name in ("budget", "eta_max"):
-        _number(given[name], name, least=0.0, open_end=True)
-    _number(given["damping"] if given["damping"] is not None else 0.0, "damping", least=0.0)
-    for name in ("lr", "weight_decay", "eta_null", "atol"):
-        _number(given[name], name, least=0.0)
-    if not float(given["overhead"]) > 0:
-        raise InputError(f"overhead must be > 0, got {given['overhead']!r}")
-    for name in ("momentum", "decay"):
-        if not 0 <= float(given[name]) < 1:
-            raise InputError(f"{name} must be in [0, 1), got {given[name]!r}")
-    choices = {
-        "metric": ("kfac", "ekfac", "exact", "dense", "low-rank", "diagonal"),
-        "null_space": ("damped", "none", "hybrid"),
-        "setting": ("expand", "reduce"),
-    }
-    for name, known in choices.items():
-        if given[name] not in known:
-            raise InputError(f"{name} {given[name]!r} is not one of {', '.join(known)}")
-    for name in ("refresh_every", "rows", "calibration_predictions"):
-        if given[name] is not None and int(given[name]) < 1:
-            raise InputError(f"{name} must be at least 1, got {given[name]!r}")
-    if given["calibrate"] is not None and int(given["calibrate"]) < 0:
-        raise InputError(
-            f"calibrate must be at least 1, or 0 for never, got {given['calibrate']!r}"
-        )
-    if given["null_space"] == "damped" and given["damping"] == 0:
-        raise InputError(
-            "damping=0 needs null_space='none' or 'hybrid': without damping the inverse exists "
-            "only off the null space"
-        )
-
-
-def _number(value: Any, name: str, least: float, open_end: bool = False) -> None:
+def number(name: str, value: Any, least: float = 0.0, above: bool = False) -> None:
+    """Refuse what is no finite number ≥ (with ``above``: >) ``least``; a function of the step is
+    checked when it is called."""
     if callable(value):
         return
-    number = float(value)
-    if not math.isfinite(number) or number < least or (open_end and number == least):
+    found = float(value)
+    if not math.isfinite(found) or found < least or (above and found == least):
         raise InputError(
-            f"{name} must be a finite number {'>' if open_end else '≥'} {least:g}, got {value!r}"
+            f"{name} must be a finite number {'>' if above else '≥'} {least:g}, got {value!r}"
+        )
+
+
+def fraction(name: str, value: Any) -> None:
+    """Refuse what is not in [0, 1)."""
+    if not 0 <= float(value) < 1:
+        raise InputError(f"{name} must be in [0, 1), got {value!r}")
+
+
+def at_least_one(name: str, value: Any) -> None:
+    """Refuse what is below 1."""
+    if int(value) < 1:
+        raise InputError(f"{name} must be at least 1, got {value!r}")
+
+
+def above_zero(name: str, value: Any) -> None:
+    """Refuse what is not > 0; infinity is allowed."""
+    if not float(value) > 0:
+        raise InputError(f"{name} must be > 0, got {value!r}")
+
+
+def choice(name: str, value: Any, known: Sequence[str]) -> None:
+    """Refuse what is not one of ``known``."""
+    if value not in known:
+        raise InputError(f"{name} {value!r} is not one of {', '.join(known)}")
+
+
+def is_model(value: Any) -> None:
+    """Refuse parameters, or anything else, in the place of the model."""
+    if not isinstance(value, nn.Module):
+        raise InputError(
+            "NGDT's first argument must be the model (a torch.nn.Module), got "
+            f"{type(value).__name__}; pass parameters as params=…"
         )
 
 
@@ -86,9 +81,7 @@ def model(module: nn.Module) -> None:
             raise InputError(f"parameter {name!r} is complex; NGDT trains real parameters only")
 
 
-def groups(
-    module: nn.Module, params: Iterable[Any] | None, per_layer: bool
-) -> list[dict[str, Any]]:
+def groups(module: nn.Module, params: Iterable[Any] | None) -> list[dict[str, Any]]:
     """Parameter groups from what the user gave, restricted to parameters that require grad."""
     owned = {id(p): name for name, p in module.named_parameters()}
     given = list(module.parameters() if params is None else params)
@@ -121,12 +114,12 @@ def pools(param_groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[fl
     shares, numbers = [1.0], []
     for group in param_groups:
         share = group.get("share")
-        number = 0
+        pool = 0
         if share is not None:
-            _number(share, "share", 0.0, open_end=True)
-            number = len(shares)
+            number("share", share, above=True)
+            pool = len(shares)
             shares.append(float(share))
-        numbers += [number] * len(group["params"])
+        numbers += [pool] * len(group["params"])
     shares[0] = 1.0 - sum(shares[1:])
     if shares[0] < -1e-9:
         raise InputError(
@@ -141,7 +134,7 @@ def pools(param_groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[fl
     return numbers, shares
 
 
-class Unchanged:
+class ModelFingerprint:
     """Notices a model whose layers, dtypes or devices changed after the optimizer was made."""
 
     def __init__(self, module: nn.Module, params: Sequence[nn.Parameter]) -> None:
@@ -183,7 +176,7 @@ class Unchanged:
                 )
 
 
-def passes(seen: Sequence[Forward], gradients: Sequence[Tensor | None]) -> None:
+def passes(seen: Sequence[ForwardPass], gradients: Sequence[Tensor | None]) -> None:
     """Refuse a step without gradients, with sparse ones, or accumulated over parts of unequal
     size."""
     if all(g is None for g in gradients):
@@ -202,7 +195,7 @@ def passes(seen: Sequence[Forward], gradients: Sequence[Tensor | None]) -> None:
         )
 
 
-def mean_loss(seen: Sequence[Forward], scale: float) -> None:
+def mean_loss(seen: Sequence[ForwardPass], scale: float) -> None:
     """Refuse a summed cross-entropy: its output gradients add up to far more than a mean's, which
     is at most 2."""
     for one in seen:

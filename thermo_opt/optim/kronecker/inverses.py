@@ -1,16 +1,13 @@
-"""Solvers of one block of the training metric: F_λ⁻¹ v and F_λ v with everything that can be cached
-cached (THEORY §7).
+"""Inverses of one block of the running metric: F_λ⁻¹ v and F_λ v with cached inverses (theory §7).
 
-Two families. *Inverses* (`KroneckerInverse`, `DenseInverse`): Cholesky inverses of damped factors,
-the fast default: half the products of an eigenbasis at each step and a fifth of its cost at each
-refresh. *Spectral* (`Spectral`): an eigenbasis, which exact Tikhonov damping, truncation,
-null-space steps and EKFAC need. Each uses one F_λ for solve and matvec, so that |ε| ≤ 1.
+Two families. *Cholesky* (`KroneckerInverse`, `DenseInverse`): inverses of damped factors, the fast
+default: half the products of an eigenbasis at each step and a fifth of its cost at each refresh.
+*Spectral* (`SpectralInverse`): an eigenbasis, which exact Tikhonov damping, truncation, null-space
+steps and EKFAC need. Each uses one F_λ for solve and matvec, so that |ε| ≤ 1.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -18,12 +15,13 @@ import torch
 from torch import Tensor
 
 from thermo_opt.fisher import spectral
-from thermo_opt.fisher.kronecker import Block
-from thermo_opt.optim.inverse import TOGETHER, Amount, plain_inverses, positive_inverse, shifted
+from thermo_opt.fisher.kronecker import Block, Factor, factored_damping
+from thermo_opt.fisher.kronecker.factor import Amount
+from thermo_opt.optim.kronecker.cholesky import TOGETHER, plain_inverses, positive_inverse, shifted
 
 
-class Solver(ABC):
-    """F_λ of one block, in the block's coordinates."""
+class BlockInverse(ABC):
+    """F_λ of one block and its inverse, in the block's coordinates."""
 
     @property
     def notes(self) -> list[str]:
@@ -31,9 +29,14 @@ class Solver(ABC):
         return []
 
     @property
-    def damped(self) -> Sequence[Damped]:
-        """The matrices that `invert` must invert before the solver is used."""
+    def damped(self) -> Sequence[DampedInverse]:
+        """The matrices that `invert` must invert before the first `solve`."""
         return ()
+
+    @property
+    def rank(self) -> int | None:
+        """How many eigenvalues are above the threshold; None where none are computed."""
+        return None
 
     @abstractmethod
     def solve(self, v: Tensor) -> Tensor:
@@ -43,47 +46,16 @@ class Solver(ABC):
     def matvec(self, v: Tensor) -> Tensor:
         """F_λ v."""
 
+    def null(self, v: Tensor) -> Tensor:
+        """P₀v, the part of v in the truncated space; zero where nothing is truncated."""
+        return torch.zeros_like(v)
+
     def accumulate(self, b: Tensor, mu: float, v: Tensor) -> None:
         """b ← μ b + F_λ⁻¹ v, in place."""
         b.mul_(mu).add_(self.solve(v))
 
 
-def _diagonals(blocks: Sequence[Tensor]) -> list[Tensor]:
-    return [block if block.dim() == 1 else block.diagonal(dim1=-2, dim2=-1) for block in blocks]
-
-
-def traces(blocks: Sequence[Tensor]) -> Tensor:
-    """Trace of a side of these diagonal blocks, each (k,), (k, k), or a batch (m, k, k): a scalar,
-    or one a product of the batch."""
-    return torch.stack([diagonal.sum(-1) for diagonal in _diagonals(blocks)]).sum(0)
-
-
-def _mean_of_blocks(blocks: Sequence[Tensor]) -> Tensor:
-    """Mean of a side's diagonal: a scalar, or one a product of a batch."""
-    diagonals = _diagonals(blocks)
-    return (diagonals[0] if len(diagonals) == 1 else torch.cat(diagonals, dim=-1)).mean(-1)
-
-
-def damping_split(
-    A: Sequence[Tensor], G: Sequence[Tensor], damping: float
-) -> tuple[Amount, Amount]:
-    """The sides' shares (π√λ, √λ/π), π² = (tr A/dim A)/(tr G/dim G): Martens & Grosse 2015, §6.3. π
-    = 1 where a trace is 0.
-
-    Each side is a list of diagonal blocks. Numbers, or tensors of one number a product of a batch.
-    """
-    mean_a, mean_g = _mean_of_blocks(A), _mean_of_blocks(G)
-    if mean_a.dim() == mean_g.dim() == 0:
-        a, g = torch.stack([mean_a, mean_g.to(mean_a.dtype)]).tolist()
-        ratio = a / g if g != 0 else 0.0
-        root = math.sqrt(ratio) if 0 < ratio < math.inf else 1.0
-        return root * damping**0.5, damping**0.5 / root
-    pi = (mean_a / mean_g).sqrt()
-    pi = torch.where(torch.isfinite(pi) & (pi > 0), pi, torch.ones_like(pi))
-    return pi * damping**0.5, damping**0.5 / pi
-
-
-class Damped:
+class DampedInverse:
     """``M + cI`` of a block (k,), (k, k) or a batch (m, k, k), and its inverse, which `invert`
     fills in unless the block is a diagonal.
 
@@ -93,7 +65,7 @@ class Damped:
     """
 
     def __init__(
-        self, block: Tensor, amount: Amount, last: Damped | None, into: Tensor | None = None
+        self, block: Tensor, amount: Amount, last: DampedInverse | None, into: Tensor | None = None
     ) -> None:
         self.notes: list[str] = []
         self.block, self.amount, self._last = block, amount, last
@@ -126,10 +98,7 @@ class Damped:
                 inverse = self._last.inverse
                 note += "; kept the last inverse"
             else:
-                mean = (
-                    torch.nan_to_num(_mean_of_blocks([self.block]), posinf=0.0, neginf=0.0).abs()
-                    + 1.0
-                )
+                mean = torch.nan_to_num(Factor(self.block).mean, posinf=0.0, neginf=0.0).abs() + 1.0
                 inverse = torch.diag_embed((1 / mean).expand(self.block.shape[-1]))
                 note += "; used a multiple of the identity"
             self.block, self.amount = torch.linalg.inv(inverse.double()).to(self.block.dtype), 0.0
@@ -137,10 +106,10 @@ class Damped:
         if note:
             self.notes.append(note)
 
-    def __getitem__(self, j: int) -> Damped:
+    def __getitem__(self, j: int) -> DampedInverse:
         """One of a batch."""
         amount = self.amount[j] if isinstance(self.amount, Tensor) else self.amount
-        return Damped(
+        return DampedInverse(
             self.block[j], amount, None if self._last is None else self._last[j], self.inverse[j]
         )
 
@@ -167,13 +136,13 @@ class Damped:
         return image.add_(v, alpha=self.amount)
 
 
-def invert(parts: Sequence[Damped]) -> None:
+def invert(parts: Sequence[DampedInverse]) -> None:
     """Invert damped blocks, those of one size in one batch.
 
-    Give it all blocks of one unit and nothing else: a resumed run rebuilds each unit by itself, and
+    Give it all of one parameter block and nothing else: a resumed run rebuilds each by itself, and
     the same batch gives the same bits.
     """
-    alike: dict[tuple[object, ...], list[Damped]] = {}
+    alike: dict[tuple[object, ...], list[DampedInverse]] = {}
     for part in parts:
         alike.setdefault((part.block.shape[-1], part.block.dtype, part.block.device), []).append(
             part
@@ -191,14 +160,17 @@ def invert(parts: Sequence[Damped]) -> None:
                 part.fill(None if inverses is None else inverses[j])
 
 
-class Side:
-    """One side of a damped Kronecker product: its diagonal blocks, or one diagonal (k,).
+class DampedFactor(Factor):
+    """``M + cI`` of one side of a Kronecker product, with its inverse: whole, its diagonal blocks,
+    or one diagonal (k,).
 
     ``equal``: the inverses of several blocks of one size as one tensor (…, blocks, k, k), of which
     they are views.
     """
 
-    def __init__(self, blocks: Sequence[Tensor], amount: Amount, last: Side | None) -> None:
+    def __init__(self, factor: Factor, amount: Amount, last: DampedFactor | None) -> None:
+        super().__init__(factor.blocks, factor.diagonal)
+        blocks = self.blocks
         self.equal: Tensor | None = None
         places: Sequence[Tensor | None] = [None] * len(blocks)
         if len({block.shape for block in blocks}) == 1 < len(blocks):
@@ -206,17 +178,21 @@ class Side:
             self.equal = blocks[0].new_empty(*batch, len(blocks), k, k)
             places = self.equal.unbind(-3)
         before = [None] * len(blocks) if last is None else last.parts
-        self.parts: list[Damped] = [
-            Damped(block, amount, last_part, place)
+        self.parts: list[DampedInverse] = [
+            DampedInverse(block, amount, last_part, place)
             for block, last_part, place in zip(blocks, before, places, strict=True)
         ]
-        ends = list(itertools.accumulate(block.shape[-1] for block in blocks))
-        self.ends = list(zip([0, *ends], ends, strict=False))
 
     @property
     def inverses(self) -> list[Tensor]:
         """The blocks of ``(M + cI)⁻¹``."""
         return [part.inverse for part in self.parts]
+
+    def block_left(self, j: int, v: Tensor) -> Tensor:
+        return self.parts[j].times(v)
+
+    def block_right(self, j: int, v: Tensor) -> Tensor:
+        return self.parts[j].times_left(v)
 
     def solve_right(self, v: Tensor) -> Tensor:
         """``v (M + cI)⁻¹`` with v (…, m, k)."""
@@ -233,31 +209,15 @@ class Side:
         if len(self.parts) == 1:
             inverse = self.parts[0].inverse
             return inverse[..., None] * v if inverse.dim() == 1 else inverse @ v
-        if (
-            self.equal is not None
-        ):  # one product of a stack runs by threads, several small ones don't
+        if self.equal is not None:  # one product of a stack runs by threads, small ones don't
             return (self.equal @ v.unflatten(-2, (len(self.parts), -1))).flatten(-3, -2)
         out = torch.empty_like(v)
         for (start, end), part in zip(self.ends, self.parts, strict=True):
             torch.matmul(part.inverse, v[..., start:end, :], out=out[..., start:end, :])
         return out
 
-    def right(self, v: Tensor) -> Tensor:
-        """``v (M + cI)`` with v (…, m, k)."""
-        parts = [
-            part.times_left(v[..., s:e]) for (s, e), part in zip(self.ends, self.parts, strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def left(self, v: Tensor) -> Tensor:
-        """``(M + cI) v`` with v (…, k, m)."""
-        parts = [
-            part.times(v[..., s:e, :]) for (s, e), part in zip(self.ends, self.parts, strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
-
-
-class KroneckerInverse(Solver):
+class KroneckerInverse(BlockInverse):
     """``(A + π√λ I) ⊗ (G + √λ/π I)`` on matrices V (…, out, in), each side one matrix, its diagonal
     blocks, or a diagonal.
 
@@ -266,17 +226,10 @@ class KroneckerInverse(Solver):
     blocks of side k.
     """
 
-    def __init__(
-        self,
-        A: Sequence[Tensor],
-        G: Sequence[Tensor],
-        damping: float,
-        last: KroneckerInverse | None,
-    ) -> None:
-        on_a, on_g = damping_split(A, G, damping)
-        last_a, last_g = (None, None) if last is None else (last.A, last.G)
-        self.A: Side = Side(A, on_a, last_a)
-        self.G: Side = Side(G, on_g, last_g)
+    def __init__(self, A: Factor, G: Factor, damping: float, last: KroneckerInverse | None) -> None:
+        on_a, on_g = factored_damping(A, G, damping)
+        self.A: DampedFactor = DampedFactor(A, on_a, None if last is None else last.A)
+        self.G: DampedFactor = DampedFactor(G, on_g, None if last is None else last.G)
 
     @property
     def notes(self) -> list[str]:
@@ -288,7 +241,7 @@ class KroneckerInverse(Solver):
         ]
 
     @property
-    def damped(self) -> Sequence[Damped]:
+    def damped(self) -> Sequence[DampedInverse]:
         return [part for side in (self.A, self.G) for part in side.parts if part.block.dim() > 1]
 
     def solve(self, v: Tensor) -> Tensor:
@@ -313,30 +266,31 @@ class KroneckerInverse(Solver):
         return self.G.left(self.A.right(v))
 
 
-class DenseInverse(Solver):
+class DenseInverse(BlockInverse):
     """``M + λI`` on vectors (…, k), inverted by Cholesky."""
 
     def __init__(self, matrix: Tensor, damping: float, last: DenseInverse | None) -> None:
-        self.part: Damped = Damped(matrix, damping, None if last is None else last.part)
+        self.part: DampedInverse = DampedInverse(
+            matrix, damping, None if last is None else last.part
+        )
 
     @property
     def notes(self) -> list[str]:
         return self.part.notes
 
     @property
-    def damped(self) -> Sequence[Damped]:
+    def damped(self) -> Sequence[DampedInverse]:
         return (self.part,)
 
     def solve(self, v: Tensor) -> Tensor:
-        return (v[..., None, :] @ self.part.inverse)[
-            ..., 0, :
-        ]  # symmetric: a row times it reads it in order
+        # The inverse is symmetric: a row times it reads it in order.
+        return (v[..., None, :] @ self.part.inverse)[..., 0, :]
 
     def matvec(self, v: Tensor) -> Tensor:
         return self.part.times_left(v[..., None, :])[..., 0, :]
 
 
-class DiagonalInverse(Solver):
+class DiagonalInverse(BlockInverse):
     """``diag(f) + λ``; with λ = 0 entries ≤ cut are the null space."""
 
     def __init__(
@@ -361,7 +315,7 @@ class DiagonalInverse(Solver):
         return int((self.values > self.cut).sum())
 
 
-class Spectral(Solver):
+class SpectralInverse(BlockInverse):
     """Any block with an eigenbasis, ``U diag(σ) Uᵀ + λI``; with λ = 0 eigenvalues ≤ max(rtol·σ_max,
     atol) are truncated.
 

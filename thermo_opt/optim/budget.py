@@ -1,4 +1,4 @@
-"""Regulators: from the dissipation a step would cost to its size η_T (THEORY §7)."""
+"""Regulators: from the dissipation a step would cost to its size η_T (theory §7)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Schedule = float | Callable[[int], float]
 """A number, or a function of the step (0, 1, 2, …)."""
 
 
-def at(value: Schedule, step: int, name: str, *, zero: bool = False) -> float:
+def value_at(value: Schedule, step: int, name: str, *, zero: bool = False) -> float:
     """The value of a schedule at this step; `InputError` unless it is finite and positive (or, with
     ``zero``, not negative)."""
     number = float(value(step)) if callable(value) else float(value)
@@ -42,19 +42,19 @@ class Dissipation:
     """``η_T = min(η_max, √(2 Q_budget / a))``: the step dissipates ½η²a = Q_budget nats until η_max
     binds.
 
-    No step within the budget predicts a larger decrease (THEORY §3, §7).
+    No step within the budget predicts a larger decrease (theory §3, §7).
     """
 
     budget: Schedule = 0.03
     eta_max: Schedule = 1.0
 
     def step_size(self, a: float, step: int) -> float:
-        limit = at(self.eta_max, step, "eta_max")
-        budget = at(self.budget, step, "budget")
+        limit = value_at(self.eta_max, step, "eta_max")
+        budget = value_at(self.budget, step, "budget")
         return min(limit, math.sqrt(2 * budget / a)) if a > 0 else limit
 
     def budget_at(self, step: int) -> float | None:
-        return at(self.budget, step, "budget")
+        return value_at(self.budget, step, "budget")
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class Heat:
     epsilon: float = 1e-12
 
     def step_size(self, a: float, step: int) -> float:
-        raw = self.eta_0 * at(self.budget, step, "budget") / (a + self.epsilon)
-        return min(max(raw, self.eta_min), at(self.eta_max, step, "eta_max"))
+        raw = self.eta_0 * value_at(self.budget, step, "budget") / (a + self.epsilon)
+        return min(max(raw, self.eta_min), value_at(self.eta_max, step, "eta_max"))
 
     def budget_at(self, step: int) -> float | None:
-        at(self.budget, step, "budget")
+        value_at(self.budget, step, "budget")
         return None
 
 
@@ -88,7 +88,7 @@ class Fixed:
     eta: Schedule = 1.0
 
     def step_size(self, a: float, step: int) -> float:
-        return at(self.eta, step, "eta")
+        return value_at(self.eta, step, "eta")
 
     def budget_at(self, step: int) -> float | None:
         return None

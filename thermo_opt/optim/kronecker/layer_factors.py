@@ -1,0 +1,151 @@
+"""The Kronecker factors A and G of one layer: from its passes to running averages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from thermo_opt.fisher.kronecker.factors import flatten, working_dtype
+from thermo_opt.fisher.kronecker.layers import KroneckerLayer
+from thermo_opt.fisher.kronecker.rules import ConvRule
+from thermo_opt.optim.kronecker.capture import (
+    Capture,
+    RunningAverage,
+    second_moment,
+    stacked,
+    thin,
+)
+
+if TYPE_CHECKING:
+    from thermo_opt.optim.metrics import KFAC
+
+
+def bounds(size: int, limit: int | None) -> list[tuple[int, int]]:
+    """0 … size in equal parts no longer than ``limit``; at least one, however short."""
+    parts = 1 if limit is None else max(math.ceil(size / limit), 1)
+    step = max(math.ceil(size / parts), 1)
+    return [(start, min(start + step, size)) for start in range(0, max(size, 1), step)]
+
+
+class LayerFactors:
+    """Captured and running A and G of one layer, as lists of diagonal blocks.
+
+    Attributes:
+        bias: whether A has a last row for the bias.
+        limit: largest side of a diagonal block; None: the factors are whole.
+        seen: rows that stand for the layer in the last capture.
+        samples: (inputs, output gradients, rows they stand for), kept for EKFAC.
+    """
+
+    def __init__(self, layer: KroneckerLayer, bias: bool, options: KFAC) -> None:
+        self.layer, self.bias, self.options = layer, bias, options
+        self.average = RunningAverage()
+        self.limit: int | None = None
+        self.pending: Capture | None = None
+        self.A: list[Tensor] = []
+        self.G: list[Tensor] = []
+        self.A_rows = 0
+        self.seen = 0.0
+        self.samples: list[tuple[Tensor, Tensor, float]] = []
+
+    def capture(self, x: Tensor, g: Tensor, offset: int, keep_samples: bool) -> None:
+        """Take one call: its input and the gradient at its output."""
+        most = self.options.max_rows
+        if self.layer.rule.one_hot:
+            self._capture_indices(x, g, offset, keep_samples)
+            return
+        examples = kept = x.shape[0] if x.dim() > 1 else 1
+        if most is not None and isinstance(self.layer.rule, ConvRule):
+            # Unfolding is the cost here: take a few examples whole, several times the rows wanted.
+            kept = min(examples, max(8, math.ceil(8 * most / math.prod(g.shape[2:]))))
+            x, g = _examples(x, kept, offset), _examples(g, kept, offset)
+        kind = self.options.kfac_approx
+        inputs = flatten(self.layer.inputs(x), kind, mean=True)
+        gradients = flatten(self.layer.gradients(x, g), kind, mean=False)
+        total = gradients.shape[-2] * examples / kept
+        capture = Capture(thin(inputs, most, offset), thin(gradients, most, offset), total)
+        if keep_samples:
+            self.samples.append((capture.x, capture.g, total))
+        if not self.layer.covers("weight"):  # the bias alone: its input is 1
+            capture.x = capture.x[..., :0]
+        if self.pending is None and most is not None:
+            self.pending = capture.copied()
+        else:
+            add_captures([self], [capture])
+
+    def _capture_indices(self, x: Tensor, g: Tensor, offset: int, keep_samples: bool) -> None:
+        """The same for one-hot inputs, whose A is the diagonal of their frequencies."""
+        most = self.options.max_rows
+        indices, samples = self.layer.inputs(x), self.layer.gradients(x, g)
+        counts = torch.bincount(indices.flatten(), minlength=self.layer.shape[2])
+        A = [counts.to(working_dtype(g.dtype)).div_(indices.numel())]
+        total = float(samples.shape[-3] * samples.shape[-2])
+        rows = thin(samples.flatten(-3, -2), most, offset)
+        if keep_samples:
+            self.samples.append((thin(indices.reshape(-1, 1), most, offset), rows, total))
+        self.add(A, indices.numel(), _squares(rows, total, self.limit), total)
+
+    def add(self, A: list[Tensor], A_rows: int, G: list[Tensor], rows: float) -> None:
+        """Add one call: A, the mean of outer products over ``A_rows`` rows, and G, their sum over
+        ``rows`` rows."""
+        if self.A:
+            torch._foreach_lerp_(self.A, A, A_rows / (self.A_rows + A_rows))
+            torch._foreach_add_(self.G, G)
+        else:
+            self.A, self.G, self.A_rows, self.seen = A, G, 0, 0.0
+        self.A_rows += A_rows
+        self.seen += rows
+
+    def captured(self, terms: float) -> list[Tensor]:
+        """The blocks of A, then those of G, of everything captured; forgets them."""
+        torch._foreach_mul_(self.G, terms)
+        found = self.A + self.G
+        self.pending, self.A, self.G = None, [], []
+        return found
+
+    def discard(self) -> None:
+        """Forget what was captured."""
+        self.pending, self.A, self.G, self.samples = None, [], [], []
+
+    def cut(self, whole: Sequence[Tensor]) -> list[Tensor]:
+        """The diagonal blocks of whole A and G (none, if there are none)."""
+        blocks = []
+        for side, bias in zip(whole, (self.bias, False), strict=False):
+            if side.dim() != 2:
+                blocks.append(side)
+                continue
+            size = side.shape[-1] - bias
+            ends = [(s, e + (bias and e == size)) for s, e in bounds(size, self.limit)]
+            blocks += [side[s:e, s:e].clone() for s, e in ends]
+        return blocks
+
+
+def add_captures(sides: Sequence[LayerFactors], captures: Sequence[Capture]) -> None:
+    """Turn captures of equal shape, one per layer, into factors, all in one batch."""
+    a, rows = stacked(captures)
+    bias, limit, size, A_rows = sides[0].bias, sides[0].limit, a.shape[-1], a.shape[-2]
+    if bias:
+        a = functional.pad(a, (0, 1), value=1.0)
+    ends = [(s, e + (bias and e == size)) for s, e in bounds(size, limit)]
+    A = [second_moment(a[..., s:e], 1 / A_rows) for s, e in ends]
+    G = _squares(rows, captures[0].total, limit)
+    for j, (side, capture) in enumerate(zip(sides, captures, strict=True)):
+        own_A, own_G = (A, G) if len(captures) == 1 else ([t[j] for t in A], [t[j] for t in G])
+        side.add(own_A, A_rows, own_G, capture.total)
+
+
+def _squares(rows: Tensor, total: float, limit: int | None) -> list[Tensor]:
+    """The blocks of G, of gradients that stand for ``total`` rows."""
+    scale = total / rows.shape[-2]
+    return [second_moment(rows[..., s:e], scale) for s, e in bounds(rows.shape[-1], limit)]
+
+
+def _examples(t: Tensor, kept: int, offset: int) -> Tensor:
+    """``kept`` examples (dimension 0), evenly spaced."""
+    stride = max(len(t) // kept, 1)
+    return t[offset % stride :: stride][:kept]

@@ -1,0 +1,274 @@
+"""The block of a layer that is linear in a matrix: running Kronecker factors ``A ⊗ G``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from thermo_opt.fisher.kronecker import EigenvalueCorrectedBlock, Factor, KroneckerBlock
+from thermo_opt.fisher.kronecker.blocks import KroneckerBasis
+from thermo_opt.fisher.kronecker.coordinates import Coordinates, LayerMatrix, SharedWeight
+from thermo_opt.fisher.kronecker.estimate import projected_squares
+from thermo_opt.fisher.kronecker.layers import KroneckerLayer
+from thermo_opt.fisher.kronecker.placement import tied_product
+from thermo_opt.fisher.spectral import Spectrum, orthogonal_iteration
+from thermo_opt.optim.kronecker.blocks import Average, LayerBlock, rtol_of
+from thermo_opt.optim.kronecker.capture import RunningAverage, group_by_shape, stack_averages
+from thermo_opt.optim.kronecker.inverses import KroneckerInverse, SpectralInverse
+from thermo_opt.optim.kronecker.layer_factors import LayerFactors, add_captures, bounds
+
+if TYPE_CHECKING:
+    from thermo_opt.optim.metrics import KFAC
+
+SETTLED = 30
+"""Observations after which a running factor turns slowly enough for its basis to follow by warm
+starts."""
+
+
+class MatrixBlock(LayerBlock):
+    """Weights and biases of a layer, or of each of a stack of layers of one shape: ``A ⊗ G`` per
+    layer."""
+
+    def __init__(
+        self,
+        layers: Sequence[KroneckerLayer],
+        params: list[nn.Parameter],
+        options: KFAC,
+        name: str = "",
+        coordinates: Coordinates | None = None,
+    ) -> None:
+        name = name or ", ".join(layer.name for layer in layers)
+        super().__init__(name, params, coordinates or LayerMatrix(layers), options)
+        self.layers: Sequence[KroneckerLayer] = layers
+        own = {id(p) for p in params}
+        self.sides = [
+            LayerFactors(layer, id(layer.module._parameters.get("bias")) in own, options)
+            for layer in layers
+        ]
+        self.corrected = options.corrected
+        self.eigenvalues = RunningAverage()
+        self._seen: list[LayerFactors] = []
+        self._terms = 1.0
+        self._basis: KroneckerBlock | None = None
+
+    @property
+    def one_hot(self) -> bool:
+        """Whether the inputs are indices, so that A is a diagonal."""
+        return self.layers[0].rule.one_hot
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(groups, out, in) of each layer's matrix."""
+        return self.layers[0].shape
+
+    # ---- stacks
+
+    def shape_key(self) -> tuple[object, ...] | None:
+        groups, out, inputs = self.shape
+        if self.options.spectral or self.one_hot or groups > 1:
+            return None
+        parts = self.coordinates.scatter(self.params[0].new_empty(out, inputs))
+        if any(part._base is None for part in parts):
+            return None  # a rule whose parameters are no views of its matrix
+        side, rule = self.sides[0], self.layers[0].rule
+        return type(self), type(rule), self.shape, side.bias, side.limit, len(self.params)
+
+    def merge(self, blocks: Sequence[LayerBlock]) -> MatrixBlock:
+        own = [block for block in blocks if isinstance(block, MatrixBlock)]
+        layers = [layer for block in own for layer in block.layers]
+        whole = MatrixBlock(layers, [p for block in own for p in block.params], self.options)
+        whole.sides = whole._seen = [side for block in own for side in block.sides]
+        return whole
+
+    # ---- from passes to running factors
+
+    def capture(self, place: int, x: Tensor, g: Tensor, offset: int) -> None:
+        self.sides[place].capture(x, g, offset, self.corrected)
+
+    def captured(self, terms: float) -> list[Tensor] | None:
+        self._terms = terms
+        for places, captures in group_by_shape([side.pending for side in self.sides]):
+            add_captures([self.sides[place] for place in places], captures)
+        self._seen = [side for side in self.sides if side.A]
+        return [t for side in self._seen for t in side.captured(terms)] or None
+
+    def discard(self) -> None:
+        for side in self.sides:
+            side.discard()
+
+    def update(self, captured: Sequence[Tensor]) -> None:
+        each = len(captured) // len(self._seen)
+        for i, side in enumerate(self._seen):
+            side.average.add(captured[each * i : each * (i + 1)], self.options.factor_decay)
+
+    def factors(self) -> tuple[Factor, Factor] | None:
+        """Running (A, G), or None while some layer has not been seen."""
+        if not all(side.average.value for side in self.sides):
+            return None
+        value = stack_averages([side.average for side in self.sides])
+        groups, out, _ = self.shape
+        count = len(bounds(out, self.sides[0].limit)) if groups == 1 else 1
+        A, G = value[:-count], value[-count:]
+        return Factor(A, A[0].dim() == 1), Factor(G, G[0].dim() == 1)
+
+    def trace(self) -> Tensor | None:
+        pair = self.factors()
+        return None if pair is None else (pair[0].trace * pair[1].trace).sum()
+
+    def averages(self) -> list[RunningAverage]:
+        return [*(side.average for side in self.sides), self.eigenvalues]
+
+    # ---- diagonal blocks of wide factors
+
+    def work(self, limit: int | None) -> tuple[float, float]:
+        """Multiplications of (the layer's three passes, one `solve` with sides cut to ``limit``) as
+        last captured."""
+        groups, out, inputs = self.shape
+        whole = limit is None or not self.divisible
+        side_a, side_g = (k if limit is None or whole else min(k, limit) for k in (inputs, out))
+        each = out if self.one_hot else groups * out * inputs
+        passes = sum(3.0 * side.seen * each for side in self.sides)
+        return passes, float(groups * out * inputs * (side_g + (1 if self.one_hot else side_a)))
+
+    @property
+    def divisible(self) -> bool:
+        """Whether the factors may be cut into diagonal blocks."""
+        return not self.options.spectral and self.shape[0] == 1
+
+    def cut(self, limit: int | None, captured: Sequence[Tensor] = ()) -> list[Tensor]:
+        """From now on keep diagonal blocks of side ≤ ``limit`` only; returns the whole factors
+        ``captured`` so cut."""
+        if not self.divisible:
+            return list(captured)
+        self.sides[0].limit = limit
+        return self.sides[0].cut(captured)
+
+    # ---- the inverse
+
+    def refresh(self, damping: float, compute: bool = True) -> None:
+        pair = self.factors()
+        if pair is None:
+            return
+        self.damping = damping
+        if not self.options.spectral:
+            last = self.inverse if isinstance(self.inverse, KroneckerInverse) else None
+            self.inverse = KroneckerInverse(*pair, damping, last)
+            return
+        A, G = pair
+        if self._basis is None:
+            self._basis = KroneckerBlock(
+                A.matrix,
+                G.matrix,
+                diagonal_A=self.one_hot and A.diagonal,
+                diagonal_G=G.diagonal and not A.diagonal,
+            )
+        for factor, matrix in ((self._basis.A, A.matrix), (self._basis.G, G.matrix)):
+            if factor.diagonal:
+                factor.update(matrix)
+            elif compute:
+                factor.update(matrix, self._warm(factor, matrix))
+            else:
+                zeros = matrix.new_zeros(matrix.shape[:-1])
+                factor.update(matrix, Spectrum(zeros, torch.empty_like(matrix)))
+        self.inverse = None
+
+    def _warm(self, factor: Factor, matrix: Tensor) -> Spectrum | None:
+        """EKFAC's next basis, one QR step from the last.
+
+        It costs half an eigendecomposition, and its axes turn slowly instead of being reordered, so
+        that eigenvalues averaged over refreshes belong to the same axes. None (decompose anew) for
+        other metrics, whose eigenvalues must be the factors' own, and while young averages still
+        turn fast.
+        """
+        settled = all(side.average.count > SETTLED for side in self.sides)
+        if not (self.corrected and settled and factor.decomposed):
+            return None
+        return orthogonal_iteration(matrix, factor.spectrum.basis)
+
+    def broadcastable(self) -> list[Tensor]:
+        if self._basis is None:
+            return super().broadcastable()
+        whole = [f for f in (self._basis.A, self._basis.G) if not f.diagonal]
+        return [t for f in whole for t in (f.spectrum.basis, f.spectrum.eigenvalues)]
+
+    def finish(self, average: Average) -> None:
+        if self._basis is None:
+            return
+        block: KroneckerBasis = self._basis
+        if self.corrected:
+            self._correct(self._basis, average)
+            if self.eigenvalues.value:
+                block = EigenvalueCorrectedBlock(block, self.eigenvalues.value[0])
+        cut = rtol_of(self.options, block.eigenvalues)
+        self.inverse = SpectralInverse(block, self.damping, cut, self.options.atol)
+
+    def _correct(self, basis: KroneckerBlock, average: Average) -> None:
+        """Average the captured samples' squares in the eigenbasis into EKFAC's eigenvalues."""
+        side = self.sides[0]
+        squares: Tensor | None = None
+        for a, rows, total in side.samples:
+            inputs = a if self.one_hot else a.unsqueeze(-2)
+            new = projected_squares(side.layer, basis, inputs, rows.unsqueeze(-2))
+            new.mul_(total / rows.shape[-2])
+            squares = new if squares is None else squares.add_(new)
+        if squares is not None:
+            average([squares.mul_(self._terms)])
+            self.eigenvalues.add([squares], self.options.factor_decay)
+        side.samples = []
+
+    # ---- saving
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self.corrected and self._basis is not None:
+            sides = (self._basis.A, self._basis.G)
+            state["spectra"] = [
+                [f.spectrum.eigenvalues, f.spectrum.basis] for f in sides if not f.diagonal
+            ]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if "spectra" in state and self._basis is not None:  # they depend on the path behind them
+            saved = iter(state["spectra"])
+            like = self.params[0]
+            for factor in (self._basis.A, self._basis.G):
+                if not factor.diagonal:
+                    values, basis = (t.to(device=like.device).clone() for t in next(saved))
+                    factor.update(factor.matrix, Spectrum(values, basis))
+            self.finish(lambda tensors: None)
+
+
+class TiedBlock(MatrixBlock):
+    """A weight that several layers share: the nearest single product to the sum of theirs."""
+
+    def __init__(
+        self, layers: Sequence[KroneckerLayer], weight: nn.Parameter, options: KFAC
+    ) -> None:
+        name = " = ".join(layer.name for layer in layers)
+        super().__init__(layers, [weight], options, name, SharedWeight(layers[0]))
+        self.corrected = False
+
+    def shape_key(self) -> tuple[object, ...] | None:
+        return None
+
+    def captured(self, terms: float) -> list[Tensor] | None:
+        found = super().captured(terms)
+        return found if len(self._seen) == len(self.sides) else None
+
+    @property
+    def divisible(self) -> bool:
+        return False
+
+    def factors(self) -> tuple[Factor, Factor] | None:
+        if not all(side.average.value for side in self.sides):
+            return None
+        terms = [(side.layer, side.average.value[0], side.average.value[1]) for side in self.sides]
+        pair = tied_product(self.params[0], terms)
+        if pair is None:
+            return None
+        A, G = pair
+        return Factor(A, A.dim() == 1), Factor(G, G.dim() == 1)

@@ -1,0 +1,359 @@
+"""The Kronecker-factored metric in training: running factors from the ordinary passes, refreshed in
+turn (theory §7).
+
+A step pays for: the captures of the layers whose turn it is (a sample of rows of one ordinary
+backward pass), their inverses, and for all layers two small products, F_λ⁻¹g. The length of the
+update, momentum included, costs inner products only (`CarriedMomentum`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from thermo_opt.errors import InputError
+from thermo_opt.models import outputs_of, repeated
+from thermo_opt.optim.forward_pass import ForwardPass, after_forward, on_gradient
+from thermo_opt.optim.kronecker.blocks import LayerBlock, ParameterBlock, UnruledBlock
+from thermo_opt.optim.kronecker.cholesky import all_finite
+from thermo_opt.optim.kronecker.inverses import BlockInverse, invert
+from thermo_opt.optim.kronecker.layout import BlockLayout
+from thermo_opt.optim.kronecker.refresh import LEAST, RefreshSchedule, default_damping
+from thermo_opt.optim.training_metric import (
+    Setup,
+    StepInputs,
+    StepLengths,
+    TrainingMetric,
+    UpdateRule,
+)
+
+if TYPE_CHECKING:
+    from thermo_opt.optim.metrics import KFAC
+
+
+class KroneckerMetric(TrainingMetric):
+    """Running K-FAC or EKFAC factors of a model, diagonal where no layer rule applies.
+
+    With ``fisher_type="empirical"`` the factors are read from the user's own backward pass, with
+    "mc" from one more forward and backward pass on refresh steps, with labels drawn from the model.
+    A block belongs to the pool of its first parameter.
+    """
+
+    reads_gradients = True
+
+    def __init__(self, kind: str, setup: Setup, options: KFAC) -> None:
+        self.kind, self.setup, self.options = kind, setup, options
+        self.eta_null = options.eta_null if options.inverse == "pseudo+null" else 0.0
+        staggered = options.fisher_type == "empirical" and not setup.compiled
+        self.schedule = RefreshSchedule(options.max_refresh_interval, staggered=staggered)
+        self.layout = BlockLayout(setup, options)
+        self.failures = 0
+        self.damping = LEAST
+        self._hooks: list[tuple[_LayerCalls, RemovableHandle]] = []
+        self._step, self._urgent = 0, False
+        self._turn: list[int] = []
+        self._moved: list[tuple[ParameterBlock, Tensor | None]] = []
+        self._rule = UpdateRule(0.0, [], [])
+        self._report: dict[str, float | None] = {}
+
+    @property
+    def blocks(self) -> list[ParameterBlock]:
+        """The blocks, in the order in which they take turns."""
+        return self.layout.blocks
+
+    # ---- before the passes
+
+    @property
+    def hooked(self) -> bool:
+        return bool(self._turn)
+
+    def arm(self, step: int, urgent: bool = False) -> None:
+        self._step, self._urgent = step, urgent
+        self._turn = self._due(step)
+        if self.options.fisher_type == "empirical":
+            self._attach()
+
+    def _due(self, step: int) -> list[int]:
+        """Numbers of the blocks whose turn it is; one without curvature always has its turn."""
+        count = len(self.blocks)
+        return [
+            i
+            for i, block in enumerate(self.blocks)
+            if self._urgent or block.inverse is None or self.schedule.due(step, i, count)
+        ]
+
+    def _attach(self) -> None:
+        self._detach()
+        for block in (self.blocks[i] for i in self._turn):
+            if isinstance(block, LayerBlock):
+                for place, layer in enumerate(block.layers):
+                    call = _LayerCalls(block, place, self._step)
+                    self._hooks.append((call, after_forward(layer.module, call.on_forward)))
+
+    def _detach(self) -> None:
+        for _, handle in self._hooks:
+            handle.remove()
+        self._hooks = []
+
+    # ---- from captures to inverses
+
+    def update(self, gradients: Sequence[Tensor], seen: StepInputs, damping: float | None) -> None:
+        start = time.perf_counter()
+        self._detach()
+        terms = (seen.terms or 1.0) / seen.scale**2
+        if self.options.fisher_type == "mc" and seen.last is not None and self._turn:
+            terms = self._sample(seen.last)
+        found = self._captured(gradients, terms)
+        self.setup.processes.average([t for _, captured in found for t in captured])
+        refreshed: list[ParameterBlock] = []
+        for block, captured in found:
+            if all_finite(*captured):
+                block.update(captured)
+                refreshed.append(block)
+            else:
+                block.discard()
+                self.failures += 1
+        refreshed += self._replace_uncalled([block for block, _ in found], gradients, terms)
+        if damping is not None:
+            self.damping = damping
+        elif refreshed:
+            self._adapt_damping(refreshed, seen.terms)
+        self._refresh(refreshed)
+        self._report = {
+            "refreshed": float(sum(block.layer_count for block in refreshed)),
+            "refresh_seconds": time.perf_counter() - start,
+            "solver_failures": float(self.failures),
+            "damping": self.damping,
+        }
+
+    def _captured(
+        self, gradients: Sequence[Tensor], terms: float
+    ) -> list[tuple[ParameterBlock, list[Tensor]]]:
+        """The blocks whose turn it was and that saw something, with what they captured."""
+        found: list[tuple[ParameterBlock, list[Tensor]]] = []
+        for block in [self.blocks[i] for i in self._turn]:
+            if isinstance(block, UnruledBlock):
+                block.see(block.gather(gradients))
+            captured = block.captured(terms)
+            if captured is not None:
+                found.append((block, captured))
+        return self.layout.decide(found) if found and not self.layout.decided else found
+
+    def _sample(self, forward: ForwardPass) -> float:
+        """One more pass on the step's inputs with labels drawn from the model; the factors see that
+        one. Returns its number of loss terms."""
+        self._attach()
+        model, likelihood = self.setup.model, self.setup.likelihood
+        with torch.enable_grad(), repeated(model):
+            f = likelihood.outputs(outputs_of(model(*forward.args, **forward.kwargs)))
+            nll = likelihood.nll(f, likelihood.sample(f.detach()))
+            trained = [p for p in self.setup.params if p.requires_grad]
+            torch.autograd.grad(nll.mean(), trained, allow_unused=True)
+        self._detach()
+        return float(nll.numel())
+
+    def _replace_uncalled(
+        self, seen: Sequence[ParameterBlock], gradients: Sequence[Tensor], terms: float
+    ) -> list[UnruledBlock]:
+        """Give a layer whose parameters have gradients although it was never called a diagonal
+        metric; returns the new blocks."""
+        lost = []
+        for block in self.blocks:
+            if block.inverse is not None or block in seen or isinstance(block, UnruledBlock):
+                continue
+            if any(average.count for average in block.averages()):
+                continue
+            own = [gradients[j] for j in block.places if j is not None]
+            if any(bool(g.any()) for g in own) and all_finite(*own):
+                lost.append(block.name)
+        if not lost:
+            return []
+        warnings.warn(
+            f"{', '.join(lost)}: gradients arrive although the module's own forward was never seen "
+            "(its weight is used elsewhere); a diagonal metric is used for it",
+            stacklevel=5,
+        )
+        fresh = self.layout.replace(lost)
+        for block in fresh:
+            block.see(block.gather(gradients))
+            block.update(block.captured(terms) or [])
+        return fresh
+
+    def _adapt_damping(self, refreshed: Sequence[ParameterBlock], terms: float) -> None:
+        """λ for the curvature there is now (`default_damping`), where the predictions of this
+        process's passes, ``terms``, were counted."""
+        predictions = self.setup.processes.mean(terms) * self.setup.processes.count
+        if predictions == 0:
+            return
+        traces = {
+            block: trace
+            for block in self.blocks
+            if (block.total is None or block in refreshed) and (trace := block.trace()) is not None
+        }
+        for block, total in zip(traces, _floats(list(traces.values())), strict=True):
+            block.total = total
+        known = [(block, block.total) for block in self.blocks if block.total is not None]
+        size = sum(p.numel() for block, _ in known for p in block.params)
+        self.damping = default_damping(sum(total for _, total in known), size, predictions)
+
+    def _refresh(self, blocks: Sequence[ParameterBlock]) -> None:
+        """Make the inverses of these blocks, each on one process, and send them to all."""
+        processes = self.setup.processes
+        for job, block in enumerate(blocks):
+            mine = processes.mine(job)
+            block.refresh(self.damping, compute=mine)
+            if mine:
+                invert(block.damped)
+        processes.hand_out([block.broadcastable() for block in blocks])
+        for block in blocks:
+            block.finish(processes.average)
+            block.momentum.stale = True
+            if block.inverse is not None and block.inverse.notes:
+                self.failures += 1
+
+    # ---- the step
+
+    def direction(self, gradients: Sequence[Tensor], rule: UpdateRule) -> StepLengths:
+        self._rule = rule
+        mu = rule.momentum
+        active: list[tuple[ParameterBlock, BlockInverse, Tensor, Tensor | None, Tensor | None]] = []
+        products: list[Tensor] = []
+        for block in self.blocks:
+            if block.inverse is None:
+                if not all_finite(*(gradients[i] for i in block.places if i is not None)):
+                    return StepLengths.unknown()
+                continue
+            w = self._decay_of(block)
+            block.momentum.begin(block.inverse, w)
+            g, null = self._split(block.inverse, block.gather(gradients))
+            products += block.momentum.inner_products(g, w, mu)
+            active.append((block, block.inverse, g, null, w))
+        before = _floats(products)
+        if not all(map(math.isfinite, before)):  # some gradient is not: momentum stays untouched
+            return StepLengths.unknown()
+        after = _floats([block.momentum.accumulate(inv, g, mu) for block, inv, g, _, _ in active])
+        if not all(map(math.isfinite, after)):  # an overflow: this momentum is of no more use
+            for block, *_ in active:
+                block.momentum.vector = None
+            return StepLengths.unknown()
+        pools = max(self.setup.pools) + 1
+        lengths = StepLengths(*([0.0] * pools for _ in range(3)))
+        for k, (block, inverse, _, _, w) in enumerate(active):
+            own = block.momentum.finish(
+                inverse, w, mu, (before[2 * k], before[2 * k + 1]), after[k]
+            )
+            first = next(i for i in block.places if i is not None)
+            pool, weight = self.setup.pools[first], rule.weights[first]
+            lengths.a[pool] += weight * weight * own.a
+            lengths.delta[pool] += own.delta
+            lengths.decrease[pool] += weight * own.decrease
+        self._moved = [(block, null) for block, _, _, null, _ in active]
+        return lengths
+
+    def _split(self, inverse: BlockInverse, g: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(what the natural gradient is taken of, the part of g in the null space if wanted)."""
+        null = None
+        if self.options.inverse == "pseudo+null":
+            null = inverse.null(g)
+            g = g - null
+        return (g.float() if g.dtype.itemsize < 4 else g), null
+
+    def _decay_of(self, block: ParameterBlock) -> Tensor | None:
+        """w, the weight-decay direction of a block, or None where nothing decays."""
+        rates = [0.0 if i is None else self._rule.decay[i] for i in block.places]
+        if not any(rates):
+            return None
+        return block.coordinates.gather(
+            [rate * p.detach() for rate, p in zip(rates, block.params, strict=True)]
+        )
+
+    def apply(self, sizes: Sequence[float], null_size: float) -> None:
+        rule, pools = self._rule, self.setup.pools
+        moves: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+
+        def move(p: Tensor, along: Tensor, size: float) -> None:
+            params, directions = moves.setdefault(size, ([], []))
+            params.append(p)
+            directions.append(along if along.dtype == p.dtype else along.to(p.dtype))
+
+        for block, null in self._moved:
+            parts = block.scattered_momentum()
+            nulls: Sequence[Tensor | None] = [None] * len(parts)
+            if null is not None and null_size:
+                nulls = block.coordinates.scatter(null)
+            for p, i, part, lost in zip(block.params, block.places, parts, nulls, strict=True):
+                if i is None:
+                    continue
+                size = sizes[pools[i]] * rule.weights[i]
+                if rule.decay[i]:
+                    p.mul_(1 - size * rule.decay[i])
+                move(p, part, size)
+                if lost is not None:
+                    move(p, lost, null_size * rule.weights[i])
+        for size, (params, directions) in moves.items():
+            torch._foreach_add_(params, directions, alpha=-size)
+
+    # ---- housekeeping
+
+    def discard(self) -> None:
+        for block in self.blocks:
+            block.discard()
+
+    def close(self) -> None:
+        self._detach()
+
+    def diagnostics(self) -> dict[str, float | None]:
+        ranks = [None if b.inverse is None else b.inverse.rank for b in self.blocks]
+        known = [r for r in ranks if r is not None]
+        complete = self.options.spectral and len(known) == len(ranks)
+        return {**self._report, "rank": float(sum(known)) if complete else None}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **self.layout.state_dict(),
+            "failures": self.failures,
+            "damping": self.damping,
+            "blocks": {block.name: block.state_dict() for block in self.blocks},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.layout.load_state_dict(state)
+        names = {block.name for block in self.blocks}
+        if names != set(state["blocks"]):
+            different = sorted(names ^ set(state["blocks"]))
+            raise InputError(
+                f"the saved optimizer state is of another model: {', '.join(different[:5])} on one "
+                "side only"
+            )
+        for block in self.blocks:
+            block.load_state_dict(state["blocks"][block.name])
+        self.failures, self.damping = int(state["failures"]), float(state["damping"])
+
+
+class _LayerCalls:
+    """What one layer's hook calls: capture the layer's input and the gradient at its output."""
+
+    def __init__(self, block: LayerBlock, place: int, offset: int) -> None:
+        self.block, self.place, self.offset = block, place, offset
+
+    def on_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """The layer has been called in a training pass."""
+        x = (args[0] if args else kwargs["input"]).detach()
+        on_gradient(output, lambda g: self.block.capture(self.place, x, g, self.offset))
+
+
+def _floats(numbers: Sequence[Tensor]) -> list[float]:
+    """Scalars from the device in one transfer."""
+    if len({x.dtype for x in numbers}) > 1:
+        numbers = [x.double() for x in numbers]
+    values: list[float] = torch.stack(list(numbers)).tolist() if numbers else []
+    return values

@@ -1,0 +1,123 @@
+"""A metric of the step's own minibatch, made anew at each step: exact, for small work."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thermo_opt import fisher
+from thermo_opt.errors import InputError
+from thermo_opt.fisher.metric import dot
+from thermo_opt.optim.training_metric import (
+    Setup,
+    StepInputs,
+    StepLengths,
+    TrainingMetric,
+    UpdateRule,
+)
+
+DAMPING = 1e-3
+"""λ where none is asked for."""
+
+
+class MinibatchMetric(TrainingMetric):
+    """A `thermo_opt.fisher` metric of each minibatch, with momentum of its natural gradients."""
+
+    def __init__(
+        self, kind: str, setup: Setup, eta_null: float | None, options: Mapping[str, Any]
+    ) -> None:
+        trainable = [p for p in setup.model.parameters() if p.requires_grad]
+        if {id(p) for p in trainable} != {id(p) for p in setup.params}:
+            raise InputError(
+                f"metric={kind!r} covers all trainable parameters of the model, but the optimizer "
+                "was given only some of them; freeze the others with requires_grad_(False), or use "
+                "metric='kfac'"
+            )
+        order = {id(p): i for i, p in enumerate(setup.params)}
+        self._order = [order[id(p)] for p in trainable]
+        self.kind, self.setup, self.options = kind, setup, dict(options)
+        self.eta_null = eta_null or 0.0
+        self.metric: fisher.Metric | None = None
+        self.damping: float | None = None
+        self._splits = eta_null is not None
+        self._momentum: list[Tensor] | None = None
+        self._direction: list[Tensor] = []
+        self._null: list[Tensor] | None = None
+        self._weights: list[float] = []
+
+    @property
+    def hooked(self) -> bool:
+        return True
+
+    def update(self, gradients: Sequence[Tensor], seen: StepInputs, damping: float | None) -> None:
+        if seen.last is None:
+            raise InputError(
+                f"metric={self.kind!r} needs the model's inputs, but no forward pass of the model "
+                "itself was seen since the last step; call the model that was given to NGDT (not a "
+                "part of it)"
+            )
+        self.damping = DAMPING if damping is None else damping
+        batch = fisher.Batch(seen.last.inputs())
+        model, likelihood = self.setup.model, self.setup.likelihood
+        with warnings.catch_warnings():
+            # Evaluation mode for Dropout and BatchNorm, which Minibatch documents.
+            warnings.simplefilter("ignore", UserWarning)
+            made = fisher.make(self.kind, model, batch, likelihood, self.damping, **self.options)
+        self.metric = made
+
+    def direction(self, gradients: Sequence[Tensor], rule: UpdateRule) -> StepLengths:
+        metric = self.metric
+        assert metric is not None  # `update` comes first
+        g = [gradients[i] for i in self._order]
+        self._null = None
+        if not all(bool(torch.isfinite(t).all()) for t in g):
+            return StepLengths.unknown()
+        if self._splits:
+            g_range, self._null = metric.split(g)
+            u = metric.solve(g_range)
+        else:
+            u = metric.solve(g)
+        delta = dot(g, u)
+        if not math.isfinite(delta):
+            return StepLengths.unknown()
+        if rule.momentum:
+            old = self._momentum or [torch.zeros_like(t) for t in u]
+            self._momentum = u = [rule.momentum * m + t for m, t in zip(old, u, strict=True)]
+        self._weights = [rule.weights[i] for i in self._order]
+        decay = [rule.decay[i] for i in self._order]
+        params = [self.setup.params[i] for i in self._order]
+        self._direction = [
+            w * (t + rate * p.detach() if rate else t)
+            for t, p, rate, w in zip(u, params, decay, self._weights, strict=True)
+        ]
+        a = metric.quadratic(self._direction)
+        return StepLengths([a], [delta], [dot(g, self._direction)])
+
+    def apply(self, sizes: Sequence[float], null_size: float) -> None:
+        for k, i in enumerate(self._order):
+            p = self.setup.params[i]
+            p.add_(self._direction[k].to(p.dtype), alpha=-sizes[0])
+            if self._null is not None and null_size:
+                p.add_(self._null[k].to(p.dtype), alpha=-null_size * self._weights[k])
+
+    def diagnostics(self) -> dict[str, float | None]:
+        known = self.metric is not None and self.kind != "exact"
+        rank = self.metric.diagnostics().get("rank") if known and self.metric else None
+        return {"rank": rank, "damping": self.damping}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"momentum": self._momentum}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        momentum = state["momentum"]
+        self._momentum = None
+        if momentum is not None:
+            self._momentum = [
+                t.to(device=self.setup.params[i].device).clone()
+                for t, i in zip(momentum, self._order, strict=True)
+            ]

@@ -1,0 +1,43 @@
+"""Saved optimizer states: which version they are of, and older ones in today's form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from thermo_opt.errors import InputError
+from thermo_opt.optim.kronecker.refresh import LEAST
+
+VERSION = 2
+"""2: blocks by name under "blocks", and whether the layout is decided. 1 (without a number):
+"units", and a limit of −1 where it is not."""
+
+
+def current(state: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """The entry "ngdt" of a state in today's form.
+
+    Raises:
+        InputError: when it is not NGDT's, or of another metric or a later version.
+    """
+    own = state.get("ngdt")
+    if not isinstance(own, dict) or "curvature" not in own:
+        raise InputError(
+            "this optimizer state has no entry 'ngdt': it was saved by another optimizer"
+        )
+    if own["metric"] != metric:
+        raise InputError(
+            f"the saved state is of metric={own['metric']!r}, this optimizer has {metric!r}"
+        )
+    version = own.get("version", 1)
+    if version > VERSION:
+        raise InputError(
+            f"the saved optimizer state has version {version}, this release knows up to {VERSION}: "
+            "update thermo-opt"
+        )
+    curvature = dict(own["curvature"])
+    if version == 1 and "units" in curvature:
+        curvature["blocks"] = curvature.pop("units")
+        curvature["decided"] = curvature["limit"] != -1
+        curvature["limit"] = curvature["limit"] if curvature["decided"] else None
+        curvature.setdefault("damping", LEAST)
+    return {**own, "curvature": curvature}
