@@ -253,7 +253,7 @@ def test_ekfac_eigenvalues_are_the_diagonal_of_f_in_its_basis_and_are_the_better
                 continue
             at = torch.cat([where[i] for i in plain.positions])
             F = truth[at[:, None], at]
-            order = corrected.gather(
+            order = corrected.coordinates.gather(
                 [
                     torch.arange(len(at))
                     .split([len(where[i]) for i in plain.positions])[k]

@@ -11,6 +11,7 @@ from torch import nn
 
 import thermo_opt as to
 from tests.optim import optim_models as models
+from thermo_opt.fisher.kronecker import Factor
 from thermo_opt.optim import EKFAC, KFAC, Calibration, Minibatch
 from thermo_opt.optim.kronecker import matrix
 from thermo_opt.optim.kronecker.blocks import UnruledBlock
@@ -220,9 +221,9 @@ def test_inverse_ladder() -> None:
 
 
 def test_an_inverse_that_fails_keeps_the_last_one() -> None:
-    good = KroneckerInverse([torch.eye(3)], [2 * torch.eye(2)], 1e-3, None)
+    good = KroneckerInverse(Factor(torch.eye(3)), Factor(2 * torch.eye(2)), 1e-3, None)
     invert(good.damped)
-    bad = KroneckerInverse([-5 * torch.eye(3)], [2 * torch.eye(2)], 1e-3, good)
+    bad = KroneckerInverse(Factor(-5 * torch.eye(3)), Factor(2 * torch.eye(2)), 1e-3, good)
     invert(bad.damped)
     v = torch.randn(2, 3)
     torch.testing.assert_close(bad.A.inverses[0], good.A.inverses[0])

@@ -231,7 +231,7 @@ def test_modules_used_twice_and_unused_parameters() -> None:
     untouched = model.never.weight.detach().clone()
     train(model, optimizer, range(1), size=40)
     shared = next(b for b in optimizer.metric.blocks if b.name == "shared")
-    assert shared.sides[0].rows == 2 * 40
+    assert shared.sides[0].seen == 2 * 40
     train(model, optimizer, range(1, 20), size=40)
     assert torch.equal(model.never.weight, untouched)
     assert models.loss(model(DATA[0]), DATA[1]).item() < 1.5
@@ -346,3 +346,25 @@ def test_the_recorder_logs_the_diagnostics(tmp_path: Path) -> None:
     logged = to.load_run(tmp_path / "run").steps
     assert {"eta", "delta", "predicted", "realised", "alignment", "kappa"} <= set(logged.columns)
     assert logged["realised"].notna().all()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"rows": 16, "decay": 0.9, "overhead": 1.0}, KFAC(0.9, 16, max_solve_overhead=1.0)),
+        ({"metric": "ekfac", "targets": "sampled", "setting": "reduce"}, None),
+        ({"null_space": "hybrid", "eta_null": 0.1}, KFAC(inverse="pseudo+null", eta_null=0.1)),
+    ],
+)
+def test_old_keywords_still_mean_what_they_did_and_say_where_they_went(
+    old: dict, new: KFAC | None
+) -> None:
+    new = new or EKFAC(fisher_type="mc", kfac_approx="reduce")
+    with pytest.warns(DeprecationWarning, match="goes with the next release"):
+        optimizer = to.NGDT(models.mlp(), **old)
+    assert optimizer.metric.options == new
+    with pytest.warns(DeprecationWarning, match="calibration=Calibration"):
+        optimizer = to.NGDT(models.mlp(), calibrate=3, calibration_predictions=8)
+    assert optimizer.calibration == Calibration(3, 8)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'budgets'"):
+        to.NGDT(models.mlp(), budgets=1)

@@ -54,6 +54,7 @@ class KroneckerMetric(TrainingMetric):
         staggered = options.fisher_type == "empirical" and not setup.compiled
         self.schedule = RefreshSchedule(options.max_refresh_interval, staggered=staggered)
         self.layout = BlockLayout(setup, options)
+        self.layout.warn_of_unruled(stacklevel=4)
         self.failures = 0
         self.damping = LEAST
         self._hooks: list[tuple[_LayerCalls, RemovableHandle]] = []
