@@ -2,6 +2,7 @@
 (theory §3-5, §9)."""
 
 from thermo_opt.lenses.inputs import LensInputs, Progress, Unsupported
+from thermo_opt.lenses.measurements import Measurements
 from thermo_opt.lenses.results import (
     LENSES,
     SUMMARY_KEYS,
@@ -10,6 +11,7 @@ from thermo_opt.lenses.results import (
     LensAudit,
     summaries_json,
 )
+from thermo_opt.lenses.summary import summarise
 
 __all__ = [
     "LENSES",
@@ -18,7 +20,9 @@ __all__ = [
     "Landmarks",
     "LensAudit",
     "LensInputs",
+    "Measurements",
     "Progress",
     "Unsupported",
     "summaries_json",
+    "summarise",
 ]
