@@ -1,5 +1,15 @@
 """The one exception users meet: a sentence naming the file or argument and the remedy."""
 
+_JOINERS = "\u200c\u200d"
+"""Invisible characters that scripts and emoji need within a word."""
+
+
+def printable(text: str, keep: str = "") -> str:
+    """``text`` as a terminal or a page may show it: no control characters but those in ``keep``, no
+    halves of surrogates.
+    """
+    return "".join(c if c.isprintable() or c in _JOINERS or c in keep else "\ufffd" for c in text)
+
 
 class InputError(ValueError):
     """Something the caller gave (a file, an argument, a run) can't be used; the message says what
@@ -9,7 +19,10 @@ class InputError(ValueError):
     bug (status 1).
     """
 
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message, keep="\n\t"))
+
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, for quoting in another; its type where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

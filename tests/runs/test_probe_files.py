@@ -58,7 +58,7 @@ def test_damaged_files_are_named(tmp_path, suffix):
         ({"inputs": INPUTS[:0], "targets": TARGETS[:0]}, "no rows"),
         ({"inputs": INPUTS, "targets": TARGETS[:2]}, "differ in their number of rows"),
         ({"inputs": INPUTS, "targets": np.array(3)}, "number of rows"),
-        ({"x": INPUTS, "y": TARGETS}, "neither 'inputs' nor 'targets'"),
+        ({"a": INPUTS, "b": TARGETS}, "neither 'inputs' nor 'targets'"),
         ({"inputs": np.array(["a", "b"]), "targets": TARGETS[:2]}, "numeric"),
     ],
 )

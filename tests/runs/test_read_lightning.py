@@ -109,6 +109,10 @@ def test_several_runs_and_foreign_files_are_refused(trained, tmp_path):
     with pytest.raises(InputError, match="several runs"):
         load_run(tmp_path)
     shutil.copy(file, tmp_path / "a/again.ckpt")
+    assert len(load_run(tmp_path / "a").snapshots) == 1  # a copy counts once
+    content = torch.load(file, weights_only=True)
+    content["state_dict"] = {name: w + 1 for name, w in content["state_dict"].items()}
+    torch.save(content, tmp_path / "a" / f"{file.stem}-v1.ckpt")
     with pytest.raises(InputError, match="both hold step 2"):
         load_run(tmp_path / "a")
     torch.save({"state_dict": {}}, tmp_path / "b" / "x.ckpt")

@@ -12,7 +12,7 @@ from torch.func import functional_call, jvp
 
 from thermo_opt.demo_models import digits_mlp
 from thermo_opt.runs import install, load_run, predict
-from thermo_opt.runs.readers.huggingface import model_from_config
+from thermo_opt.runs.readers.architecture import model_from_config
 
 DATA = Path(__file__).parents[2] / "data"
 DIGITS = ("digits-sgd", "digits-sgd-momentum", "digits-adam", "digits-adam-minibatch")

@@ -18,7 +18,7 @@ from thermo_opt.lenses.measurements import Measurements
 from thermo_opt.lenses.results import LENSES, LensAudit
 from thermo_opt.lenses.summary import summarise
 from thermo_opt.runs import Probe, Run, load_run
-from thermo_opt.runs.probe import load_probe
+from thermo_opt.runs.probe import as_probe
 
 _SAMPLED_INTERVALS = 32
 """Intervals the parameter lens looks at when nobody asked for it by name."""
@@ -86,7 +86,7 @@ def audit(
             f"{len(run.snapshots)}: "
             "record or save checkpoints more often"
         )
-    given = probe if isinstance(probe, Probe) or probe is None else load_probe(probe)
+    given = None if probe is None else as_probe(probe)
     indices = list(range(0, len(run.snapshots), stride))
     if indices[-1] != len(run.snapshots) - 1:
         indices.append(len(run.snapshots) - 1)

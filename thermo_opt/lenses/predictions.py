@@ -22,7 +22,7 @@ from thermo_opt.models import load_factory, map_tensors
 from thermo_opt.runs import Probe, Run
 from thermo_opt.runs.probe import Inputs
 from thermo_opt.runs.probing import install, predict
-from thermo_opt.runs.readers.huggingface import model_from_config
+from thermo_opt.runs.readers.architecture import model_from_config
 
 
 class Predictions(ABC):

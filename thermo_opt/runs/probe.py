@@ -1,13 +1,14 @@
-"""Probe files: the fixed inputs and targets on which predictions are compared."""
+"""Probes: the fixed inputs and targets on which predictions are compared, from a file, a folder,
+tensors or a DataLoader.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,32 +16,70 @@ from torch import Tensor
 
 from thermo_opt import arguments
 from thermo_opt.errors import InputError
-from thermo_opt.runs.tensors import SafetensorsFile
+from thermo_opt.runs.probe_files import PROBE_SUFFIXES, read_arrays
 
 Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
-PROBE_SUFFIXES = (".safetensors", ".npz", ".parquet")
+IGNORED = -100
+"""Targets with this value are not counted, as in `torch.nn.functional.cross_entropy`."""
+_TARGETS = ("targets", "labels", "target", "label", "y", "Y")
+"""Names of targets, the first preferred."""
+_INPUTS = ("inputs", "input", "x", "X", "data", "features", "images", "image")
+"""Names of the one array that a model is called with."""
+_ARGUMENTS = frozenset(
+    [
+        "input_ids",
+        "attention_mask",
+        "token_type_ids",
+        "position_ids",
+        "inputs_embeds",
+        "decoder_input_ids",
+        "decoder_attention_mask",
+        "pixel_values",
+        "pixel_mask",
+        "pixel_values_videos",
+        "bool_masked_pos",
+        "input_values",
+        "input_features",
+        "bbox",
+        "image_grid_thw",
+        "mask_positions",
+        "mask_labels",
+    ]
+)
+"""Arguments of Hugging Face's models, passed by name; columns beside them that aren't among these
+are not used.
+"""
+_MOST = 4096
+"""Examples taken from a DataLoader."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The fixed examples on which a run's predictions are compared.
+    """The fixed examples on which a run's predictions are compared: model inputs and targets (-100:
+    not counted).
 
     Attributes:
         inputs: a tensor for ``model(inputs)``, a tuple for ``model(*inputs)``, a dict for
-            ``model(**inputs)``; None when only predictions were recorded.
-        targets: what the loss compares with (-100: not counted); None when unknown.
+            ``model(**inputs)``, or None when only predictions were recorded.
+        targets: what the outputs should be, or None.
         fingerprint: SHA-256 of the contents.
+        remarks: sentences about arrays that were not used, or examples that were not taken.
+        as_labels: whether the targets came as ``labels``, the argument that Hugging Face's models
+            shift themselves.
     """
 
     inputs: Inputs | None
     targets: Tensor | None
     fingerprint: str
+    remarks: tuple[str, ...] = field(default=(), compare=False)
+    as_labels: bool = field(default=False, compare=False)
 
 
 def probe_tensors(inputs: Inputs | None, targets: Tensor | None) -> dict[str, Tensor]:
     """A probe's tensors by the names they have in a file: ``inputs``, ``inputs/<position or key>``,
-    ``targets``."""
+    ``targets``.
+    """
     named: dict[str, Tensor] = {}
     if isinstance(inputs, Tensor):
         named["inputs"] = inputs
@@ -65,121 +104,200 @@ def make_probe(inputs: Inputs | None, targets: Tensor | None) -> Probe:
 
 
 def load_probe(path: str | os.PathLike[str]) -> Probe:
-    """Read a probe from safetensors, npz or parquet.
+    """Read a probe from safetensors, npz, parquet, a file of `torch.save`, or a folder of the
+    `datasets` library.
 
-    Tensors (arrays, columns) are named ``inputs`` for ``model(inputs)``, ``inputs/0, inputs/1, …``
-    for ``model(*inputs)`` or ``inputs/<key>`` for ``model(**inputs)``, and ``targets``.
+    Arrays (tensors, columns) are named ``inputs`` (or ``x``) for ``model(inputs)``, ``inputs/0,
+    inputs/1, …`` for ``model(*inputs)``, ``inputs/<key>`` for ``model(**inputs)``, or as the
+    arguments of a Hugging Face model (``input_ids``, ``attention_mask``, ``pixel_values``, …); the
+    targets ``targets``, ``labels`` or ``y``.
 
-    Args:
-        path: the file.
+    Returns:
+        The probe; its ``remarks`` name arrays that nothing uses.
 
     Raises:
-        InputError: naming the file when it is missing, damaged, has neither inputs nor targets, or
-            has no rows.
+        InputError: naming the file when it is missing, damaged, too large, has neither inputs nor
+            targets, or no rows.
     """
     path = arguments.path("probe", path)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(
-            f"{path}: no such probe file; give one of safetensors, npz or parquet with inputs and "
+            f"{path}: no such probe file; give one of {', '.join(PROBE_SUFFIXES)} with inputs and "
             "targets"
         )
-    if path.suffix == ".safetensors":
-        file = SafetensorsFile(path)
-        named = {name: file.load(name) for name in file.shapes}
-    elif path.suffix == ".npz":
-        named = {name: _tensor(array, path, name) for name, array in _read_npz(path).items()}
-    elif path.suffix == ".parquet":
-        named = {name: _tensor(array, path, name) for name, array in _read_parquet(path).items()}
-    else:
-        raise InputError(
-            f"{path}: unknown kind of probe file; use one of {', '.join(PROBE_SUFFIXES)}"
-        )
-    return _assemble(named, path)
+    return _assemble(read_arrays(path), str(path))
 
 
-def _assemble(named: dict[str, Tensor], path: Path) -> Probe:
-    targets = named.get("targets")
-    keyed = {
-        name.removeprefix("inputs/"): tensor
-        for name, tensor in named.items()
-        if name.startswith("inputs/")
-    }
-    inputs: Inputs | None
-    if "inputs" in named:
-        inputs = named["inputs"]
-    elif keyed and all(key.isdigit() for key in keyed):
-        inputs = tuple(keyed[key] for key in sorted(keyed, key=int))
-    else:
-        inputs = keyed or None
-    if inputs is None and targets is None:
+def as_probe(value: Any) -> Probe:
+    """A probe of whatever a caller holds: a `Probe`, a path, ``(inputs, targets)``, a dictionary of
+    arrays by their names, or a DataLoader, of which the first 4096 examples are taken in its order.
+    Arrays may be tensors, NumPy's or lists.
+    """
+    if isinstance(value, Probe):
+        return value
+    if isinstance(value, str | os.PathLike):
+        return load_probe(value)
+    if isinstance(value, Mapping):
+        return _assemble(_flat(value), "probe")
+    if (
+        isinstance(value, tuple | list)
+        and len(value) == 2
+        and not isinstance(value, torch.utils.data.Dataset)
+    ):
+        inputs, targets = value
+        named = {"targets": targets} if targets is not None else {}
+        return _assemble({**_flat({"inputs": inputs}), **named}, "probe")
+    if isinstance(value, torch.utils.data.DataLoader):
+        return _from_batches(value)
+    shown = repr(value) if isinstance(value, int | float) else f"of type {type(value).__name__}"
+    raise InputError(
+        f"probe is {shown}; give the path of a file, (inputs, targets), a dictionary of arrays, or "
+        "a DataLoader"
+    )
+
+
+def _flat(named: Mapping[Any, Any]) -> dict[str, Any]:
+    """Arrays by name, those nested under ``inputs`` as ``inputs/<key>``."""
+    flat: dict[str, Any] = {}
+    for name, value in named.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}/{key}": part for key, part in value.items()}
+        elif isinstance(value, tuple):
+            flat |= {f"{name}/{position}": part for position, part in enumerate(value)}
+        else:
+            flat[str(name)] = value
+    return flat
+
+
+def _from_batches(loader: Iterable[Any]) -> Probe:
+    batches: list[dict[str, Any]] = []
+    taken = 0
+    for batch in loader:
+        if isinstance(batch, Mapping):
+            named = _flat(batch)
+        elif isinstance(batch, tuple | list) and len(batch) == 2:
+            named = _flat({"inputs": batch[0], "targets": batch[1]})
+        elif isinstance(batch, Tensor):
+            named = {"inputs": batch}
+        else:
+            raise InputError(
+                f"probe: the DataLoader gives a {type(batch).__name__}; it must give (inputs, "
+                "targets) or a dictionary"
+            )
+        batches.append({name: _tensor(value, "probe", name) for name, value in named.items()})
+        taken += len(next(iter(batches[-1].values())))
+        if taken >= _MOST:
+            break
+    if not batches:
+        raise InputError("probe: the DataLoader is empty; give at least one example")
+    try:
+        joined = {
+            name: torch.cat([batch[name] for batch in batches])[:_MOST] for name in batches[0]
+        }
+    except (RuntimeError, KeyError):
         raise InputError(
-            f"{path} has neither 'inputs' nor 'targets' (it has "
-            f"{', '.join(sorted(named)) or 'nothing'}); name them so"
+            "probe: the DataLoader's batches differ in names or shapes; pad them to one shape"
+        ) from None
+    probe = _assemble(joined, "probe")
+    if taken >= _MOST:
+        probe = replace(
+            probe,
+            remarks=(*probe.remarks, f"the probe is the first {_MOST} examples of the DataLoader"),
         )
-    rows = {
-        name: len(tensor) if tensor.ndim else 0
-        for name, tensor in named.items()
-        if name == "targets" or name.startswith("inputs")
-    }
+    return probe
+
+
+def _assemble(named: Mapping[str, Any], source: str) -> Probe:
+    names = list(named)
+    target = next((name for name in _TARGETS if name in named), None)
+    inputs = _input_names(names, target)
+    used = [*inputs, *([target] if target else [])]
+    if not used:
+        raise InputError(
+            f"{source} has neither 'inputs' nor 'targets' (it has "
+            f"{', '.join(sorted(names)) or 'nothing'}); name them so, or "
+            "inputs/<argument> for each argument of the model"
+        )
+    tensors = {name: _tensor(named[name], source, name) for name in used}
+    rows = {name: len(tensor) for name, tensor in tensors.items()}
     if min(rows.values()) == 0:
         raise InputError(
-            f"{path}: the probe has no rows ({min(rows, key=lambda name: rows[name])} is empty); "
-            "give at least one "
-            "example"
+            f"{source}: the probe has no rows ({min(rows, key=lambda name: rows[name])} is "
+            "empty); give at least one example"
         )
     if len(set(rows.values())) > 1:
         counts = ", ".join(f"{name} {count}" for name, count in sorted(rows.items()))
         raise InputError(
-            f"{path}: the probe's tensors differ in their number of rows ({counts}); give one row "
-            "an example"
+            f"{source}: the probe's tensors differ in their number of rows ({counts}); give one "
+            "row per example"
         )
-    return make_probe(inputs, targets)
+    unused = sorted(set(names) - set(used))
+    remarks = (f"arrays of the probe that nothing uses: {', '.join(unused[:6])}",) if unused else ()
+    probe = make_probe(
+        _gathered({name: tensors[name] for name in inputs}), tensors[target] if target else None
+    )
+    return replace(probe, remarks=remarks, as_labels=target in ("labels", "label"))
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def _input_names(names: Sequence[str], target: str | None) -> list[str]:
+    """Which of the arrays are the model's inputs."""
+    if "inputs" in names:
+        return ["inputs"]
+    keyed = [name for name in names if name.startswith("inputs/")]
+    if keyed:
+        return keyed
+    known = [name for name in names if name in _ARGUMENTS]
+    if known:
+        return known
+    return [name for name in _INPUTS if name in names and name != target][:1]
+
+
+def _gathered(tensors: Mapping[str, Tensor]) -> Inputs | None:
+    """Inputs in the form in which a model is called with them."""
+    if not tensors:
+        return None
+    keyed = {name.removeprefix("inputs/"): tensor for name, tensor in tensors.items()}
+    if len(tensors) == 1 and next(iter(tensors)) in _INPUTS:
+        return next(iter(tensors.values()))
+    if all(key.isdigit() for key in keyed):
+        return tuple(keyed[key] for key in sorted(keyed, key=int))
+    return keyed
+
+
+def _tensor(array: Any, source: str, name: str) -> Tensor:
+    if isinstance(array, Tensor):
+        return array.detach() if array.ndim else array.detach().reshape(1)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (
-        Exception
-    ) as error:  # zipfile, zlib and NumPy each have their own errors for a damaged file
+        found = np.asarray(array)
+        plain = np.ascontiguousarray(found, dtype=found.dtype.newbyteorder("="))
+        return torch.from_numpy(plain if plain.flags.writeable else plain.copy())
+    except (TypeError, ValueError, RuntimeError):
         raise InputError(
-            f"{path} can't be read as npz without pickles ({error}); save plain numeric arrays "
-            "with numpy.savez"
+            f"{source}: {name!r} isn't a rectangular numeric array; make all rows the same shape"
         ) from None
 
 
-def _read_parquet(path: Path) -> dict[str, np.ndarray]:
-    import pandas as pd
-
-    try:
-        frame = pd.read_parquet(path)
-    except ImportError:
-        raise InputError(
-            f"{path}: reading parquet needs pyarrow; pip install 'thermo-opt[parquet]'"
-        ) from None
-    except Exception as error:  # pyarrow's errors share no base class with a damaged file
-        raise InputError(f"{path} can't be read as parquet ({error}); write it again") from None
-    columns = {}
-    for name in frame.columns:
-        try:
-            columns[name] = np.array([_nested(cell) for cell in frame[name]])
-        except ValueError:
-            raise InputError(
-                f"{path}: the rows of {name!r} differ in shape; pad them to one"
-            ) from None
-    return columns
+def shifted_labels(probe: Probe) -> Probe:
+    """The probe with the targets of a causal language model where its outputs predict them: those
+    of position t are the labels of position t + 1, and the last has none.
+    """
+    assert probe.targets is not None
+    targets = torch.full_like(probe.targets, IGNORED)
+    targets[:, :-1] = probe.targets[:, 1:]
+    return replace(make_probe(probe.inputs, targets), remarks=probe.remarks)
 
 
-def _nested(cell: object) -> object:
-    return [_nested(part) for part in cell] if isinstance(cell, np.ndarray | list) else cell
-
-
-def _tensor(array: np.ndarray, path: Path, name: str) -> Tensor:
-    try:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
-    except TypeError:
-        raise InputError(
-            f"{path}: {name!r} isn't a rectangular numeric array ({array.dtype}); make all rows "
-            "the same shape"
-        ) from None
+def wants_shift(probe: Probe) -> bool:
+    """Whether a causal language model's targets are its own inputs, position by position, as its
+    ``labels`` are.
+    """
+    tokens = probe.inputs.get("input_ids") if isinstance(probe.inputs, Mapping) else probe.inputs
+    if (
+        not isinstance(tokens, Tensor)
+        or probe.targets is None
+        or probe.targets.shape != tokens.shape
+        or tokens.ndim != 2
+    ):
+        return False
+    counted = probe.targets != IGNORED
+    return probe.as_labels or bool((probe.targets == tokens)[counted].all())

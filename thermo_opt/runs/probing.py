@@ -6,6 +6,7 @@ Used while recording (the training must be bit-identical to an unrecorded one) a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 
@@ -24,6 +25,7 @@ from thermo_opt.models import (
 )
 from thermo_opt.runs.probe import Inputs
 from thermo_opt.runs.run import Snapshot
+from thermo_opt.runs.weight_names import fitted
 
 IGNORED = -100
 """Targets with this value are not counted, as in `torch.nn.functional.cross_entropy`."""
@@ -154,17 +156,13 @@ def install(model: nn.Module, snapshot: Snapshot, tied: Mapping[str, str] | None
         if name in stored:
             stored.setdefault(alias, stored[name])
     own = dict(model.named_parameters())
-    prefix = (
-        next(iter(stored), "").split(".")[0] + "."
-    )  # wrappers (Lightning, DDP, compile) put the model under one name
-    if not own.keys() & stored.keys() and all(name.startswith(prefix) for name in stored):
-        stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
     aliases = dict(model.named_parameters(remove_duplicate=False))
     persistent = model.state_dict(keep_vars=True)
-    for (
-        alias,
-        parameter,
-    ) in aliases.items():  # a shared parameter may have been stored under another of its names
+    known = {**aliases, **persistent, **dict(model.named_buffers())}
+    names = fitted(stored, own.keys() - _shared(own, aliases), known.keys())
+    if names is not None:
+        stored = {own_name: stored[name] for name, own_name in names.items()}
+    for alias, parameter in aliases.items():  # a shared parameter may be stored under another name
         if alias in stored and not any(name in stored for name, p in own.items() if p is parameter):
             stored[next(name for name, p in own.items() if p is parameter)] = stored[alias]
     missing = [name for name in own if name not in stored]
@@ -174,7 +172,6 @@ def install(model: nn.Module, snapshot: Snapshot, tied: Mapping[str, str] | None
             "missing); name the "
             "right model"
         )
-    known = {**aliases, **persistent, **dict(model.named_buffers())}
     with torch.no_grad():
         for name, tensor in stored.items():
             target = known.get(name)
@@ -190,3 +187,9 @@ def install(model: nn.Module, snapshot: Snapshot, tied: Mapping[str, str] | None
                     "name the right model"
                 )
             target.copy_(tensor)
+
+
+def _shared(own: Mapping[str, Tensor], aliases: Mapping[str, Tensor]) -> set[str]:
+    """Parameters that have another name, under which they may be stored instead."""
+    counts = Counter(id(parameter) for parameter in aliases.values())
+    return {name for name, parameter in own.items() if counts[id(parameter)] > 1}

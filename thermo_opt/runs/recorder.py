@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from thermo_opt import __version__, arguments
 from thermo_opt.errors import InputError
+from thermo_opt.runs.adam_moments import adam_moments, optimizer_settings
 from thermo_opt.runs.energy import EnergyMeter
 from thermo_opt.runs.format import (
     PARTIAL,
@@ -29,19 +30,18 @@ from thermo_opt.runs.format import (
     SCHEMA_VERSION,
     SNAPSHOT_FOLDER,
     STEPS_FILE,
-    read_own,
-    read_steps,
     remove_partial,
     snapshot_path,
     write_atomically,
     write_tensors,
 )
-from thermo_opt.runs.optimizer_state import adam_moments, optimizer_settings
 from thermo_opt.runs.probe import Inputs, make_probe, probe_tensors
 from thermo_opt.runs.probing import check_predictions, predict
 from thermo_opt.runs.progress import Progress
+from thermo_opt.runs.readers import own
 from thermo_opt.runs.run import CLOCKS, LIKELIHOODS, Likelihood
-from thermo_opt.runs.schedule import Every, schedule
+from thermo_opt.runs.snapshot_schedule import Every, schedule
+from thermo_opt.runs.steps_file import read_steps
 
 _ENCODE = json.JSONEncoder(allow_nan=False).encode
 _QUEUE = 4
@@ -374,7 +374,7 @@ class Recorder:
         return continued
 
     def _continue(self, tensors: Mapping[str, Tensor]) -> None:
-        run = read_own(self.path)
+        run = own.read(self.path)
         if run.info.parameters != self._header["parameters"]:
             raise InputError(
                 f"{self.path} records a model with other parameters than this one; record into a "
@@ -479,7 +479,7 @@ class Recorder:
         """Take up the live scalars of a resumed run from the snapshots it has."""
         if self._show is None or self._probe is None:
             return
-        for snapshot in read_own(self.path).snapshots:
+        for snapshot in own.read(self.path).snapshots:
             self._progress.add(snapshot.step, snapshot.load("probe/logits"))
 
     def _log_row(

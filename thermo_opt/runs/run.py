@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from thermo_opt.errors import InputError
+from thermo_opt.errors import InputError, printable
 from thermo_opt.runs.probe import Probe, load_probe, make_probe
 
 Likelihood: TypeAlias = Literal["categorical", "bernoulli", "gaussian"]
@@ -21,8 +21,6 @@ Likelihood: TypeAlias = Literal["categorical", "bernoulli", "gaussian"]
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
 CLOCKS = ("step", "flow", "wall", "examples", "tokens")
 
-_JOINERS = "\u200c\u200d"
-"""Invisible characters that scripts and emoji need within a word."""
 _CONSTANT_GROUPS = ("params", "probe")
 """Groups that must hold the same tensors in every snapshot."""
 
@@ -185,7 +183,8 @@ class RunInfo:
     ``settings``: the optimizer's, common to all its groups, and ``groups`` where they differ.
     ``parameters``: one ``{name, shape, dtype, trainable}`` each. ``tied``: other names of shared
     parameters → the name under which they are stored. ``model``: ``package.module:factory`` that
-    builds the architecture. ``notes``: free metadata.
+    builds the architecture. ``step_unit``: what one step counts (``step`` or ``epoch``), and
+    ``step_source``: where its number was read. ``notes``: free metadata.
     """
 
     optimizer: str | None = None
@@ -201,6 +200,8 @@ class RunInfo:
     hf_config_path: Path | None = None
     schema_version: int | None = None
     created: str | None = None
+    step_unit: str = "step"
+    step_source: str | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -218,6 +219,8 @@ class Run:
     ``steps``: index ``step`` (optimizer steps done), columns any of ``loss`` (nats), ``lr``,
     ``wall`` (seconds since the start), ``examples``, ``tokens`` (seen since the row before), and
     whatever else was logged.
+    ``remarks``: sentences of the reader on what it took for granted or left out. ``key``: the state
+    dict that was asked for.
     """
 
     name: str
@@ -227,10 +230,11 @@ class Run:
     steps: pd.DataFrame
     snapshots: Sequence[Snapshot]
     probe_path: Path | None = None
+    remarks: list[str] = field(default_factory=list)
+    key: str | None = None
 
     def __post_init__(self) -> None:
-        # names go to terminals and pages: no control characters, no bytes that aren't text
-        self.name = "".join(c if c.isprintable() or c in _JOINERS else "\ufffd" for c in self.name)
+        self.name = printable(self.name)  # it goes to terminals and pages
 
     @cached_property
     def probe(self) -> Probe | None:
@@ -251,9 +255,8 @@ class Run:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the run's files itself: nothing but the path is sent."""
-        from thermo_opt.runs import load_run
-
-        return load_run, (self.path, self.format)
+        info = self.info
+        return _reopened, (self.path, self.format, self.key, info.likelihood, info.sigma2)
 
     def clock_readings(self, clock: str, steps: np.ndarray | Sequence[int]) -> np.ndarray:
         """Cumulative reading of a clock at these step numbers (§1).
@@ -320,3 +323,11 @@ class Run:
             "log "
             f"({missing} of {needed} needed steps lack it); log every step, or use clock 'step'"
         )
+
+
+def _reopened(
+    path: Path, format: str, key: str | None, likelihood: Likelihood | None, sigma2: float | None
+) -> Run:
+    from thermo_opt.runs import load_run
+
+    return load_run(path, format, key=key, likelihood=likelihood, sigma2=sigma2)

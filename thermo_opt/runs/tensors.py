@@ -1,22 +1,15 @@
-"""Tensor files opened lazily and safely: a file is mapped, its header checked, and no code in it
-can run.
-
-Two kinds, one interface (`TensorFile`): safetensors, and what `torch.save` writes (loaded with
-``weights_only=True`` only).
+"""Files of safetensors, opened lazily: a file is mapped, its header checked, each tensor verified
+while it is read.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import pickle
-import warnings
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,23 +18,24 @@ from safetensors.torch import load as load_bytes
 from torch import Tensor
 
 from thermo_opt.errors import InputError
+from thermo_opt.runs.border import REMEDY, parse_json, regular, unreadable
+
+T = TypeVar("T")
 
 _ROW = 1024
 """Words (8 bytes each) in a row of `checksum`'s fold."""
 
 _SMALL = 1 << 18
 """Bytes up to which a file is read whole: mapping costs more than copying it."""
-
-
-class TensorFile(Protocol):
-    """Names, shapes and tensors of one file; ``load`` maps the file rather than copying it."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of each tensor, by name, in the file's order."""
-
-    def load(self, name: str) -> Tensor:
-        """The tensor of this name."""
+_HEADER = 100_000_000
+"""Bytes of a header, safetensors' own limit."""
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
 
 
 class Checksum:
@@ -59,8 +53,7 @@ class Checksum:
         self._rest = b""
 
     def add(self, piece: Tensor) -> None:
-        """Count the next elements of the tensor; pieces but the last hold a multiple of 8192
-        bytes."""
+        """Count the next elements; pieces but the last hold a multiple of 8192 bytes."""
         flat = (piece if piece.is_cpu else piece.cpu()).contiguous().reshape(-1)
         data = (flat.detach() if flat.requires_grad else flat).view(torch.uint8).numpy()
         whole = data.nbytes // (8 * _ROW) * (8 * _ROW)
@@ -103,44 +96,55 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._held: dict[str, Tensor] | None = None
+        size = regular(path).st_size
         try:
-            data = _start(path)
-            if len(data) <= _SMALL:
+            header, data = _header(path, size)
+            if data is not None:
                 self._held = load_bytes(data)
-                header = json.loads(str(data[8 : 8 + int.from_bytes(data[:8], "little")], "utf-8"))
-                self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-                self.shapes = {name: tuple(self._held[name].shape) for name in sorted(header)}
             else:
                 self._file = safe_open(path, framework="pt")
-                self.metadata = self._file.metadata() or {}
-                self.shapes = {
-                    name: tuple(self._file.get_slice(name).get_shape())
-                    for name in self._file.keys()  # noqa: SIM118
-                }
-        except (SafetensorError, OSError) as error:
-            raise _unreadable(path, error) from None
+        except InputError:
+            raise
+        except (
+            Exception
+        ) as error:  # the library's own errors, and KeyError for a dtype that torch lacks
+            raise unreadable(path, error) from None
+        metadata = header.pop("__metadata__", None) or {}
+        self.metadata: dict[str, str] = metadata if isinstance(metadata, dict) else {}
+        self.layouts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for name in sorted(header):
+            dtype = _DTYPES.get(header[name]["dtype"])
+            if dtype is None:
+                raise InputError(
+                    f"{path}: {name!r} is of type {header[name]['dtype']}, which torch can't "
+                    "hold; convert it"
+                )
+            self.layouts[name] = (tuple(header[name]["shape"]), dtype)
+        self.shapes = {name: shape for name, (shape, _) in self.layouts.items()}
         self._checksums: dict[str, str] | None = None
         if "checksums" in self.metadata:
             self._checksums = self._read_checksums()
 
     def _read_checksums(self) -> dict[str, str]:
         try:
-            checksums = dict(json.loads(self.metadata["checksums"]))
-        except (ValueError, TypeError):
+            checksums = dict(parse_json(self.metadata["checksums"].encode()))
+        except (ValueError, TypeError, AttributeError, RecursionError):
             raise InputError(
-                f"{self.path} is damaged: its checksums can't be read; {_REMEDY}"
+                f"{self.path} is damaged: its checksums can't be read; {REMEDY}"
             ) from None
-        if checksums.pop("", None) not in (None, metadata_checksum(self.metadata)) or set(
-            checksums
-        ) != set(self.shapes):
+        whole = checksums.pop("", None)
+        if whole not in (None, metadata_checksum(self.metadata)) or set(checksums) != set(
+            self.shapes
+        ):
             raise InputError(
-                f"{self.path} is damaged: its header doesn't match its checksums; {_REMEDY}"
+                f"{self.path} is damaged: its header doesn't match its checksums; {REMEDY}"
             )
         return checksums
 
     def load(self, name: str) -> Tensor:
         """The tensor ``name``, mapped; raises `InputError` when its bytes don't match the file's
-        checksum."""
+        checksum.
+        """
         tensor = self._mapped(name)
         if self._checksums is not None and checksum(tensor) != self._checksums[name]:
             raise self._damaged(name)
@@ -167,65 +171,31 @@ class SafetensorsFile:
         try:
             return self._file.get_tensor(name) if self._held is None else self._held[name].clone()
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise _unreadable(self.path, error) from None
+            raise unreadable(self.path, error) from None
 
     def _damaged(self, name: str) -> InputError:
-        return InputError(f"{self.path} is damaged: {name!r} doesn't match its checksum; {_REMEDY}")
+        return InputError(f"{self.path} is damaged: {name!r} doesn't match its checksum; {REMEDY}")
 
 
-def _start(path: Path) -> bytes:
-    """The first bytes of a file, one more than `_SMALL` if it has them: all of a small one in one
-    opening."""
+def _header(path: Path, size: int) -> tuple[dict[str, Any], bytes | None]:
+    """A file's header, and all of its bytes if it is small: one opening then serves for both."""
     with open(path, "rb", buffering=0) as file:
-        return file.read(min(os.fstat(file.fileno()).st_size, _SMALL) + 1)
-
-
-class TorchFile:
-    """One file written by `torch.save`, its nested dictionaries kept in ``content``; ``shapes`` and
-    ``load`` see ``tensors(content)``.
-    """
-
-    def __init__(
-        self, path: Path, tensors: Callable[[Any], Mapping[str, Tensor]] = lambda content: content
-    ) -> None:
-        self.path = path
-        self.content = load_torch(path)
-        self._tensors = tensors(self.content)
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-
-    def load(self, name: str) -> Tensor:
-        """The tensor ``name``."""
-        if name not in self._tensors:
-            raise InputError(f"{self.path} has no tensor {name!r}; it has {_some(self.shapes)}")
-        return self._tensors[name].detach()
-
-
-def load_torch(path: Path) -> Any:
-    """What `torch.save` wrote to ``path``, restricted to tensors and plain values; a pickle that
-    holds more is refused, never run.
-    """
-    try:
-        zipped = zipfile.is_zipfile(path)  # the format of torch < 1.6 can't be mapped
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Detected pickle protocol"
-            )  # what can't be read is refused anyway
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        reason = str(error)
-        if (
-            "nsupported" in reason
-            or "weights_only" in reason.lower()
-            or "WeightsUnpickler" in reason
-        ):
-            raise InputError(
-                f"{path} holds more than tensors and plain values ({_refused(reason)}); nothing in "
-                "it was run: "
-                "save its state_dict alone, or remove the file"
-            ) from None
-        raise _unreadable(path, error) from None
-    except Exception as error:  # a damaged archive fails in many ways, none of them our bug
-        raise _unreadable(path, error) from None
+        data = file.read(min(size, _SMALL) + 1)
+        length = int.from_bytes(data[:8], "little")
+        if len(data) < 8 or length > min(size - 8, _HEADER):
+            raise InputError(f"{path} is cut short, or isn't a file of safetensors; {REMEDY}")
+        text = data[8 : 8 + length]
+        while len(text) < length:
+            more = file.read(length - len(text))
+            if not more:
+                raise InputError(f"{path} is cut short; {REMEDY}")
+            text += more
+    header = parse_json(text)
+    if not isinstance(header, dict) or not all(
+        isinstance(entry, dict) for entry in header.values()
+    ):
+        raise InputError(f"{path} isn't a file of safetensors; {REMEDY}")
+    return header, data if len(data) <= _SMALL else None
 
 
 @lru_cache(maxsize=10)
@@ -233,44 +203,16 @@ def _opened(path: Path, opener: Callable[[Path], Any], modified: int, size: int)
     return opener(path)
 
 
-def opened(path: Path, opener: Callable[[Path], Any]) -> Any:
+def opened(path: Path, opener: Callable[[Path], T]) -> T:
     """``opener(path)``, remembered for the last few unchanged files: consecutive tensors come from
     one opening.
 
     ``opener`` must be a module-level function or class. Memory stays flat however many files a run
     has.
     """
-    try:
-        stat = os.stat(path)
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    return _opened(path, opener, stat.st_mtime_ns, stat.st_size)
-
-
-def flat_tensors(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors of nested dictionaries with dotted names."""
-    if isinstance(tree, Tensor):
-        yield prefix, tree
-    elif isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from flat_tensors(value, f"{prefix}.{key}" if prefix else str(key))
-
-
-_REMEDY = "restore the file from a copy, or remove it to use the rest of the run"
-
-
-def _unreadable(path: Path, error: BaseException) -> InputError:
-    reason = str(error).strip().splitlines()
-    return InputError(
-        f"{path} can't be read ({reason[0] if reason else type(error).__name__}); {_REMEDY}"
-    )
-
-
-def _refused(reason: str) -> str:
-    for line in reason.splitlines():
-        if "GLOBAL" in line or "nsupported" in line:
-            return line.strip()[:160]
-    return "a pickled object"
+    stat = regular(path)
+    result: T = _opened(path, opener, stat.st_mtime_ns, stat.st_size)
+    return result
 
 
 def _some(names: Mapping[str, Any]) -> str:

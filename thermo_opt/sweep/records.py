@@ -21,7 +21,8 @@ from typing import Any
 from thermo_opt.arguments import jsonable
 from thermo_opt.errors import InputError
 from thermo_opt.runs import load_run
-from thermo_opt.runs.format import RUN_FILE, STEPS_FILE, read_run_file, write_atomically
+from thermo_opt.runs.format import RUN_FILE, STEPS_FILE, write_atomically
+from thermo_opt.runs.readers.own import read_run_file
 from thermo_opt.sweep.config import Trial
 
 try:

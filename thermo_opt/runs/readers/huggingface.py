@@ -1,30 +1,28 @@
-"""Reader for what the Hugging Face `Trainer` leaves: ``checkpoint-*/`` with weights,
-``optimizer.pt`` and ``trainer_state.json``.
+"""Reader for what the Hugging Face `Trainer` leaves: ``checkpoint-*/`` with weights, optimizer
+state and its log.
 
-``training_args.bin`` is a pickle and never opened; code shipped with a model is never run.
+``training_args.bin`` is never opened; code shipped with a model is never run.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-from torch import Tensor, nn
 
 from thermo_opt.errors import InputError
-from thermo_opt.runs.format import with_numbers
-from thermo_opt.runs.readers.checkpoint import Checkpoint, open_run
-from thermo_opt.runs.run import Run
-from thermo_opt.runs.tensors import SafetensorsFile, TorchFile, load_torch, opened
+from thermo_opt.runs.border import read_json, whole
+from thermo_opt.runs.readers import contents, folders
+from thermo_opt.runs.readers.architecture import architectures, in_memory, trainer_orders
+from thermo_opt.runs.readers.common import Checkpoint, Found, Order, Shape, Weights, open_run
+from thermo_opt.runs.readers.curves import table_of, with_numbers
+from thermo_opt.runs.readers.optimizer_state import OptimizerState
+from thermo_opt.runs.run import Likelihood, Run
 
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _CATEGORICAL = (
     "ForCausalLM",
     "LMHeadModel",
@@ -32,231 +30,214 @@ _CATEGORICAL = (
     "ForMaskedLM",
     "ForTokenClassification",
     "ForImageClassification",
+    "ForMultipleChoice",
+    "ForNextSentencePrediction",
+    "ForConditionalGeneration",
+    "ForAudioClassification",
+    "ForSemanticSegmentation",
 )
+_PROBLEMS: Mapping[str, Likelihood] = {
+    "single_label_classification": "categorical",
+    "multi_label_classification": "bernoulli",
+    "regression": "gaussian",
+}
 
 
 def recognise(path: Path) -> bool:
-    """Whether a folder has ``checkpoint-<step>/`` folders with weights in them, or is one of
-    them."""
-    return any(_has_weights(folder) for folder in _checkpoints(path).values()) or _is_checkpoint(
-        path
-    )
+    """Whether a folder has ``checkpoint-<step>/`` folders with weights, or is one of them."""
+    return any(
+        folders.holds_weights(folder) for folder in _checkpoints(path).values()
+    ) or _is_checkpoint(path)
 
 
-def read(path: Path) -> Run:
+def read(path: Path, key: str | None = None) -> Run:
     """Open the output folder of a Hugging Face `Trainer`."""
-    folders = {step: folder for step, folder in _checkpoints(path).items() if _has_weights(folder)}
-    if not folders:
+    found = {
+        step: folder for step, folder in _checkpoints(path).items() if folders.holds_weights(folder)
+    }
+    if not found:
         hint = (
             "give the folder that holds it"
             if _is_checkpoint(path)
             else "give a Trainer's output folder"
         )
-        raise InputError(f"{path} has no checkpoint-<step> folders with {_WEIGHTS[0]}; {hint}")
-    last = folders[max(folders)]
+        raise InputError(f"{path} has no checkpoint-<step> folders with weights; {hint}")
     config_path = next(
-        (file for folder in folders.values() if (file := folder / "config.json").exists()), None
+        (file for folder in found.values() if (file := folder / "config.json").exists()), None
     )
-    config = _read_json(config_path) if config_path else {}
-    architectures = _architectures(config)
-    categorical = any(name.endswith(_CATEGORICAL) for name in architectures) and config.get(
-        "problem_type"
-    ) in (
-        None,
-        "single_label_classification",
-    )
-    state_path = last / "trainer_state.json"
-    state = _read_json(state_path) if state_path.exists() else {}
+    config = read_json(config_path) if config_path else {}
+    names = architectures(config)
+    state_path = found[max(found)] / "trainer_state.json"
+    state = read_json(state_path) if state_path.exists() else {}
     notes = {
         key: state[key]
         for key in ("train_batch_size", "max_steps", "num_train_epochs")
-        if state.get(key) is not None
+        if whole(state.get(key)) is not None
     }
+    remarks = []
+    if _is_adapter(found[min(found)]):
+        remarks.append(
+            "its checkpoints hold an adapter (LoRA or another of PEFT's) alone: the base model is "
+            "not in them"
+        )
+    first = folders.weights_of(found[min(found)], key)()
     return open_run(
         path,
         "huggingface",
-        [(step, HuggingFaceCheckpoint(folder)) for step, folder in folders.items()],
-        _training_curve(state, state_path),
-        clock="step",
-        likelihood="categorical" if categorical else None,
+        [Found(step, _checkpoint(folder, config_path, key)) for step, folder in found.items()],
+        steps=_training_curve(state, state_path),
+        remarks=remarks,
+        key=key,
+        likelihood=_likelihood(config, names),
         hf_config_path=config_path,
-        notes={**notes, **({"architecture": architectures[0]} if architectures else {})},
+        notes={**notes, **({"architecture": names[0]} if names else {})},
+        tied=first.tied if isinstance(first, contents.StateDict) else {},
+        step_unit="step",
+        step_source="the number in each checkpoint's name",
     )
 
 
-@dataclass
-class HuggingFaceCheckpoint(Checkpoint):
-    """One ``checkpoint-<step>/``: weights in one file or in shards, optimizer state in
-    ``optimizer.pt``."""
+def _checkpoint(folder: Path, config_path: Path | None, key: str | None) -> Checkpoint:
+    """One ``checkpoint-<step>/``; weights under the names that the architecture has in memory."""
+    config = folder / "config.json" if (folder / "config.json").exists() else config_path
 
-    @cached_property
-    def _files(self) -> dict[str, Path]:
-        for name in _WEIGHTS:
-            index = self.path / f"{name}.index.json"
-            if index.exists():
-                shards = _read_json(index).get("weight_map")
-                if not isinstance(shards, dict):
-                    raise InputError(f"{index} has no weight_map; restore the file from a copy")
-                missing = sorted(
-                    {shard for shard in shards.values() if not (self.path / shard).exists()}
-                )
-                if missing:
-                    raise InputError(
-                        f"{self.path / missing[0]} is missing, though {index.name} lists it; "
-                        "restore the file"
-                    )
-                return {key: self.path / shard for key, shard in shards.items()}
-            if (self.path / name).exists():
-                return dict.fromkeys(self._open(self.path / name).shapes, self.path / name)
-        raise InputError(
-            f"{self.path} has no {_WEIGHTS[0]}; restore the file, or remove this checkpoint"
+    def weights() -> Weights:
+        return (
+            folders.weights_of(folder, key)() if config is None else in_memory(folder, config, key)
         )
 
-    def weights(self) -> Mapping[str, Path]:
-        """Weight → the file that holds it."""
-        return self._files
+    def orders(shapes: Mapping[str, Shape]) -> Sequence[Order]:
+        known = None if config is None else trainer_orders(config)
+        if known is not None:
+            return known
+        if _is_adapter(folder):
+            return _adapter_orders(shapes, folders.optimizer_of(folder))
+        return _unique_shapes(shapes, folders.optimizer_of(folder))
 
-    def weight(self, name: str) -> Tensor:
-        """One weight, mapped."""
-        return self._open(self._files[name]).load(name)
-
-    def optimizer_state(self) -> Mapping[str, Any] | None:
-        """The contents of ``optimizer.pt``, if it is there."""
-        file = self.path / "optimizer.pt"
-        if not file.exists():
-            return None
-        state = opened(file, load_torch)
-        if not isinstance(state, Mapping) or not {"state", "param_groups"} <= set(state):
-            raise InputError(
-                f"{file} isn't a torch optimizer's state; remove it to audit the weights alone"
-            )
-        return state
-
-    def parameter_orders(self, groups: int) -> Sequence[Sequence[Sequence[str]]]:
-        """The Trainer's own grouping (decayed, then not) of the architecture that ``config.json``
-        names.
-
-        Safetensors files are sorted by name, so without the architecture only moments whose shape
-        is unique can be named.
-        """
-        config = self.path / "config.json"
-        orders = _trainer_orders(config, config.stat().st_mtime_ns) if config.exists() else None
-        if orders is not None:
-            return [order for order in orders if len(order) == groups]
-        shapes = [
-            shape for name, shape in self._weight_shapes.items() if name.startswith("params/")
-        ]
-        if len(set(shapes)) < len(shapes):
-            return []
-        by_shape = {
-            shape: name.removeprefix("params/")
-            for name, shape in self._weight_shapes.items()
-            if name.startswith("params/")
-        }
-        state = self.optimizer_state()
-        assert state is not None
-        entries = [
-            [state["state"].get(index, {}).get("exp_avg") for index in group["params"]]
-            for group in state["param_groups"]
-        ]
-        if any(
-            entry is None or tuple(entry.shape) not in by_shape
-            for group in entries
-            for entry in group
-        ):
-            return []
-        return [[[by_shape[tuple(entry.shape)] for entry in group] for group in entries]]
-
-    @staticmethod
-    def _open(file: Path) -> SafetensorsFile | TorchFile:
-        return opened(file, SafetensorsFile if file.suffix == ".safetensors" else TorchFile)
+    return Checkpoint(folder, weights, partial(folders.optimizer_of, folder), orders)
 
 
-def model_from_config(config_path: Path, device: str = "cpu") -> nn.Module:
-    """The architecture that a ``config.json`` names, with fresh weights, built by the installed
-    `transformers` alone.
-
-    Raises `InputError` when transformers is missing or doesn't have it; code shipped with a
-    checkpoint is never run.
+def _likelihood(config: Mapping[str, Any], names: Sequence[str]) -> Likelihood | None:
+    """The output distribution by what the config says of the problem, else by the architecture's
+    task.
     """
-    try:
-        import transformers
-    except ImportError:
-        raise InputError(
-            f"{config_path}: building the model needs transformers; pip install "
-            "'thermo-opt[transformers]'"
-        ) from None
-    config = _read_json(config_path)
-    kind, names = str(config.get("model_type")), _architectures(config)
-    architecture = getattr(transformers, names[0], None) if names else None
-    if kind not in transformers.CONFIG_MAPPING or not (
-        isinstance(architecture, type) and issubclass(architecture, nn.Module)
+    problem = config.get("problem_type")
+    if isinstance(problem, str):
+        return _PROBLEMS.get(problem)
+    if (
+        any(name.endswith("ForSequenceClassification") for name in names)
+        and config.get("num_labels") == 1
     ):
-        raise InputError(
-            f"{config_path} names an architecture ({names[0] if names else kind}) that the "
-            "installed transformers "
-            "lacks; "
-            "give --model package.module:factory"
-        )
-    try:
-        with torch.random.fork_rng(), torch.device(device):
-            return architecture(transformers.CONFIG_MAPPING[kind].from_dict(config))
-    except Exception as error:  # each architecture checks its settings in its own way
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"{config_path}: {names[0]} can't be built from it ({reason or type(error).__name__}); "
-            "restore the file, or "
-            "give --model package.module:factory"
-        ) from None
+        return "gaussian"
+    if (
+        any(name.endswith("ForSequenceClassification") for name in names)
+        and len(config.get("id2label") or "xx") == 1
+    ):
+        return "gaussian"
+    return "categorical" if any(name.endswith(_CATEGORICAL) for name in names) else None
 
 
-def _architectures(config: Mapping[str, Any]) -> list[str]:
-    names = config.get("architectures")
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-
-
-@lru_cache(maxsize=2)
-def _trainer_orders(config_path: Path, modified: int) -> list[list[list[str]]] | None:
-    """Orders in which the Trainer may have given the architecture's parameters to its optimizer;
-    None: it can't be built.
+def _unique_shapes(shapes: Mapping[str, Shape], state: OptimizerState | str) -> Sequence[Order]:
+    """Without the architecture only moments whose shape is unique can be named: safetensors are
+    sorted by name.
     """
-    try:
-        from transformers import Trainer
+    if isinstance(state, str) or len(set(shapes.values())) < len(shapes):
+        return []
+    by_shape = {shape: name for name, shape in shapes.items()}
+    found = [
+        [state.entries[key].shape if key in state.entries else None for key in group.keys]
+        for group in state.groups
+    ]
+    if any(shape not in by_shape for group in found for shape in group):
+        return []
+    return [[[by_shape[shape] for shape in group if shape is not None] for group in found]]
 
-        model = model_from_config(config_path, "meta")
-    except (InputError, ImportError):
-        return None
-    names = [name for name, _ in model.named_parameters()]
-    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
-    matrices = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
 
-    def split(first: set[str]) -> list[list[str]]:
-        return [
-            [name for name in names if name in first],
-            [name for name in names if name not in first],
-        ]
+_WITHIN = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "query",
+    "key",
+    "value",
+    "query_key_value",
+    "q",
+    "k",
+    "v",
+    "c_attn",
+    "in_proj",
+    "o_proj",
+    "out_proj",
+    "o",
+    "dense",
+    "attn",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "fc1",
+    "c_fc",
+    "wi",
+    "wi_0",
+    "wi_1",
+    "w1",
+    "dense_h_to_4h",
+    "w3",
+    "down_proj",
+    "fc2",
+    "wo",
+    "c_proj",
+    "w2",
+    "dense_4h_to_h",
+]
+"""Order in which transformers' layers define their projections."""
 
-    return [split(decayed), split(matrices), [names]]
+
+def _adapter_orders(shapes: Mapping[str, Shape], state: OptimizerState | str) -> Sequence[Order]:
+    """The order in which PEFT adds an adapter's parameters: layer by layer, projections as defined,
+    A before B.
+
+    Safetensors files are sorted by name, and the base model isn't there to ask; where a name isn't
+    known, no order is given.
+    """
+    if isinstance(state, str):
+        return []
+    ranks = {}
+    for name in shapes:
+        parts = name.split(".")
+        lora = next((i for i, part in enumerate(parts) if part.startswith("lora_")), None)
+        if lora is None or lora == 0 or parts[lora - 1] not in _WITHIN:
+            return []
+        layers = tuple(int(part) for part in parts[:lora] if part.isdigit())
+        block = any(
+            part in ("mlp", "feed_forward", "ffn", "output", "intermediate")
+            for part in parts[:lora]
+        )
+        ranks[name] = (layers, block, _WITHIN.index(parts[lora - 1]), parts[lora])
+    order = sorted(shapes, key=lambda name: ranks[name])
+    return [[order if group.keys else [] for group in state.groups]]
 
 
 def _training_curve(state: dict[str, Any], file: Path) -> pd.DataFrame:
-    """``log_history`` as a table, one row a step: the Trainer's names, but for lr, tokens (since
+    """``log_history`` as a table, one row per step: the Trainer's names, but for lr, tokens (since
     the row before) and wall.
     """
     history = state.get("log_history", [])
     if not isinstance(history, list) or not all(
-        isinstance(row, dict) and isinstance(row.get("step"), int) for row in history
+        isinstance(row, dict) and type(row.get("step")) is int and whole(row["step"]) is not None
+        for row in history
     ):
         raise InputError(f"{file}: log_history isn't a list of steps; restore the file")
     rows: dict[int, dict[str, Any]] = {}
     for row in history:
         rows.setdefault(row["step"], {}).update(
-            {key: value for key, value in row.items() if not isinstance(value, dict | list)}
+            {
+                key: value
+                for key, value in row.items()
+                if key != "step" and not isinstance(value, dict | list)
+            }
         )
-    frame = pd.DataFrame(
-        [rows[step] for step in sorted(rows)], columns=None if rows else ["step"]
-    ).set_index("step")
-    frame = frame.rename(columns={"learning_rate": "lr", "train_runtime": "wall"})
+    frame = table_of(rows).rename(columns={"learning_rate": "lr", "train_runtime": "wall"})
     if "num_input_tokens_seen" in frame:
         frame["tokens"] = frame.pop("num_input_tokens_seen")
     frame = with_numbers(frame, file)
@@ -265,29 +246,19 @@ def _training_curve(state: dict[str, Any], file: Path) -> pd.DataFrame:
     return frame
 
 
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").exists() or any(folder.glob("adapter_model.*"))
+
+
 def _checkpoints(path: Path) -> dict[int, Path]:
     return {
         int(match[1]): folder
         for folder in sorted(path.glob("checkpoint-*"))
-        if folder.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", folder.name))
+        if folder.is_dir() and (match := re.fullmatch(r"checkpoint-(\d{1,15})", folder.name))
     }
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return re.fullmatch(r"checkpoint-\d+", path.resolve().name) is not None and _has_weights(path)
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(
-        (folder / name).exists() or (folder / f"{name}.index.json").exists() for name in _WEIGHTS
-    )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} can't be read ({error}); restore it from a copy") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file} isn't a JSON object; restore it from a copy")
-    return content
+    return re.fullmatch(
+        r"checkpoint-\d+", path.resolve().name
+    ) is not None and folders.holds_weights(path)

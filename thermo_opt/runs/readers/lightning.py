@@ -1,91 +1,80 @@
-"""Reader for PyTorch Lightning: the ``*.ckpt`` files of one run and, beside them, ``metrics.csv``
-of its `CSVLogger`.
+"""Reader for PyTorch Lightning: the ``*.ckpt`` files of one run, with the log of its CSV or
+TensorBoard logger.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-import pandas as pd
-
 from thermo_opt.errors import InputError
-from thermo_opt.runs.format import visible, with_numbers
-from thermo_opt.runs.readers.checkpoint import Checkpoint, open_run
-from thermo_opt.runs.readers.torch_folder import TorchCheckpoint, tied_names
+from thermo_opt.runs.border import visible
+from thermo_opt.runs.readers import torch_folder
+from thermo_opt.runs.readers.curves import find_curve
 from thermo_opt.runs.run import Run
+from thermo_opt.runs.tensors import opened
+from thermo_opt.runs.torch_file import TorchFile
 
 
 def recognise(path: Path) -> bool:
-    """Whether there are ``*.ckpt`` files in a folder or below it."""
-    return next(visible(path.rglob("*.ckpt")), None) is not None
-
-
-def read(path: Path) -> Run:
-    """Open the folder of a Lightning run (the checkpoints' own, or one above it).
-
-    The step is each file's ``global_step``. ``last.ckpt`` is left out where it repeats another
-    checkpoint.
+    """Whether there are ``*.ckpt`` files in a folder or below it, and the first of them is
+    Lightning's.
     """
-    files = sorted(visible(path.rglob("*.ckpt")))
+    files = _files(path)
+    if not files:
+        return False
+    try:
+        return _is_lightning(files[0])
+    except InputError:
+        return files[0].parent != path  # damaged: `read` says so
+
+
+def read(path: Path, key: str | None = None) -> Run:
+    """Open the folder of a Lightning run (the checkpoints' own, or one above it); steps are each
+    file's ``global_step``.
+
+    Where weights were averaged while training (EMA, SWA callbacks), the raw ones are read: the
+    optimizer moved those.
+    """
+    files = _files(path)
     if not files:
         raise InputError(f"{path} has no .ckpt files; give the folder of a Lightning run")
     folders = sorted({file.parent for file in files})
     if len(folders) > 1:
         raise InputError(
-            f"{path} holds checkpoints of several runs ({folders[0]}, {folders[1]}, …); give one "
-            "of them"
+            f"{path} holds checkpoints of several runs "
+            f"({', '.join(str(folder) for folder in folders[:3])}); give one of them"
         )
-    checkpoints: dict[int, TorchCheckpoint] = {}
-    for file in sorted(files, key=lambda file: (file.stem.startswith("last"), file.name)):
-        checkpoint = TorchCheckpoint(file)
-        step = checkpoint._content().get("global_step")
-        if not isinstance(step, int):
+    for file in files:
+        if not _is_lightning(file):
             raise InputError(
-                f"{file} has no global_step; it isn't a Lightning checkpoint: remove it, or use "
-                "--format torch"
+                f"{file} has no global_step, so it isn't Lightning's; use --format torch"
             )
-        if step in checkpoints:
-            if file.stem.startswith("last"):
-                continue
-            raise InputError(
-                f"{checkpoints[step].path} and {file} both hold step {step}; keep one of them"
-            )
-        checkpoints[step] = checkpoint
-    ordered: list[tuple[int, Checkpoint]] = list(checkpoints.items())
-    return open_run(
-        path,
-        "lightning",
-        ordered,
-        _metrics(folders[0], path),
-        clock="step",
-        tied=tied_names(ordered[0][1]),
+    found = torch_folder.series_of(path, files, key)
+    steps, remark = find_curve([folders[0], folders[0].parent, path], shift=1)
+    remarks = [remark] if remark else []
+    if "averaging_state" in _keys(files[0]) and key is None:
+        remarks.append(
+            "its state_dict holds averaged weights (EMA): the raw ones, which the optimizer "
+            "moved, were read"
+        )
+    return torch_folder.run_of(path, "lightning", found, key, steps, remarks)
+
+
+def _is_lightning(file: Path) -> bool:
+    return bool(
+        {"global_step", "pytorch-lightning_version"} & _keys(file)
+    ) and "state_dict" in _keys(file)
+
+
+def _keys(file: Path) -> frozenset[str]:
+    content = opened(file, TorchFile).content
+    return (
+        frozenset(key for key in content if isinstance(key, str))
+        if isinstance(content, Mapping)
+        else frozenset()
     )
 
 
-def _metrics(folder: Path, top: Path) -> pd.DataFrame | None:
-    """The logger's table, one row a step; its steps count from 0 while ours counts steps done."""
-    places = [folder, folder.parent, top]
-    file = next(
-        (place / "metrics.csv" for place in places if (place / "metrics.csv").is_file()), None
-    )
-    if file is None:
-        return None
-    try:
-        table = pd.read_csv(file)
-        table["step"] = table["step"].astype("int64") + 1
-    except (ValueError, KeyError) as error:
-        raise InputError(
-            f"{file} isn't a table with a 'step' column ({error}); restore or remove it"
-        ) from None
-    table = table.groupby(
-        "step"
-    ).first()  # the first value of each column: training and validation write separate rows
-    for name in ("train_loss", "train_loss_step", "train/loss"):
-        if "loss" not in table and name in table:
-            table = table.rename(columns={name: "loss"})
-    rates = [
-        column for column in table if str(column).startswith("lr-")
-    ]  # LearningRateMonitor's names
-    if len(rates) == 1 and "lr" not in table:
-        table = table.rename(columns={rates[0]: "lr"})
-    return with_numbers(table, file)
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in visible(path.rglob("*.ckpt")) if not file.is_dir())

@@ -1,122 +1,207 @@
-"""Readers for files of `torch.save`: a folder of state dicts (``*.pt``, ``*.pth``) and Lightning's
-``*.ckpt``."""
+"""Reader for a folder of files written by `torch.save`, one per checkpoint, whatever they are
+called.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import pandas as pd
+import torch
 
 from thermo_opt.errors import InputError
-from thermo_opt.runs.format import visible
-from thermo_opt.runs.readers.checkpoint import Checkpoint, open_run, step_in_name
+from thermo_opt.runs.border import visible
+from thermo_opt.runs.readers import contents
+from thermo_opt.runs.readers.common import Checkpoint, Found, open_run
+from thermo_opt.runs.readers.curves import find_curve
+from thermo_opt.runs.readers.optimizer_state import OptimizerState
+from thermo_opt.runs.readers.series import Candidate, Series, series
+from thermo_opt.runs.readers.steps import count_in
 from thermo_opt.runs.run import Run
-from thermo_opt.runs.tensors import load_torch, opened
+from thermo_opt.runs.tensors import opened
+from thermo_opt.runs.torch_file import TorchFile
 
-_MODEL_KEYS = ("model", "state_dict", "model_state_dict")
-_OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optimizer_states")
-_SUFFIXES = (".pt", ".pth")
+_SUFFIXES = (".pth.tar", ".pt.tar", ".pt", ".pth", ".ckpt", ".bin", ".th", ".pkl", ".tar")
+_OTHER = re.compile(
+    r"(^|[._-])(scheduler|lr_?sched\w*|scaler|rng\w*|random_states?\w*|training_args|args|config|dataloader|sampler|tokenizer|vocab"
+    r"|trainer|hparams|meta|probe)([._-]|\d|$)",
+    re.IGNORECASE,
+)
+"""Files that training loops leave beside their checkpoints."""
+_OPTIMIZER = re.compile(
+    r"(^|[._-])(optim|optimizer|optimiser|opt)(_?states?)?([._-]|\d|$)", re.IGNORECASE
+)
 
 
 def recognise(path: Path) -> bool:
-    """Whether a folder has ``*.pt`` or ``*.pth`` files."""
-    return bool(_files(path))
+    """Whether a folder has files of `torch.save` with weights in their names' place."""
+    return bool(model_files(path))
 
 
-def read(path: Path) -> Run:
-    """Open a folder of torch state dicts, bare or under ``model`` / ``state_dict`` /
-    ``model_state_dict``, with the optimizer's under ``optimizer`` / ``optimizer_state_dict`` if
-    saved. The step is the last number in each file's name.
+def read(path: Path, key: str | None = None) -> Run:
+    """Open a folder of files of `torch.save`: each a state dict, bare or in a dictionary, the
+    optimizer's beside it.
+
+    ``key``: the state dict's dotted key where a file holds several models'.
     """
-    files = _files(path)
+    files = model_files(path)
     if not files:
-        raise InputError(f"{path} has no .pt or .pth files; give the folder of a recorded run")
-    checkpoints: list[tuple[int, Checkpoint]] = [
-        (step_in_name(file), TorchCheckpoint(file)) for file in files
+        raise InputError(
+            f"{path} has no files of torch.save (.pt, .pth, .ckpt, …); give the folder of a "
+            "recorded run"
+        )
+    found = series_of(path, files, key)
+    steps, remark = find_curve([path, path.parent])
+    return run_of(path, "torch", found, key, steps, [remark] if remark else [])
+
+
+def run_of(
+    path: Path,
+    format: str,
+    found: Series,
+    key: str | None,
+    steps: pd.DataFrame | None,
+    remarks: list[str],
+    **info: Any,
+) -> Run:
+    """The run of a series of such files."""
+    checkpoints = [
+        Found(step, checkpoint(candidate.path, key)) for step, candidate in found.members
     ]
-    tied = tied_names(checkpoints[0][1])
-    return open_run(path, "torch", checkpoints, clock="step", tied=tied)
-
-
-@dataclass
-class TorchCheckpoint(Checkpoint):
-    """One file of `torch.save`; names of one shared tensor count once, under the first of them."""
-
-    def weights(self) -> Mapping[str, Tensor]:
-        """The state dict's tensors, shared ones once."""
-        unique: dict[tuple[Any, ...], str] = {}
-        for name, tensor in self.state_dict().items():
-            unique.setdefault(_identity(name, tensor), name)
-        return {name: self.state_dict()[name] for name in unique.values()}
-
-    def weight(self, name: str) -> Tensor:
-        """One tensor of the state dict, mapped."""
-        return self.state_dict()[name]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All tensors of the state dict."""
-        content = self._content()
-        nested = next(
-            (content[key] for key in _MODEL_KEYS if isinstance(content.get(key), Mapping)), content
-        )
-        tensors = {name: value for name, value in nested.items() if isinstance(value, Tensor)}
-        if not tensors:
-            raise InputError(
-                f"{self.path} holds no state dict (looked for tensors under "
-                f"{', '.join(_MODEL_KEYS)}); remove the file"
-            )
-        return tensors
-
-    def optimizer_state(self) -> Mapping[str, Any] | None:
-        """The optimizer's state dict, if it was saved too."""
-        content = self._content()
-        found = next(
-            (content[key] for key in _OPTIMIZER_KEYS if content.get(key) is not None), None
-        )
-        if isinstance(found, list):
-            if len(found) > 1:
-                return None
-            found = found[0] if found else None
-        return (
-            found
-            if isinstance(found, Mapping) and {"state", "param_groups"} <= set(found)
-            else None
-        )
-
-    def _content(self) -> Mapping[str, Any]:
-        content = opened(self.path, load_torch)
-        if not isinstance(content, Mapping):
-            raise InputError(
-                f"{self.path} holds a {type(content).__name__}, not a state dict; save "
-                "model.state_dict()"
-            )
-        return content
-
-
-def tied_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Other names of shared tensors → the name under which they count."""
-    assert isinstance(checkpoint, TorchCheckpoint)
-    first: dict[tuple[Any, ...], str] = {}
-    tied = {}
-    for name, tensor in checkpoint.state_dict().items():
-        kept = first.setdefault(_identity(name, tensor), name)
-        if kept != name:
-            tied[name] = kept
-    return tied
-
-
-def _identity(name: str, tensor: Tensor) -> tuple[Any, ...]:
-    return (
-        (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if tensor.numel()
-        else (name,)
+    weights = state_dict(found.members[0][1].path, key)
+    return open_run(
+        path,
+        format,
+        checkpoints,
+        steps=steps,
+        remarks=[*found.remarks, *beside(weights), *remarks],
+        key=key,
+        tied=weights.tied,
+        step_unit=found.unit,
+        step_source=found.source,
+        **info,
     )
 
 
-def _files(path: Path) -> list[Path]:
+def series_of(path: Path, files: list[Path], key: str | None) -> Series:
+    """The series that some files of `torch.save` make."""
+
+    def same(one: Candidate, other: Candidate) -> bool:
+        return same_weights(state_dict(one.path, key), state_dict(other.path, key))
+
+    return series(
+        path, [Candidate(file, stem_of(file), partial(count_of, file)) for file in files], same
+    )
+
+
+def checkpoint(file: Path, key: str | None) -> Checkpoint:
+    """The contents of one such file; its optimizer's state may lie in a file beside it, named
+    alike.
+    """
+    return Checkpoint(file, partial(state_dict, file, key), partial(optimizer_of, file))
+
+
+def state_dict(file: Path, key: str | None = None) -> contents.StateDict:
+    """The model's state dict in a file."""
+    return contents.state_dict(opened(file, TorchFile), key)
+
+
+def optimizer_of(file: Path) -> OptimizerState | str:
+    """The optimizer's state in a checkpoint's file, or in the file beside it that belongs to it."""
+    found = contents.optimizer_state(opened(file, TorchFile))
+    if isinstance(found, str) and (other := _companion(file)) is not None:
+        return contents.optimizer_state(opened(other, TorchFile))
+    return found
+
+
+def count_of(file: Path) -> tuple[int, str] | None:
+    """The step that a file counts, and by what: an entry of it, else its optimizer's own count."""
+    content = opened(file, TorchFile).content
+    found = count_in(content)
+    if found is not None:
+        return found
+    try:
+        state = optimizer_of(file)
+    except InputError:
+        return None
+    if isinstance(state, str):
+        return None
+    if not state.entries and "betas" in (state.groups[0].settings if state.groups else {}):
+        return 0, OPTIMIZER_COUNT  # Adam before its first step
+    return None if state.steps is None else (state.steps, OPTIMIZER_COUNT)
+
+
+OPTIMIZER_COUNT = "the optimizer's own count"
+
+
+def beside(weights: contents.StateDict) -> list[str]:
+    """What is said of other state dicts in the same file."""
+    if not weights.beside:
+        return []
+    return [
+        f"its files hold other weights too ({', '.join(weights.beside[:3])}), which were left "
+        "aside: choose with --key"
+    ]
+
+
+def same_weights(one: contents.StateDict, other: contents.StateDict) -> bool:
+    """Whether two state dicts hold the same tensors."""
+    return one.layouts == other.layouts and all(
+        torch.equal(
+            one.load(name).reshape(-1).view(torch.uint8),
+            other.load(name).reshape(-1).view(torch.uint8),
+        )
+        for name in one.layouts
+    )
+
+
+def model_files(path: Path) -> list[Path]:
+    """The files of a folder that may hold a model's weights, by their names."""
+    return [
+        file
+        for file in torch_files(path)
+        if not _OPTIMIZER.search(stem_of(file)) and not _OTHER.search(stem_of(file))
+    ]
+
+
+def optimizer_files(path: Path) -> list[Path]:
+    """The files of a folder that hold an optimizer's state, by their names."""
+    return [
+        file
+        for file in torch_files(path)
+        if _OPTIMIZER.search(stem_of(file)) and not _OTHER.search(stem_of(file))
+    ]
+
+
+def torch_files(path: Path) -> list[Path]:
+    """The files of a folder that `torch.save` may have written, by their suffixes."""
     return sorted(
-        file for file in visible(path.iterdir()) if file.suffix in _SUFFIXES and file.is_file()
+        file
+        for file in visible(path.iterdir())
+        if file.name.lower().endswith(_SUFFIXES)
+        and not file.is_dir()
+        and not file.name.startswith("events.")
     )
+
+
+def stem_of(file: Path) -> str:
+    """A file's name without the suffix of its kind."""
+    name = file.name
+    suffix = next((suffix for suffix in _SUFFIXES if name.lower().endswith(suffix)), file.suffix)
+    return name[: len(name) - len(suffix)] if suffix else name
+
+
+def _companion(file: Path) -> Path | None:
+    """``optimizer_3.pt`` beside ``model_3.pt``: the one optimizer file with the same numbers in its
+    name.
+    """
+    numbers = re.findall(r"\d+", stem_of(file))
+    found = [
+        other
+        for other in optimizer_files(file.parent)
+        if re.findall(r"\d+", stem_of(other)) == numbers
+    ]
+    return found[0] if len(found) == 1 else None

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_LONGEST = 200
+"""Letters of a text, or numbers of a list, among an optimizer's settings."""
+_LARGEST = 2**63
+
 
 def adam_moments(
     optimizer: torch.optim.Optimizer, names: Mapping[int, str]
@@ -82,11 +86,16 @@ def optimizer_settings(param_groups: Sequence[Mapping[str, Any]]) -> dict[str, A
 
 
 def _setting(value: Any) -> Any:
+    """A setting as JSON has it, None where it isn't a number, text, or a short list of them."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, tuple | list):
-        parts = [_setting(part) for part in value]
-        return None if any(part is None for part in parts) else parts
-    if isinstance(value, bool | int | str):
+        parts = [_setting(part) for part in value[:_LONGEST] if not isinstance(part, tuple | list)]
+        return None if len(parts) < len(value) or any(part is None for part in parts) else parts
+    if isinstance(value, bool):
         return value
+    if isinstance(value, int):
+        return value if abs(value) <= _LARGEST else None
+    if isinstance(value, str):
+        return value[:_LONGEST]
     return value if isinstance(value, float) and math.isfinite(value) else None

@@ -1,0 +1,121 @@
+"""Layouts that are recognised but not read: what was found, and the one way through."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_PREDICTIONS = (
+    "export its predictions on fixed examples, one file per checkpoint with the tensor "
+    "probe/logits "
+    "(safetensors)"
+)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of files: a pattern of their names, what they are, and the one way through."""
+
+    names: str
+    what: str
+    remedy: str = _PREDICTIONS
+
+
+_KINDS = (
+    _Kind(
+        r".*\.distcp|\.metadata",
+        "shards of torch.distributed.checkpoint without a readable .metadata beside them",
+        "copy the whole checkpoint folders, or convert each with torch.distributed.checkpoint's "
+        "dcp_to_torch_save",
+    ),
+    _Kind(
+        r"mp_rank_\d+.*|(bf16_)?zero_pp_rank_.*",
+        "DeepSpeed's checkpoints",
+        "convert each with the zero_to_fp32.py that DeepSpeed wrote beside it",
+    ),
+    _Kind(
+        r"adapter_(model|config)\..*",
+        "a PEFT (LoRA) adapter",
+        "give the folder that holds its checkpoint-<step> folders",
+    ),
+    _Kind(r".*\.(weights\.h5|keras|h5|hdf5)", "weights of Keras"),
+    _Kind(
+        r".*\.ckpt-\d+\.(index|meta|data-.*)|.*\.index|.*\.data-\d+-of-\d+|saved_model\.pb|.*\.tflite",
+        "a checkpoint of TensorFlow",
+    ),
+    _Kind(
+        r".*\.msgpack|_CHECKPOINT_METADATA|_METADATA|_sharding|manifest\.ocdbt|.*orbax.*",
+        "a checkpoint of Flax or Orbax",
+    ),
+    _Kind(
+        r".*tfevents.*",
+        "TensorBoard's event files, which hold curves but neither weights nor predictions",
+        "give the folder of the checkpoints",
+    ),
+    _Kind(
+        r".*\.wandb|wandb-(summary|metadata)\.json",
+        "the files of a Weights & Biases run, which hold curves alone",
+        "download the run's checkpoints and give their folder",
+    ),
+    _Kind(
+        r".*\.(npz|npy)",
+        "NumPy arrays",
+        "if they are predictions, audit them with thermo_opt.audit_predictions; else "
+        f"{_PREDICTIONS}",
+    ),
+    _Kind(
+        r".*\.(parquet|arrow|csv|jsonl)",
+        "tables, but no checkpoints",
+        f"give the folder of the checkpoints, or {_PREDICTIONS}",
+    ),
+    _Kind(
+        r".*\.(onnx|gguf|ggml|mlmodel|pdparams|joblib|sav|rds|RData)",
+        "models in a format that holds no training state",
+    ),
+    _Kind(
+        r".*\.(pt|pth|bin|ckpt|safetensors|tar|pkl|th)(\..*)?",
+        "files of checkpoints, but none with a model's weights and a step",
+        "put one file or folder per checkpoint there, with its step in the name, like step-100.pt",
+    ),
+)
+_MOST = 2000
+"""Files looked at."""
+
+
+def what_is_in(folder: Path) -> str:
+    """A sentence: what a folder of no readable layout holds, and what to do."""
+    names = list(_names(folder))
+    for kind in _KINDS:
+        found = next(
+            (name for name in names if re.fullmatch(kind.names, name, re.IGNORECASE)), None
+        )
+        if found is not None:
+            return f"it holds {kind.what} ({found}): {kind.remedy}"
+    return (
+        "it holds no recorded run of a known layout (run.json, checkpoint-*/, *.ckpt, *.pt, "
+        "*.safetensors, numbered folders): "
+        "give the folder of the checkpoints, or " + _PREDICTIONS
+    )
+
+
+def _names(folder: Path, depth: int = 3) -> Iterator[str]:
+    """Names of files and folders at most ``depth`` below."""
+    level = [folder]
+    count = 0
+    for _ in range(depth):
+        below: list[Path] = []
+        for place in level:
+            try:
+                entries = sorted(place.iterdir())
+            except OSError:
+                continue
+            for entry in entries:
+                count += 1
+                if count > _MOST:
+                    return
+                yield entry.name
+                if entry.is_dir() and not entry.is_symlink():
+                    below.append(entry)
+        level = below
