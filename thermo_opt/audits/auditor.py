@@ -109,6 +109,9 @@ def audit(
     for name in wanted:
         try:
             lenses[name] = summarise(_MEASURE[name](inputs), run.name, name, clock)
+            lenses[name].summary["notes"] += run.remarks
+            if name != "optimizer-state" and inputs.probe is not None:
+                lenses[name].summary["notes"] += inputs.probe.remarks
         except Unsupported as reason:
             if lens is not None:
                 raise InputError(
