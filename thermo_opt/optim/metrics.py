@@ -42,8 +42,9 @@ class KFAC:
             Grosse's π, and both are inverted), "pseudo" (pseudo-inverse, no motion in the null
             space) or "pseudo+null" (adds −eta_null·P₀g). The last two use eigenbases.
         eta_null: size of the step in the null space.
-        rtol, atol: eigenvalues (products of the factors') ≤ max(rtol·σ_max, atol) count as zero.
-            rtol None: the size of the block times the machine epsilon.
+        rtol: eigenvalues (products of the factors') ≤ max(rtol·σ_max, atol) count as zero. None:
+            the size of the block times the machine epsilon.
+        atol: see ``rtol``.
 
     Raises:
         InputError: for an option that is impossible.
@@ -109,8 +110,9 @@ class Minibatch:
 
     Args:
         kind: "exact", "dense", "low-rank" or "diagonal".
-        inverse, eta_null: as for `KFAC`.
-        options: go to `thermo_opt.fisher.make`.
+        inverse: as for `KFAC`.
+        eta_null: as for `KFAC`.
+        **options: go to `thermo_opt.fisher.make`.
 
     Raises:
         InputError: for a kind or an option that is impossible.
