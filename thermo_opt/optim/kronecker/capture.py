@@ -61,9 +61,11 @@ def thin(rows: Tensor, most: int | None, offset: int) -> Tensor:
     return rows[..., offset % stride :: stride, :]
 
 
-def second_moment(rows: Tensor, scale: float) -> Tensor:
-    """``scale · rowsᵀ rows`` of rows (…, r, k), in one pass."""
+def second_moment(rows: Tensor, scale: float, diagonal: bool = False) -> Tensor:
+    """``scale · rowsᵀ rows`` of rows (…, r, k), in one pass; or the diagonal of that."""
     rows = working(rows)
+    if diagonal:
+        return rows.square().sum(-2).mul_(scale)
     out = rows.new_empty(*rows.shape[:-2], rows.shape[-1], rows.shape[-1])
     add = out.addmm_ if out.dim() == 2 else out.baddbmm_
     return add(rows.mT, rows, beta=0.0, alpha=scale)

@@ -25,6 +25,17 @@ if TYPE_CHECKING:
     from thermo_opt.optim.metrics import KFAC
 
 
+WIDE = 2048
+"""A wider side never has a whole factor, not even in the first step: its diagonal blocks have a
+side ≤ `WIDE_BLOCK`, or where blocks can't be used its output side keeps its diagonal."""
+
+WIDE_BLOCK = 256
+"""Largest side of a diagonal block of a wide factor."""
+
+DIAGONAL = 8192
+"""A side wider than this, such as a vocabulary, keeps the diagonal of its factor."""
+
+
 def bounds(size: int, limit: int | None) -> list[tuple[int, int]]:
     """0 … size in equal parts no longer than ``limit``; at least one, however short."""
     parts = 1 if limit is None else max(math.ceil(size / limit), 1)
@@ -37,13 +48,20 @@ class LayerFactors:
 
     Attributes:
         bias: whether A has a last row for the bias.
-        limit: largest side of a diagonal block; None: the factors are whole.
+        limit: largest side of a diagonal block; None: the factors are whole unless they are wide.
+        diagonal_A, diagonal_G: whether the diagonal is all that is kept.
         seen: rows that stand for the layer in the last capture.
         samples: (inputs, output gradients, rows they stand for), kept for EKFAC.
     """
 
-    def __init__(self, layer: KroneckerLayer, bias: bool, options: KFAC) -> None:
+    def __init__(
+        self, layer: KroneckerLayer, bias: bool, options: KFAC, divisible: bool = True
+    ) -> None:
         self.layer, self.bias, self.options = layer, bias, options
+        groups, out, inputs = layer.shape
+        self.diagonal_A = layer.rule.one_hot or (groups == 1 and inputs > DIAGONAL)
+        self.diagonal_G = groups == 1 and out > (DIAGONAL if divisible else WIDE)
+        self.wide = divisible and groups == 1 and max(out, inputs) > WIDE
         self.average = RunningAverage()
         self.limit: int | None = None
         self.pending: Capture | None = None
@@ -52,6 +70,21 @@ class LayerFactors:
         self.A_rows = 0
         self.seen = 0.0
         self.samples: list[tuple[Tensor, Tensor, float]] = []
+
+    def bounds(self, size: int) -> list[tuple[int, int]]:
+        """Where the diagonal blocks of a side of this size begin and end."""
+        if self.wide and size > WIDE:
+            return bounds(size, min(WIDE_BLOCK, self.limit or WIDE_BLOCK))
+        return bounds(size, self.limit)
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """The numbers of diagonal blocks of A and G; 1 for a diagonal."""
+        groups, out, inputs = self.layer.shape
+        if groups > 1:
+            return 1, 1
+        A = 1 if self.diagonal_A else len(self.bounds(inputs - self.bias))
+        return A, 1 if self.diagonal_G else len(self.bounds(out))
 
     def capture(self, x: Tensor, g: Tensor, offset: int, keep_samples: bool) -> None:
         """Take one call: its input and the gradient at its output."""
@@ -88,7 +121,7 @@ class LayerFactors:
         rows = thin(samples.flatten(-3, -2), most, offset)
         if keep_samples:
             self.samples.append((thin(indices.reshape(-1, 1), most, offset), rows, total))
-        self.add(A, indices.numel(), _squares(rows, total, self.limit), total)
+        self.add(A, indices.numel(), self.squares(rows, total), total)
 
     def add(self, A: list[Tensor], A_rows: int, G: list[Tensor], rows: float) -> None:
         """Add one call: A, the mean of outer products over ``A_rows`` rows, and G, their sum over
@@ -100,6 +133,24 @@ class LayerFactors:
             self.A, self.G, self.A_rows, self.seen = A, G, 0, 0.0
         self.A_rows += A_rows
         self.seen += rows
+
+    def second_moments(self, a: Tensor) -> list[Tensor]:
+        """The blocks of A, of input rows (…, r, in), without the bias's one."""
+        bias, size, scale = self.bias, a.shape[-1], 1 / a.shape[-2]
+        if bias:
+            a = functional.pad(a, (0, 1), value=1.0)
+        if self.diagonal_A:
+            return [second_moment(a, scale, diagonal=True)]
+        ends = [(s, e + (bias and e == size)) for s, e in self.bounds(size)]
+        return [second_moment(a[..., s:e], scale) for s, e in ends]
+
+    def squares(self, rows: Tensor, total: float) -> list[Tensor]:
+        """The blocks of G, of gradients (…, r, out) that stand for ``total`` rows."""
+        scale = total / rows.shape[-2]
+        if self.diagonal_G:
+            return [second_moment(rows, scale, diagonal=True)]
+        ends = self.bounds(rows.shape[-1])
+        return [second_moment(rows[..., s:e], scale) for s, e in ends]
 
     def captured(self, terms: float) -> list[Tensor]:
         """The blocks of A, then those of G, of everything captured; forgets them."""
@@ -120,7 +171,7 @@ class LayerFactors:
                 blocks.append(side)
                 continue
             size = side.shape[-1] - bias
-            ends = [(s, e + (bias and e == size)) for s, e in bounds(size, self.limit)]
+            ends = [(s, e + (bias and e == size)) for s, e in self.bounds(size)]
             blocks += [side[s:e, s:e].clone() for s, e in ends]
         return blocks
 
@@ -128,21 +179,11 @@ class LayerFactors:
 def add_captures(sides: Sequence[LayerFactors], captures: Sequence[Capture]) -> None:
     """Turn captures of equal shape, one per layer, into factors, all in one batch."""
     a, rows = stacked(captures)
-    bias, limit, size, A_rows = sides[0].bias, sides[0].limit, a.shape[-1], a.shape[-2]
-    if bias:
-        a = functional.pad(a, (0, 1), value=1.0)
-    ends = [(s, e + (bias and e == size)) for s, e in bounds(size, limit)]
-    A = [second_moment(a[..., s:e], 1 / A_rows) for s, e in ends]
-    G = _squares(rows, captures[0].total, limit)
+    first, A_rows = sides[0], a.shape[-2]
+    A, G = first.second_moments(a), first.squares(rows, captures[0].total)
     for j, (side, capture) in enumerate(zip(sides, captures, strict=True)):
         own_A, own_G = (A, G) if len(captures) == 1 else ([t[j] for t in A], [t[j] for t in G])
         side.add(own_A, A_rows, own_G, capture.total)
-
-
-def _squares(rows: Tensor, total: float, limit: int | None) -> list[Tensor]:
-    """The blocks of G, of gradients that stand for ``total`` rows."""
-    scale = total / rows.shape[-2]
-    return [second_moment(rows[..., s:e], scale) for s, e in bounds(rows.shape[-1], limit)]
 
 
 def _examples(t: Tensor, kept: int, offset: int) -> Tensor:

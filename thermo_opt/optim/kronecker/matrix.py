@@ -18,7 +18,12 @@ from thermo_opt.fisher.spectral import Spectrum, orthogonal_iteration
 from thermo_opt.optim.kronecker.blocks import Average, LayerBlock, rtol_of
 from thermo_opt.optim.kronecker.capture import RunningAverage, group_by_shape, stack_averages
 from thermo_opt.optim.kronecker.inverses import KroneckerInverse, SpectralInverse
-from thermo_opt.optim.kronecker.layer_factors import LayerFactors, add_captures, bounds
+from thermo_opt.optim.kronecker.layer_factors import (
+    WIDE,
+    WIDE_BLOCK,
+    LayerFactors,
+    add_captures,
+)
 
 if TYPE_CHECKING:
     from thermo_opt.optim.metrics import KFAC
@@ -44,8 +49,9 @@ class MatrixBlock(LayerBlock):
         super().__init__(name, params, coordinates or LayerMatrix(layers), options)
         self.layers: Sequence[KroneckerLayer] = layers
         own = {id(p) for p in params}
+        divisible = not options.spectral and coordinates is None
         self.sides = [
-            LayerFactors(layer, id(layer.module._parameters.get("bias")) in own, options)
+            LayerFactors(layer, id(layer.module._parameters.get("bias")) in own, options, divisible)
             for layer in layers
         ]
         self.corrected = options.corrected
@@ -68,12 +74,14 @@ class MatrixBlock(LayerBlock):
 
     def shape_key(self) -> tuple[object, ...] | None:
         groups, out, inputs = self.shape
+        side, rule = self.sides[0], self.layers[0].rule
         if self.options.spectral or self.one_hot or groups > 1:
+            return None
+        if side.diagonal_A or side.diagonal_G:
             return None
         parts = self.coordinates.scatter(self.params[0].new_empty(out, inputs))
         if any(part._base is None for part in parts):
             return None  # a rule whose parameters are no views of its matrix
-        side, rule = self.sides[0], self.layers[0].rule
         return type(self), type(rule), self.shape, side.bias, side.limit, len(self.params)
 
     def merge(self, blocks: Sequence[LayerBlock]) -> MatrixBlock:
@@ -109,8 +117,7 @@ class MatrixBlock(LayerBlock):
         if not all(side.average.value for side in self.sides):
             return None
         value = stack_averages([side.average for side in self.sides])
-        groups, out, _ = self.shape
-        count = len(bounds(out, self.sides[0].limit)) if groups == 1 else 1
+        count = self.sides[0].blocks[1]
         A, G = value[:-count], value[-count:]
         return Factor(A, A[0].dim() == 1), Factor(G, G[0].dim() == 1)
 
@@ -127,16 +134,23 @@ class MatrixBlock(LayerBlock):
         """Multiplications of (the layer's three passes, one `solve` with sides cut to ``limit``) as
         last captured."""
         groups, out, inputs = self.shape
-        whole = limit is None or not self.divisible
-        side_a, side_g = (k if limit is None or whole else min(k, limit) for k in (inputs, out))
         each = out if self.one_hot else groups * out * inputs
         passes = sum(3.0 * side.seen * each for side in self.sides)
-        return passes, float(groups * out * inputs * (side_g + (1 if self.one_hot else side_a)))
+        side = self.sides[0]
+        widths = []
+        for k, diagonal in ((inputs, side.diagonal_A), (out, side.diagonal_G)):
+            if diagonal:
+                widths.append(1)
+            elif side.wide and k > WIDE:
+                widths.append(WIDE_BLOCK)
+            else:
+                widths.append(min(k, limit) if limit is not None and self.divisible else k)
+        return passes, float(groups * out * inputs * sum(widths))
 
     @property
     def divisible(self) -> bool:
         """Whether the factors may be cut into diagonal blocks."""
-        return not self.options.spectral and self.shape[0] == 1
+        return not self.options.spectral and self.shape[0] == 1 and not self.sides[0].wide
 
     def cut(self, limit: int | None, captured: Sequence[Tensor] = ()) -> list[Tensor]:
         """From now on keep diagonal blocks of side ≤ ``limit`` only; returns the whole factors
@@ -162,8 +176,8 @@ class MatrixBlock(LayerBlock):
             self._basis = KroneckerBlock(
                 A.matrix,
                 G.matrix,
-                diagonal_A=self.one_hot and A.diagonal,
-                diagonal_G=G.diagonal and not A.diagonal,
+                diagonal_A=A.diagonal,
+                diagonal_G=G.diagonal,
             )
         for factor, matrix in ((self._basis.A, A.matrix), (self._basis.G, G.matrix)):
             if factor.diagonal:
