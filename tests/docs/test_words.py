@@ -35,7 +35,7 @@ def messages() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "quote", re.findall(r'^\*\*"(.*?)"\*\*$', (DOCS / "faq.md").read_text(), re.M)
+    "quote", re.findall(r'^\*\*"(.*?)"\*\*', (DOCS / "faq.md").read_text(), re.M)
 )
 def test_a_message_explained_on_the_questions_page_is_one_of_ours(quote: str) -> None:
     fragments = [re.escape(part.strip()) for part in quote.split(GAP) if part.strip()]
