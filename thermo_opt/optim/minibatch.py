@@ -55,7 +55,7 @@ class MinibatchMetric(TrainingMetric):
         return True
 
     def update(self, gradients: Sequence[Tensor], seen: StepInputs, damping: float | None) -> None:
-        if seen.last is None:
+        if seen.last is None or seen.last.module is not self.setup.model:
             raise InputError(
                 f"metric={self.kind!r} needs the model's inputs, but no forward pass of the model "
                 "itself was seen since the last step; call the model that was given to NGDT (not a "

@@ -21,11 +21,26 @@ from thermo_opt.optim import state, validate
 from thermo_opt.optim.budget import Regulator, Schedule, named, value_at
 from thermo_opt.optim.calibration import EXCESS, Calibration
 from thermo_opt.optim.compiled import Compiled
-from thermo_opt.optim.forward_pass import ForwardPass, PassRecorder
+from thermo_opt.optim.forward_pass import ForwardPass, effective_terms
 from thermo_opt.optim.metrics import MetricOptions
 from thermo_opt.optim.old_keywords import translated
+from thermo_opt.optim.pass_recorder import PassRecorder
 from thermo_opt.optim.processes import Processes
 from thermo_opt.optim.training_metric import Setup, StepInputs, StepLengths, UpdateRule
+
+REPORTED = (
+    "budget",
+    "delta",
+    "eta",
+    "predicted",
+    "realised",
+    "shortened",
+    "decrease",
+    "alignment",
+    "kappa",
+    "skipped",
+)
+"""What `NGDT.last_step` always holds, beside the metric's own numbers."""
 
 
 class NGDT(Optimizer):
@@ -177,8 +192,8 @@ class NGDT(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update from the gradients in ``p.grad``.
 
-        A non-finite loss or gradient skips the step: it is counted, warned of once, and leaves
-        factors and momentum untouched.
+        Without any gradient nothing happens. A non-finite loss or gradient skips the step: it is
+        counted, warned of once, and leaves factors and momentum untouched.
 
         Args:
             closure: re-evaluates the model and returns the loss.
@@ -187,9 +202,13 @@ class NGDT(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            InputError: when there is no gradient, or when the model was changed since construction.
+            InputError: when the model was changed since construction, or when backward did not come
+                through predictions that it returned. No weight has moved then.
         """
         loss = self._evaluated(closure)
+        if all(p.grad is None for p in self._params):
+            self._recorder.clear()
+            return loss
         seen = self._checked(loss)
         if seen is None:
             return self._skip(loss)
@@ -218,8 +237,8 @@ class NGDT(Optimizer):
         if self._closed:
             raise InputError("this NGDT was closed: make a new one to go on training")
         self._fingerprint.check()
-        passes = self._recorder.used
-        validate.passes(passes, [p.grad for p in self._params])
+        passes = self._recorder.used()
+        validate.gradients([p.grad for p in self._params])
         scale = self._loss_scale()
         overflow = getattr(self, "found_inf", None)
         if overflow is not None and float(overflow) > 0:
@@ -228,8 +247,11 @@ class NGDT(Optimizer):
             return None
         if isinstance(self.likelihood, Categorical):
             validate.mean_loss(passes, scale)
-        terms = float(sum(one.terms for one in passes))
-        return StepInputs(passes[-1] if passes else None, terms, scale)
+        terms = effective_terms(passes)
+        if self.metric.hooked and self.metric.reads_gradients and self._recorder.target is None:
+            validate.predictions_seen(passes, terms)
+        largest = max(reversed(passes), key=lambda one: one.examples, default=None)
+        return StepInputs(largest, terms, scale)
 
     def _loss_scale(self) -> float:
         """The factor by which a GradScaler has multiplied the loss of the captured passes;
@@ -305,7 +327,7 @@ class NGDT(Optimizer):
 
     def _realised(self, seen: ForwardPass, predictions: int | None) -> float:
         """Mean KL(before ‖ after) over predictions of the step's minibatch (nats)."""
-        old, new = seen.again(self.model, predictions)
+        old, new = seen.again(predictions)
         before, after = (self.likelihood.outputs(f.float()) for f in (old, new))
         kl = self.likelihood.kl(before, after)
         return self.processes.mean(max(float(kl.mean()), 0.0))
@@ -339,7 +361,8 @@ class NGDT(Optimizer):
                 "last_step['skipped']); if there are many, lower the budget or check the data",
                 stacklevel=3,
             )
-        self.last_step = {"skipped": float(self.skipped), "predicted": 0.0, "realised": None}
+        unknown = dict.fromkeys((*REPORTED, *self.metric.diagnostics()))
+        self.last_step = {**unknown, "skipped": float(self.skipped), "predicted": 0.0}
         self._arm()
         return loss
 

@@ -48,7 +48,7 @@ class StepInputs:
     """What one step's passes showed.
 
     Attributes:
-        last: the last forward pass of the whole model; None if none was seen.
+        last: the largest of the forward passes (of equal ones the last); None if none was seen.
         terms: the loss terms that all passes together average over; 0 if they weren't counted.
         scale: by how much a GradScaler has multiplied the loss.
     """

@@ -176,23 +176,27 @@ class ModelFingerprint:
                 )
 
 
-def passes(seen: Sequence[ForwardPass], gradients: Sequence[Tensor | None]) -> None:
-    """Refuse a step without gradients, with sparse ones, or accumulated over parts of unequal
-    size."""
-    if all(g is None for g in gradients):
-        raise InputError("step() found no gradients: call loss.backward() first")
-    if any(g is not None and g.layout != torch.strided for g in gradients):
+def gradients(given: Sequence[Tensor | None]) -> None:
+    """Refuse sparse gradients."""
+    if any(g is not None and g.layout != torch.strided for g in given):
         raise InputError(
             "a parameter has a sparse gradient; NGDT needs dense ones (nn.Embedding(..., "
             "sparse=False))"
         )
-    sizes = {one.examples for one in seen}
-    if len(sizes) > 1:
-        raise InputError(
-            "gradients were accumulated over passes of different batch sizes "
-            f"({', '.join(map(str, sorted(sizes)))}); "
-            "NGDT needs parts of equal size, each loss divided by their number"
-        )
+
+
+def predictions_seen(seen: Sequence[ForwardPass], terms: float) -> None:
+    """Refuse a loss whose predictions were never seen: neither the number of its terms nor what a
+    step does to the predictions would be known."""
+    if terms:
+        return
+    raise InputError(
+        "backward reached the parameters, but not through predictions that the model returned: "
+        "call the model that was given to NGDT, and let its forward return the predictions (a "
+        "tensor, or a dictionary with 'logits'), not the loss alone"
+        if not seen
+        else "no prediction of the model took part in the loss"
+    )
 
 
 def mean_loss(seen: Sequence[ForwardPass], scale: float) -> None:

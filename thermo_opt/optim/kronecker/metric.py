@@ -20,7 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from thermo_opt.errors import InputError
 from thermo_opt.models import outputs_of, repeated
-from thermo_opt.optim.forward_pass import ForwardPass, after_forward, on_gradient
+from thermo_opt.optim.forward_pass import ForwardPass
+from thermo_opt.optim.hooks import after_forward, on_gradient
 from thermo_opt.optim.kronecker.blocks import LayerBlock, ParameterBlock, UnruledBlock
 from thermo_opt.optim.kronecker.cholesky import all_finite
 from thermo_opt.optim.kronecker.inverses import BlockInverse, invert
@@ -36,6 +37,10 @@ from thermo_opt.optim.training_metric import (
 
 if TYPE_CHECKING:
     from thermo_opt.optim.metrics import KFAC
+
+
+REPORTED = ("refreshed", "refresh_seconds", "solver_failures", "damping")
+"""What `NGDT.last_step` holds of this metric, beside the rank."""
 
 
 class KroneckerMetric(TrainingMetric):
@@ -62,7 +67,7 @@ class KroneckerMetric(TrainingMetric):
         self._turn: list[int] = []
         self._moved: list[tuple[ParameterBlock, Tensor | None]] = []
         self._rule = UpdateRule(0.0, [], [])
-        self._report: dict[str, float | None] = {}
+        self._report: dict[str, float | None] = dict.fromkeys(REPORTED)
 
     @property
     def blocks(self) -> list[ParameterBlock]:
@@ -108,7 +113,7 @@ class KroneckerMetric(TrainingMetric):
     def update(self, gradients: Sequence[Tensor], seen: StepInputs, damping: float | None) -> None:
         start = time.perf_counter()
         self._detach()
-        terms = (seen.terms or 1.0) / seen.scale**2
+        terms = seen.terms / seen.scale**2
         if self.options.fisher_type == "mc" and seen.last is not None and self._turn:
             terms = self._sample(seen.last)
         found = self._captured(gradients, terms)
@@ -127,17 +132,19 @@ class KroneckerMetric(TrainingMetric):
         elif refreshed:
             self._adapt_damping(refreshed, seen.terms)
         self._refresh(refreshed)
-        self._report = {
-            "refreshed": float(sum(block.layer_count for block in refreshed)),
-            "refresh_seconds": time.perf_counter() - start,
-            "solver_failures": float(self.failures),
-            "damping": self.damping,
-        }
+        count = float(sum(block.layer_count for block in refreshed))
+        spent = time.perf_counter() - start
+        reported = (count, spent, float(self.failures), self.damping)
+        self._report = dict(zip(REPORTED, reported, strict=True))
 
     def _captured(
         self, gradients: Sequence[Tensor], terms: float
     ) -> list[tuple[ParameterBlock, list[Tensor]]]:
-        """The blocks whose turn it was and that saw something, with what they captured."""
+        """The blocks whose turn it was and that saw something, with what they captured; none where
+        no prediction took part in the loss."""
+        if not terms:
+            self.discard()
+            return []
         found: list[tuple[ParameterBlock, list[Tensor]]] = []
         for block in [self.blocks[i] for i in self._turn]:
             if isinstance(block, UnruledBlock):
@@ -151,8 +158,8 @@ class KroneckerMetric(TrainingMetric):
         """One more pass on the step's inputs with labels drawn from the model; the factors see that
         one. Returns its number of loss terms."""
         self._attach()
-        model, likelihood = self.setup.model, self.setup.likelihood
-        with torch.enable_grad(), repeated(model):
+        model, likelihood = forward.module, self.setup.likelihood
+        with torch.enable_grad(), repeated(model), forward.precision():
             f = likelihood.outputs(outputs_of(model(*forward.args, **forward.kwargs)))
             nll = likelihood.nll(f, likelihood.sample(f.detach()))
             trained = [p for p in self.setup.params if p.requires_grad]

@@ -1,0 +1,219 @@
+"""Which passes a loss came from: found in whatever way the model is called, or refused in a
+sentence before a weight moves."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import thermo_opt as to
+from thermo_opt.optim.forward_pass import ForwardPass, effective_terms
+
+X = torch.randn(48, 6, generator=torch.Generator().manual_seed(0))
+Y = X[:, :4].argmax(1)
+
+
+class Net(nn.Module):
+    """Two parts, and a choice of what is returned."""
+
+    def __init__(self, returns="tensor"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(6, 12), nn.Tanh())
+        self.head = nn.Linear(12, 4)
+        self.returns = returns
+
+    def forward(self, x, y=None):
+        out = self.head(self.body(x))
+        loss = None if y is None else F.cross_entropy(out, y)
+        return {
+            "tensor": out,
+            "tuple": (loss, out),
+            "dict": {"prediction": out},
+            "logits": {"loss": loss, "logits": out, "features": out.detach()},
+            "loss": loss,
+            "half copy": out.to(torch.bfloat16),
+            "two": {"a": out, "b": out},
+        }[self.returns]
+
+
+class Wrapper(nn.Module):
+    """What many trainers are given: the network is a part of the module."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, y):
+        return F.cross_entropy(self.net(x), y)
+
+
+def run(model, loss, steps=8, **options):
+    """The optimizer after some steps, and the worst realised KL over the budget."""
+    optimizer = to.NGDT(model, **options)
+    worst = 0.0
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+        worst = max(worst, (optimizer.last_step["realised"] or 0.0) / 0.03)
+    return optimizer, worst
+
+
+FOUND = {
+    "a tensor": (Net(), lambda m: F.cross_entropy(m(X), Y)),
+    "a tuple that starts with the loss": (Net("tuple"), lambda m: m(X, Y)[0]),
+    "a dictionary of one tensor": (Net("dict"), lambda m: F.cross_entropy(m(X)["prediction"], Y)),
+    "a dictionary with logits": (Net("logits"), lambda m: m(X, Y)["loss"]),
+    "a part that is called instead": (Wrapper(Net()), lambda m: F.cross_entropy(m.net(X), Y)),
+    "a loss, the predictions inside": (Wrapper(Net()), lambda m: m(X, Y)),
+    "a copy in another precision": (Net("half copy"), lambda m: F.cross_entropy(m(X).float(), Y)),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_predictions_are_found_in(case):
+    model, loss = FOUND[case]
+    optimizer, worst = run(model, loss)
+    assert optimizer.last_step["kappa"] != 1.0
+    assert worst < 2
+    assert loss(model) < math.log(4) - 0.1
+
+
+@pytest.mark.parametrize("case", [c for c in FOUND if "precision" not in c])
+def test_training_is_the_same_however_predictions_are_returned(case):
+    torch.manual_seed(0)
+    plain = Net()
+    run(plain, lambda m: F.cross_entropy(m(X), Y))
+    model = Wrapper(Net()) if isinstance(FOUND[case][0], Wrapper) else Net(FOUND[case][0].returns)
+    run(model, FOUND[case][1])
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+class InsideLoss(Net):
+    """Mixed precision as trainers do it: the loss from the model's own half-precision predictions,
+    and a float32 copy of them returned."""
+
+    def forward(self, x, y):
+        out = self.head(self.body(x)).to(torch.bfloat16)
+        return {"loss": F.cross_entropy(out.float(), y), "logits": out.float()}
+
+
+def test_a_returned_copy_outside_the_graph_of_the_loss_is_seen_through():
+    _, worst = run(InsideLoss(), lambda m: m(X, Y)["loss"])
+    assert worst < 2
+
+
+class Ends(nn.Module):
+    """Question answering: logits of where the answer starts and ends."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(6, 10)
+
+    def forward(self, x):
+        start, end = self.layer(x).chunk(2, -1)
+        return {"start_logits": start, "end_logits": end}
+
+
+def test_the_two_predictions_of_question_answering_are_both_counted():
+    def loss(model):
+        out = model(X)
+        return (F.cross_entropy(out["start_logits"], Y) + F.cross_entropy(out["end_logits"], Y)) / 2
+
+    model = Ends()
+    optimizer, worst = run(model, loss)
+    assert worst < 2
+    loss(model).backward()
+    assert optimizer._recorder.used()[0].terms == 2 * len(X)
+
+
+REFUSED = {
+    "parts called one after the other": (
+        Net(),
+        lambda m: F.cross_entropy(m.head(m.body(X)), Y),
+        "several parts",
+    ),
+    "a loss alone, of several parts": (Net("loss"), lambda m: m(X, Y), "several parts"),
+    "parameters used without any module": (
+        Net(),
+        lambda m: F.cross_entropy(F.linear(X[:, :4], m.head.weight[:, :4]), Y),
+        "not through predictions",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_a_weight_moves(case):
+    model, loss, says = REFUSED[case]
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = to.NGDT(model)
+    loss(model).backward()
+    with pytest.raises(to.InputError, match=says):
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_train_as_without_checkpoints(reentrant):
+    class Checkpointed(Net):
+        def forward(self, x):
+            return self.head(checkpoint(self.body, x, use_reentrant=reentrant))
+
+    plain, checkpointed = Net(), Checkpointed()
+    x = X.clone().requires_grad_()  # reentrant checkpoints need it
+    run(plain, lambda m: F.cross_entropy(m(x), Y))
+    run(checkpointed, lambda m: F.cross_entropy(m(x), Y))
+    for p, q in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+# ---- parts of unequal size
+
+
+def part(terms, weight):
+    """A pass whose terms each have the weight ``weight`` in the loss."""
+    seen = ForwardPass(nn.Identity(), (), {}, torch.zeros(terms, 4))
+    g = torch.full((terms, 4), weight / 4)
+    seen.receive(0, g)
+    return seen
+
+
+def test_the_effective_number_of_terms_is_their_number_where_all_weigh_the_same():
+    assert effective_terms([part(24, 1 / 64), part(24, 1 / 64), part(16, 1 / 64)]) == pytest.approx(
+        64
+    )
+
+
+def test_means_of_unequal_parts_average_over_fewer_terms_than_there_are():
+    parts = [part(24, 1 / 72), part(24, 1 / 72), part(16, 1 / 48)]
+    harmonic = 3**2 / (1 / 24 + 1 / 24 + 1 / 16)
+    assert effective_terms(parts) == pytest.approx(harmonic)
+    assert effective_terms(parts) < 64
+
+
+@pytest.mark.parametrize("normalised", ["per part", "over all"])
+def test_a_smaller_last_part_changes_little(normalised):
+    def parts(model):
+        loss = 0.0
+        for chunk in (slice(0, 20), slice(20, 40), slice(40, 48)):
+            size = chunk.stop - chunk.start
+            weight = 1 / 3 if normalised == "per part" else size / 48
+            loss = loss + weight * F.cross_entropy(model(X[chunk]), Y[chunk])
+        return loss
+
+    _, worst = run(Net(), parts, steps=12)
+    assert worst < 2
+
+
+def test_two_passes_of_different_size_in_one_loss_are_one_step():
+    def loss(model):
+        return F.cross_entropy(model(X), Y) + F.cross_entropy(model(X[:7]), Y[:7])
+
+    _, worst = run(Net(), loss, steps=12)
+    assert worst < 2
