@@ -182,6 +182,7 @@ class NGDT(Optimizer):
         self.steps = 0
         self.skipped = 0
         self.last_step: dict[str, float | None] = {}
+        self._mark()
         self._recorder = PassRecorder(self.model)
         self._closed = False
         self._arm()
@@ -381,6 +382,10 @@ class NGDT(Optimizer):
 
     # ---- torch's habits
 
+    def _mark(self) -> None:
+        """An entry in torch's ``state``: tools that find it empty take a step to fill it."""
+        self.state[self._params[0]] = {}
+
     def state_dict(self) -> dict[str, Any]:
         """torch's dictionary with one more entry, "ngdt": step count, calibration, running factors
         and momentum.
@@ -388,8 +393,7 @@ class NGDT(Optimizer):
         Resuming from it continues bit for bit on the same machine (schedules given as functions are
         the caller's to give again).
         """
-        whole: dict[str, Any] = super().state_dict()
-        whole["ngdt"] = {
+        own = {
             "version": state.VERSION,
             "metric": self.metric.kind,
             "steps": self.steps,
@@ -397,7 +401,7 @@ class NGDT(Optimizer):
             "calibration": None if self.calibration is None else self.calibration.state_dict(),
             "curvature": self.metric.state_dict(),
         }
-        return whole
+        return state.whole(super().state_dict(), own, len(self._params))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave, in this version or an earlier one.
@@ -406,7 +410,8 @@ class NGDT(Optimizer):
             InputError: when the state is not NGDT's, or of another metric or model.
         """
         own = state.current(state_dict, self.metric.kind)
-        super().load_state_dict({key: v for key, v in state_dict.items() if key != "ngdt"})
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        self._mark()
         self.steps, self.skipped = int(own["steps"]), int(own["skipped"])
         if self.calibration is not None and own["calibration"] is not None:
             self.calibration.load_state_dict(own["calibration"])

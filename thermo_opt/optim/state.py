@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from thermo_opt.errors import InputError
 from thermo_opt.optim.kronecker.refresh import LEAST
 
@@ -13,16 +15,28 @@ VERSION = 2
 "units", and a limit of −1 where it is not."""
 
 
+def whole(torch_state: dict[str, Any], own: dict[str, Any], params: int) -> dict[str, Any]:
+    """torch's dictionary with NGDT's own entry, at the top and, for tools that keep only what
+    belongs to parameters (``torch.distributed.checkpoint``), with the first of ``params``."""
+    step = float(own["steps"])  # of one element: those tools look for a tensor with a dimension
+    state: dict[int, dict[str, Any]] = {i: {"step": torch.tensor([step])} for i in range(params)}
+    state[0]["ngdt"] = own
+    return {**torch_state, "state": state, "ngdt": own}
+
+
 def current(state: Mapping[str, Any], metric: str) -> dict[str, Any]:
     """The entry "ngdt" of a state in today's form.
 
     Raises:
         InputError: when it is not NGDT's, or of another metric or a later version.
     """
-    own = state.get("ngdt")
+    entries = [state, *state.get("state", {}).values()]
+    own = next((e["ngdt"] for e in entries if isinstance(e, dict) and "ngdt" in e), None)
     if not isinstance(own, dict) or "curvature" not in own:
         raise InputError(
-            "this optimizer state has no entry 'ngdt': it was saved by another optimizer"
+            "this optimizer state has no entry 'ngdt': it was saved by another optimizer, or read "
+            "into the state of an optimizer that has taken no step (torch.distributed.checkpoint "
+            "reads only what is there: take one step before loading)"
         )
     if own["metric"] != metric:
         raise InputError(
