@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +16,30 @@ VERSION = 2
 "units", and a limit of −1 where it is not."""
 
 
+class Leaf(bytes):
+    """A dictionary that tools which walk through nested state take for one value: they would drop
+    its empty lists, and refuse to fill what a new optimizer doesn't have yet. Pickled (or copied)
+    it is the dictionary, so that nothing is stored twice."""
+
+    entry: dict[str, Any]
+
+    @classmethod
+    def of(cls, entry: dict[str, Any]) -> Leaf:
+        """The leaf that stands for a dictionary."""
+        leaf = cls()
+        leaf.entry = entry
+        return leaf
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (tuple(self.entry.items()),)
+
+
 def whole(torch_state: dict[str, Any], own: dict[str, Any], params: int) -> dict[str, Any]:
     """torch's dictionary with NGDT's own entry, at the top and, for tools that keep only what
     belongs to parameters (``torch.distributed.checkpoint``), with the first of ``params``."""
     step = float(own["steps"])  # of one element: those tools look for a tensor with a dimension
     state: dict[int, dict[str, Any]] = {i: {"step": torch.tensor([step])} for i in range(params)}
-    state[0]["ngdt"] = own
+    state[0]["ngdt"] = Leaf.of(own)
     return {**torch_state, "state": state, "ngdt": own}
 
 
@@ -32,11 +51,11 @@ def current(state: Mapping[str, Any], metric: str) -> dict[str, Any]:
     """
     entries = [state, *state.get("state", {}).values()]
     own = next((e["ngdt"] for e in entries if isinstance(e, dict) and "ngdt" in e), None)
+    if isinstance(own, Leaf):
+        own = own.entry
     if not isinstance(own, dict) or "curvature" not in own:
         raise InputError(
-            "this optimizer state has no entry 'ngdt': it was saved by another optimizer, or read "
-            "into the state of an optimizer that has taken no step (torch.distributed.checkpoint "
-            "reads only what is there: take one step before loading)"
+            "this optimizer state has no entry 'ngdt': it was saved by another optimizer"
         )
     if own["metric"] != metric:
         raise InputError(
