@@ -49,11 +49,11 @@ def path(name: str, value: Any) -> Path:
 def listed(name: str, values: Any, kind: type[T] | tuple[type[T], ...], remedy: str) -> list[T]:
     """``values`` as a list, each of them a ``kind``; ``remedy`` ends the refusal."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise InputError(f"{name} is {_short(values)}; {remedy}")
+        raise InputError(f"{name} is {shown(values)}; {remedy}")
     found = list(values)
     for position, value in enumerate(found):
         if not isinstance(value, kind):
-            raise InputError(f"{name}[{position}] is {_short(value)}; {remedy}")
+            raise InputError(f"{name}[{position}] is {shown(value)}; {remedy}")
     return found
 
 
@@ -99,6 +99,14 @@ def text(value: str) -> str:
     return value.encode("utf-8", "replace").decode("utf-8")
 
 
+def is_nonfinite(value: Any) -> bool:
+    """Whether this is one number that is not-a-number or infinite."""
+    try:
+        return not math.isfinite(value.item() if hasattr(value, "item") else value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return False
+
+
 def _finite(value: Any) -> float | None:
     try:
         number = float(value)
@@ -107,6 +115,7 @@ def _finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _short(value: Any) -> str:
+def shown(value: Any) -> str:
+    """``value`` as a refusal quotes it: in one short line."""
     text = repr(value)
     return text if len(text) <= 60 else f"an object of type {type(value).__name__}"

@@ -48,7 +48,7 @@ def outputs_of(result: Any) -> Tensor:
 
     Raises:
         InputError: nothing of the kind is there, or several tensors that might be meant; names
-        them.
+            them.
     """
     if isinstance(result, Tensor):
         return result
@@ -198,7 +198,7 @@ def repeated(model: nn.Module, random_state: Tensor | None = None) -> Iterator[N
     Args:
         model: the model to be run again inside.
         random_state: torch's state before the pass to be repeated, so that Dropout draws the same
-        masks.
+            masks.
     """
     norms = [
         m
@@ -312,7 +312,7 @@ def load_factory(spec: Any, what: str) -> Any:
 
     Raises:
         InputError: another form, no such module or name, or a module that fails while it is
-        imported.
+            imported.
     """
     module, _, name = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     if not module or not name:

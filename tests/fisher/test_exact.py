@@ -376,9 +376,9 @@ def test_zero_gradient_and_zero_fisher():
     assert gradient_norm(make("exact", sure, batch, damping=1e-3)) == (0.0, 0.0)
 
 
-def test_probabilities_as_logits_are_warned_of():
+def test_probabilities_as_logits_are_refused():
     model = nn.Sequential(nn.Linear(3, 2), nn.Softmax(-1))
-    with pytest.warns(UserWarning, match="look like probabilities"):
+    with pytest.raises(InputError, match="look like probabilities"):
         make("exact", model, (torch.randn(4, 3), torch.zeros(4, dtype=torch.long)))
 
 

@@ -19,7 +19,8 @@ def draw(name, seed=0, n=6, c=4):
         return f, torch.randint(2, (n, c), generator=generator).double()
     if name == "poisson":
         return f, torch.randint(5, (n, c), generator=generator).double()
-    return f, torch.randn(n, c, generator=generator, dtype=torch.float64)
+    outputs = c // 2 if name == "heteroscedastic" else c
+    return f, torch.randn(n, outputs, generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -33,7 +34,7 @@ def test_nll_residual_and_fisher_are_derivatives_of_the_distribution(name):
             lambda t, i=i: -log_prob(t, y[i], name, SIGMA2), f[i]
         )
         torch.testing.assert_close(family.residual(f, y)[i], score)
-        Lambda = output_fisher(f[i], y[i], name, SIGMA2)
+        Lambda = output_fisher(f[i], name, SIGMA2)
         torch.testing.assert_close(family.product(f, u)[i], Lambda @ u[i])
         B = family.factor(f)[i]
         torch.testing.assert_close(B @ B.T, Lambda)
@@ -63,11 +64,11 @@ def test_kl_is_that_of_the_distribution_and_half_the_fisher_form_for_a_small_cha
 @pytest.mark.parametrize("name", NAMES)
 def test_samples_have_the_fisher_as_their_score_covariance(name):
     family = likelihood(name, SIGMA2)
-    f, _ = draw(name, n=1, c=3)
-    many = f.expand(200_000, 3)
+    f, _ = draw(name, n=1, c=4)
+    many = f.expand(200_000, 4)
     generator = torch.Generator().manual_seed(0)
     scores = family.residual(many, family.sample(many, generator))
-    Lambda = output_fisher(f[0], draw(name, n=1, c=3)[1][0], name, SIGMA2)
+    Lambda = output_fisher(f[0], name, SIGMA2)
     assert float((scores.mean(0)).abs().max()) < 0.02 * float(Lambda.diagonal().max()) ** 0.5
     torch.testing.assert_close(
         scores.T @ scores / len(many), Lambda, rtol=0.03, atol=0.02 * float(Lambda.abs().max())
@@ -98,17 +99,22 @@ def test_ignored_targets_contribute_nothing():
             "categorical",
             torch.zeros(4, 3),
             torch.zeros(4, 3, dtype=torch.long),
-            "class targets must have shape",
+            "sum to 1",
         ),
-        ("categorical", torch.zeros(4, 3), torch.zeros(4), "integer class targets"),
-        ("categorical", torch.zeros(4, 3), torch.tensor([0, 1, 2, 3]), "must lie in 0 … 2"),
-        ("categorical", torch.zeros(2, 3), torch.tensor([-100, -100]), "every target is ignored"),
-        ("categorical", torch.zeros(4), torch.zeros(4, dtype=torch.long), r"logits \(n, c\)"),
+        ("categorical", torch.zeros(4, 3), torch.full((4,), 0.5), "whole numbers"),
+        (
+            "categorical",
+            torch.zeros(4, 3),
+            torch.tensor([0, 1, 2, 3]),
+            "target 3 is outside the classes 0 … 2",
+        ),
+        ("categorical", torch.zeros(2, 3), torch.tensor([-100, -100]), "every target is -100"),
+        ("categorical", torch.zeros(4), torch.zeros(4, dtype=torch.long), "aren't class logits"),
         (
             "categorical",
             torch.zeros(4, 1),
             torch.zeros(4, dtype=torch.long),
-            "likelihood='bernoulli'",
+            "for one logit 'bernoulli'",
         ),
         (
             "categorical",
@@ -116,8 +122,8 @@ def test_ignored_targets_contribute_nothing():
             torch.zeros(4, dtype=torch.long),
             "int64 of shape",
         ),
-        ("bernoulli", torch.zeros(4, 2), torch.zeros(4, 3), "targets of the outputs' shape"),
-        ("bernoulli", torch.zeros(4, 2), torch.full((4, 2), 2.0), "between 0 and 1"),
+        ("bernoulli", torch.zeros(4, 2), torch.zeros(4, 3), "they must have shape"),
+        ("bernoulli", torch.zeros(4, 2), torch.full((4, 2), 2.0), r"must lie in \[0, 1\]"),
         ("gaussian", torch.zeros(4, 2), torch.full((4, 2), torch.nan), "NaN or infinity"),
         ("poisson", torch.zeros(4, 2), torch.full((4, 2), -1.0), "counts ≥ 0"),
     ],
@@ -129,7 +135,7 @@ def test_disagreements_are_refused(name, f, y, message):
 
 
 def test_unknown_names_and_variances_are_refused():
-    with pytest.raises(InputError, match="not one of categorical"):
+    with pytest.raises(InputError, match="use one of categorical"):
         likelihood("softmax")
     with pytest.raises(InputError, match="sigma2"):
         likelihood("gaussian", 0.0)
@@ -153,7 +159,46 @@ def test_class_targets_out_of_range_beside_ignored_ones():
     family, f = likelihood("categorical"), torch.zeros(3, 2)
     assert family.targets(f, torch.tensor([-100, 1, 0])).tolist() == [-100, 1, 0]
     for bad in ([-100, 2, 0], [-101, 1, 0], [-100, -1, 0], [-100, -100, -100]):
-        with pytest.raises(InputError, match=r"class targets|ignored"):
+        with pytest.raises(InputError, match=r"target|every"):
             family.targets(f, torch.tensor(bad))
-    with pytest.raises(InputError, match="ignored"):
+    with pytest.raises(InputError, match="every"):
         family.targets(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
+
+
+def test_soft_targets_are_the_mean_over_their_classes():
+    family = likelihood("categorical")
+    f, _ = draw("categorical")
+    t = torch.rand(6, 4, dtype=torch.float64).softmax(-1)
+    t[1] = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    classes = [torch.full((6,), k) for k in range(4)]
+    assert family.targets(f, t) is t
+    for method in (family.nll, family.residual, family.whitened):
+        each = torch.stack([method(f, y) for y in classes], -1)
+        weight = t if each.dim() == 2 else t[:, None, :]
+        torch.testing.assert_close(method(f, t), (weight * each).sum(-1))
+    assert family.mask(t) is None
+    t[2] = -100
+    assert family.mask(family.targets(f, t)).tolist() == [True, True, False, True, True, True]
+    assert family.nll(f, t)[2] == 0
+    assert not family.residual(f, t)[2].any()
+    assert not family.whitened(f, t)[2].any()
+
+
+@pytest.mark.parametrize("bad", [[0.7, 0.7], [-0.5, 1.5], [0.0, 0.0]])
+def test_rows_that_are_no_probabilities_are_no_soft_targets(bad):
+    with pytest.raises(InputError, match="sum to 1"):
+        likelihood("categorical").targets(torch.zeros(3, 2), torch.tensor([bad] * 3))
+
+
+def test_the_classes_lie_where_the_targets_say_else_by_torchs_convention():
+    family = likelihood("categorical")
+    image, text = torch.randn(2, 5, 3, 4), torch.randn(2, 7, 5)
+    assert family.outputs(image).shape == (2, 3, 4, 5)
+    assert family.outputs(image, torch.zeros(2, 3, 4)).shape == (2, 3, 4, 5)
+    assert family.outputs(image, torch.zeros(2, 5, 3)).shape == (2, 5, 3, 4)
+    assert family.outputs(text).shape == (2, 7, 5)
+    assert family.outputs(text, torch.zeros(2, 7)).shape == (2, 7, 5)
+    assert family.outputs(text, torch.zeros(2, 5)).shape == (2, 5, 7)
+    y = torch.randint(5, (2, 3, 4))
+    expected = torch.nn.functional.cross_entropy(image, y)
+    assert family.nll(family.outputs(image, y), y).mean() == pytest.approx(float(expected))

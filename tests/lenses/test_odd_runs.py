@@ -97,13 +97,50 @@ def test_outputs_that_are_no_class_logits(tmp_path, outputs):
         to.audit(write(tmp_path / "run", [z.clone() for z in outputs]))
 
 
-def test_probabilities_are_audited_with_a_warning(tmp_path, logits):
-    path = write(
-        tmp_path / "run", [z.softmax(-1) for z in logits], TARGETS, likelihood="categorical"
-    )
-    assert any("look like probabilities" in note for note in to.audit(path).summary["notes"])
-    kept = write(tmp_path / "other", logits, TARGETS, likelihood="categorical")
-    assert not any("look like probabilities" in note for note in to.audit(kept).summary["notes"])
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli"])
+def test_probabilities_are_refused_until_they_are_said_to_be_such(tmp_path, likelihood):
+    generator = torch.Generator().manual_seed(0)
+    z = list(torch.randn(5, 6, 4, generator=generator).cumsum(0))
+    y = TARGETS if likelihood == "categorical" else torch.randint(2, (6, 4), generator=generator)
+    p = [x.softmax(-1) if likelihood == "categorical" else x.sigmoid() for x in z]
+    expected = to.audit(write(tmp_path / "z", z, y, likelihood=likelihood)).summary
+    path = write(tmp_path / "p", p, y, likelihood=likelihood)
+    with pytest.raises(InputError, match=r"00000000.*look like probabilities"):
+        to.audit(path)
+    found = to.audit(path, kind="probabilities").summary
+    for key in ("dissipation", "distance", "least_distance", "loss_end", "alignment_lower"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-4), key
+    assert to.audit(path, kind="logits").summary["dissipation"] < expected["dissipation"]
+
+
+def test_a_variance_that_nobody_said_is_estimated_and_said(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    f = list(torch.randn(5, 6, 2, generator=generator).cumsum(0))
+    y = f[-1] + 0.1 * torch.randn(6, 2, generator=generator)
+    path = write(tmp_path / "run", f, y, likelihood="gaussian")
+    sigma2 = float(((y - f[-1]) ** 2).mean())
+    found = to.audit(path).summary
+    assert any("sigma2 wasn't given: " in note for note in found["notes"])
+    said = to.audit(path, sigma2=sigma2).summary
+    assert not any("sigma2" in note for note in said["notes"])
+    assert found["dissipation"] == pytest.approx(said["dissipation"], rel=1e-6)
+    quarter = to.audit(path, sigma2=4 * sigma2).summary
+    assert quarter["dissipation"] == pytest.approx(said["dissipation"] / 4, rel=1e-6)
+    with pytest.raises(InputError, match="give sigma2"):
+        to.audit(write(tmp_path / "bare", f, None, likelihood="gaussian"))
+    with pytest.raises(InputError, match="sigma2 is the variance of gaussian"):
+        to.audit(write(tmp_path / "z", f, None, likelihood="categorical"), sigma2=1.0)
+
+
+def test_rows_shuffled_between_snapshots_are_refused(tmp_path, logits):
+
+    (tmp_path / "run").mkdir()
+    for k, z in enumerate(logits):
+        order = torch.arange(6).roll(k // 3)
+        content = {"probe/logits": z[order], "probe/targets": TARGETS[order]}
+        save_file(content, tmp_path / f"run/{k}.safetensors")
+    with pytest.raises(InputError, match=r"3\.safetensors.*same examples in the same order"):
+        to.audit(tmp_path / "run")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.int32])

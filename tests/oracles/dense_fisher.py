@@ -1,5 +1,5 @@
 """A dense float64 Fisher made by plain loops: per-prediction Jacobians row by row, Λ as the Hessian
-of a torch distribution."""
+of a torch distribution's KL divergence."""
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ DISTRIBUTIONS = {
     "poisson": lambda f, sigma2: torch.distributions.Independent(
         torch.distributions.Poisson(f.exp()), 1
     ),
+    "heteroscedastic": lambda f, sigma2: torch.distributions.Independent(
+        torch.distributions.Normal(f.chunk(2, -1)[0], (0.5 * f.chunk(2, -1)[1]).exp()), 1
+    ),
 }
 
 
@@ -24,10 +27,12 @@ def log_prob(f, y, likelihood="categorical", sigma2=1.0):
     return DISTRIBUTIONS[likelihood](f, sigma2).log_prob(y)
 
 
-def output_fisher(f, y, likelihood="categorical", sigma2=1.0):
-    """Λ: minus the Hessian of log p(y | f), which is free of y for these canonical families."""
-    return -torch.autograd.functional.hessian(
-        lambda t: log_prob(t, y, likelihood, sigma2), f.detach()
+def output_fisher(f, likelihood="categorical", sigma2=1.0):
+    """Λ: the Hessian of KL(p_f ‖ p_t) in t, at t = f."""
+    own = DISTRIBUTIONS[likelihood](f.detach(), sigma2)
+    return torch.autograd.functional.hessian(
+        lambda t: torch.distributions.kl_divergence(own, DISTRIBUTIONS[likelihood](t, sigma2)),
+        f.detach(),
     )
 
 
@@ -66,7 +71,7 @@ def dense_fisher(model, x, y, likelihood="categorical", sigma2=1.0, empirical=Fa
             )
             inner = torch.outer(score, score)
         else:
-            inner = output_fisher(f, target, likelihood, sigma2)
+            inner = output_fisher(f, likelihood, sigma2)
         total = total + jacobian.T @ inner @ jacobian
     return total / len(found)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from thermo_opt import arguments
+from thermo_opt import arguments, likelihoods
 from thermo_opt.audits.results import Audit
 from thermo_opt.errors import InputError
 from thermo_opt.lenses import optimizer_state, outputs, parameters
@@ -45,6 +45,9 @@ def audit(
     damping: float | None = None,
     device: str | None = None,
     progress: Progress | None = None,
+    likelihood: str | None = None,
+    sigma2: float | None = None,
+    kind: str | None = None,
 ) -> Audit:
     """Audit a recorded run: how much its path dissipated, how much of it was unavoidable, where the
     rest went (§2-5, §9).
@@ -61,7 +64,9 @@ def audit(
     step's start, or
     averaged over both ends; ``damping``: its λ, by default 1e-3 of the Fisher's mean eigenvalue at
     the start; ``device``: where it computes, by default a GPU if there is one. ``jobs``: processes.
-    ``progress``: see `Progress`.
+    ``progress``: see `Progress`. ``likelihood``, ``sigma2`` (of Gaussian outputs; by default
+    estimated from the residuals) and ``kind`` say what the outputs are where the record doesn't,
+    see `thermo_opt.likelihoods`.
 
     Raises InputError for a run that can't be read, a clock it has no data for, or a lens asked for
     by name that it does not support. Cost: outputs lens O(snapshots x probe); optimizer-state
@@ -77,6 +82,12 @@ def audit(
             int(k)
             for k in arguments.listed("steps", steps, Integral, "give a slice, or whole numbers")
         ]
+    if likelihood is not None:
+        likelihoods.known(likelihood)
+    if sigma2 is not None:
+        sigma2 = arguments.positive("sigma2", sigma2)
+    if kind is not None:
+        likelihoods.known_kind(kind)
     run = run if isinstance(run, Run) else load_run(run)
     clock = clock or run.info.clock or "step"
     wanted = _lenses(lens)
@@ -103,6 +114,9 @@ def audit(
         damping=damping,
         device_name=device,
         progress=progress,
+        given_likelihood=likelihood,
+        given_sigma2=sigma2,
+        given_kind=kind,
     )
     lenses: dict[str, LensAudit] = {}
     missing: dict[str, str] = {}

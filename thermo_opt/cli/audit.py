@@ -13,11 +13,14 @@ from thermo_opt.cli.options import (
     Html,
     Jobs,
     Json,
+    Kind,
     Lens,
+    Likelihood,
     Model,
     Probe,
     RunPath,
     RunPaths,
+    Sigma2,
     Steps,
     Stride,
 )
@@ -41,12 +44,19 @@ def audit(
     batch_size: BatchSize = None,
     steps: Steps = None,
     jobs: Jobs = 1,
+    likelihood: Likelihood = None,
+    sigma2: Sigma2 = None,
+    kind: Kind = None,
 ) -> None:
     """Audit a recorded run: what its path dissipated, how much was unavoidable, where the rest
     went."""
     check_page(html, "--html")
     audits = _audits(
-        [run], format, _options(lens, clock, stride, model, probe, batch_size, steps, jobs)
+        [run],
+        format,
+        _options(
+            lens, clock, stride, model, probe, batch_size, steps, jobs, likelihood, sigma2, kind
+        ),
     )
     from thermo_opt.cli import terminal
 
@@ -68,11 +78,18 @@ def compare(
     batch_size: BatchSize = None,
     steps: Steps = None,
     jobs: Jobs = 1,
+    likelihood: Likelihood = None,
+    sigma2: Sigma2 = None,
+    kind: Kind = None,
 ) -> None:
     """Audit several runs and compare them, the most efficient first."""
     check_page(html, "--html")
     audits = _audits(
-        runs, format, _options(lens, clock, stride, model, probe, batch_size, steps, jobs)
+        runs,
+        format,
+        _options(
+            lens, clock, stride, model, probe, batch_size, steps, jobs, likelihood, sigma2, kind
+        ),
     )
     print_compared(audits, json, html)
 
@@ -86,6 +103,9 @@ def _options(
     batch_size: int | None,
     steps: str | None,
     jobs: int,
+    likelihood: str | None = None,
+    sigma2: float | None = None,
+    kind: str | None = None,
 ) -> dict[str, Any]:
     return {
         "lens": lens or None,
@@ -96,6 +116,9 @@ def _options(
         "batch_size": batch_size,
         "steps": None if steps is None else _slice(steps),
         "jobs": jobs,
+        "likelihood": likelihood,
+        "sigma2": sigma2,
+        "kind": kind,
     }
 
 

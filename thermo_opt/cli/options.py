@@ -41,6 +41,23 @@ Format = Annotated[str | None, typer.Option(help="Layout of the run, where its f
 BatchSize = Annotated[
     int | None, typer.Option(help="Examples in a minibatch; the optimizer-state lens needs it.")
 ]
+Likelihood = Annotated[
+    str | None,
+    typer.Option(
+        help=(
+            "What the outputs are where the record doesn't say: categorical, bernoulli, "
+            "gaussian, poisson or heteroscedastic."
+        )
+    ),
+]
+Sigma2 = Annotated[
+    float | None,
+    typer.Option(help="Variance of gaussian outputs. Default: estimated from the residuals."),
+]
+Kind = Annotated[
+    str | None,
+    typer.Option(help="Outputs of classes as logits, log-probabilities or probabilities."),
+]
 Steps = Annotated[
     str | None, typer.Option(help="Intervals the parameter lens looks at.", metavar="A:B:C")
 ]

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from thermo_opt import likelihoods
 from thermo_opt.errors import InputError
-
-IGNORED = -100
-"""Target value that marks a prediction as not counted (categorical outputs), as in
-``torch.nn.functional.cross_entropy``."""
+from thermo_opt.likelihoods import FAMILIES, IGNORED
 
 
 class Likelihood(ABC):
@@ -28,38 +26,29 @@ class Likelihood(ABC):
 
     name: str = ""
 
-    def outputs(self, f: Tensor) -> Tensor:
-        """Outputs as (..., c); raises `InputError` for shapes this family can't read."""
-        if f.dim() == 0 or not f.is_floating_point():
-            raise InputError(
-                f"the {self.name} likelihood needs floating-point outputs (n, c) or (n, t, c), got "
-                f"{_what(f)}"
-            )
+    def outputs(self, f: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Outputs as (..., c), classes last; raises `InputError` for what this family can't read.
+
+        ``targets``: by whose shape the axis of the classes is told, where there are any.
+        """
+        likelihoods.checked_outputs(self.name, f)
+        f = likelihoods.parameters_last(self.name, f, targets)
         return f.unsqueeze(-1) if f.dim() == 1 else f
 
     def targets(self, f: Tensor, y: Tensor) -> Tensor:
-        """Targets in the shape of the outputs (..., c); raises `InputError` on disagreement."""
-        if y.dim() == f.dim() - 1 and f.shape[-1] == 1:
-            y = y.unsqueeze(-1)
-        if y.shape != f.shape:
-            raise InputError(
-                f"the {self.name} likelihood needs targets of the outputs' shape {tuple(f.shape)}, "
-                f"got {tuple(y.shape)}"
-            )
-        return self._support(y.to(f.dtype))
-
-    def _support(self, y: Tensor) -> Tensor:
-        if not bool(torch.isfinite(y).all()):
-            raise InputError("the targets hold NaN or infinity; remove those examples")
-        return y
+        """Targets in the family's form (`thermo_opt.likelihoods`); raises `InputError` on
+        disagreement."""
+        y = likelihoods.checked_targets(self.name, f, y)
+        return y.to(f.dtype) if self.name != "categorical" or y.is_floating_point() else y
 
     def mask(self, y: Tensor) -> Tensor | None:
         """Which predictions count, a bool tensor of the leading shape; None when all do."""
-        return None
+        mask: Tensor | None = likelihoods.counted_targets(self.name, y)
+        return mask
 
-    def suspicious(self, f: Tensor) -> bool:
-        """Whether the outputs look like something other than what this family reads."""
-        return False
+    def refuse_probabilities(self, f: Tensor) -> None:
+        """`InputError` for outputs that look like probabilities rather than logits."""
+        likelihoods.refuse_probabilities(self.name, f)
 
     @abstractmethod
     def nll(self, f: Tensor, y: Tensor) -> Tensor:
@@ -110,58 +99,21 @@ class Likelihood(ABC):
 
 class Categorical(Likelihood):
     """Softmax over the last axis; f are logits, y class indices (leading shape), `IGNORED` not
-    counted. Λ = diag(p) − ppᵀ."""
+    counted, or soft targets (shape of f), rows of which sum to 1. Λ = diag(p) − ppᵀ."""
 
     name = "categorical"
 
-    def outputs(self, f: Tensor) -> Tensor:
-        if f.dim() < 2 or not f.is_floating_point():
-            raise InputError(
-                f"the categorical likelihood needs logits (n, c) or (n, t, c), got {_what(f)}"
-            )
-        if f.shape[-1] < 2:
-            raise InputError(
-                "the categorical likelihood needs at least two classes; for one logit use "
-                "likelihood='bernoulli'"
-            )
-        return f
-
-    def targets(self, f: Tensor, y: Tensor) -> Tensor:
-        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-            raise InputError(
-                f"the categorical likelihood needs integer class targets, got {y.dtype}"
-            )
-        if y.shape != f.shape[:-1]:
-            raise InputError(
-                f"class targets must have shape {tuple(f.shape[:-1])} for outputs "
-                f"{tuple(f.shape)}, got {tuple(y.shape)}"
-            )
-        y = y.long()
-        low, high = (int(end) for end in y.aminmax()) if y.numel() else (IGNORED, IGNORED)
-        if low == IGNORED:
-            counted = y[y != IGNORED]
-            if counted.numel() == 0:
-                raise InputError("every target is ignored (−100): there is nothing to predict")
-            low, high = (int(end) for end in counted.aminmax())
-        if low < 0 or high >= f.shape[-1]:
-            raise InputError(
-                f"class targets must lie in 0 … {f.shape[-1] - 1} (or be −100), got {low} … {high}"
-            )
-        return y
-
-    def suspicious(self, f: Tensor) -> bool:
-        return float(f.min()) >= 0 and bool(((f.sum(-1) - 1).abs() < 1e-3).all())
-
-    def mask(self, y: Tensor) -> Tensor | None:
-        return None if int(y.min()) > IGNORED else y != IGNORED
-
     def nll(self, f: Tensor, y: Tensor) -> Tensor:
+        if y.is_floating_point():
+            return _counted(y, -(y * f.log_softmax(-1)).sum(-1))
         flat = functional.cross_entropy(
             f.reshape(-1, f.shape[-1]), y.reshape(-1), ignore_index=IGNORED, reduction="none"
         )
         return flat.view(y.shape)
 
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        if y.is_floating_point():
+            return _counted(y, _softmax(f) - y)
         one_hot = torch.zeros_like(f).scatter_(-1, y.clamp_min(0).unsqueeze(-1), 1.0)
         return (_softmax(f) - one_hot).mul_((y != IGNORED).unsqueeze(-1))
 
@@ -182,6 +134,9 @@ class Categorical(Likelihood):
         return p.sqrt() * (u - (p * u).sum(-1, keepdim=True))
 
     def whitened(self, f: Tensor, y: Tensor) -> Tensor:
+        if y.is_floating_point():
+            half = 0.5 * f.log_softmax(-1)
+            return _counted(y, half.exp() - torch.where(y > 0, y * (-half).exp(), 0.0))
         counted, index = (y != IGNORED).unsqueeze(-1), y.clamp_min(0).unsqueeze(-1)
         log_p = f.log_softmax(-1)
         inverse_root = (-0.5 * log_p.gather(-1, index)).exp()
@@ -204,12 +159,6 @@ class Bernoulli(Likelihood):
     diag(p(1−p))."""
 
     name = "bernoulli"
-
-    def _support(self, y: Tensor) -> Tensor:
-        y = super()._support(y)
-        if bool(((y < 0) | (y > 1)).any()):
-            raise InputError("the Bernoulli likelihood needs targets between 0 and 1")
-        return y
 
     def nll(self, f: Tensor, y: Tensor) -> Tensor:
         return functional.binary_cross_entropy_with_logits(f, y, reduction="none").sum(-1)
@@ -275,12 +224,6 @@ class Poisson(Likelihood):
 
     name = "poisson"
 
-    def _support(self, y: Tensor) -> Tensor:
-        y = super()._support(y)
-        if bool((y < 0).any()):
-            raise InputError("the Poisson likelihood needs counts ≥ 0 as targets")
-        return y
-
     def nll(self, f: Tensor, y: Tensor) -> Tensor:
         return (f.exp() - y * f + torch.lgamma(y + 1)).sum(-1)
 
@@ -303,23 +246,67 @@ class Poisson(Likelihood):
         return (f.exp() * (f - other) - f.exp() + other.exp()).sum(-1)
 
 
-NAMES = ("categorical", "bernoulli", "gaussian", "poisson")
+class Heteroscedastic(Likelihood):
+    """Independent normals whose variance is predicted too: f (..., 2c) holds c means μ, then c
+    log-variances s; y (..., c). Λ = diag(e⁻ˢ, ½)."""
+
+    name = "heteroscedastic"
+
+    def nll(self, f: Tensor, y: Tensor) -> Tensor:
+        mean, s = f.chunk(2, -1)
+        return 0.5 * (math.log(2 * math.pi) + s + (mean - y) ** 2 * (-s).exp()).sum(-1)
+
+    def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        mean, s = f.chunk(2, -1)
+        pull = (mean - y) * (-s).exp()
+        return torch.cat([pull, 0.5 * (1 - pull * (mean - y))], -1)
+
+    def product(self, f: Tensor, u: Tensor) -> Tensor:
+        return u * self._diagonal(f)
+
+    def root(self, f: Tensor, u: Tensor) -> Tensor:
+        return u * self._diagonal(f).sqrt()
+
+    def whitened(self, f: Tensor, y: Tensor) -> Tensor:
+        return self.residual(f, y) * self._diagonal(f).rsqrt()
+
+    def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        mean, s = f.detach().chunk(2, -1)
+        noise = torch.randn(mean.shape, generator=generator, dtype=f.dtype, device=f.device)
+        return mean + (0.5 * s).exp() * noise
+
+    def kl(self, f: Tensor, other: Tensor) -> Tensor:
+        (mean, s), (other_mean, other_s) = f.chunk(2, -1), other.chunk(2, -1)
+        ratio = s - other_s
+        gap = (mean - other_mean) ** 2 * (-other_s).exp()
+        return 0.5 * (ratio.exp() - 1 - ratio + gap).sum(-1)
+
+    @staticmethod
+    def _diagonal(f: Tensor) -> Tensor:
+        s = f.chunk(2, -1)[1]
+        return torch.cat([(-s).exp(), torch.full_like(s, 0.5)], -1)
+
+
+NAMES = FAMILIES
+_FAMILIES: dict[str, type[Likelihood]] = {
+    family.name: family for family in (Categorical, Bernoulli, Gaussian, Poisson, Heteroscedastic)
+}
 
 
 def likelihood(name: str | Likelihood, sigma2: float | None = None) -> Likelihood:
     """The output family of this name; ``sigma2`` is the Gaussian's variance (1 if not given)."""
     if isinstance(name, Likelihood):
         return name
-    if name == "gaussian":
-        return Gaussian(1.0 if sigma2 is None else sigma2)
-    families: dict[str, type[Likelihood]] = {
-        "categorical": Categorical,
-        "bernoulli": Bernoulli,
-        "poisson": Poisson,
-    }
-    if name not in families:
-        raise InputError(f"likelihood {name!r} is not one of {', '.join(NAMES)}")
-    return families[name]()
+    family = _FAMILIES[likelihoods.known(name)]
+    return Gaussian(1.0 if sigma2 is None else sigma2) if family is Gaussian else family()
+
+
+def _counted(y: Tensor, values: Tensor) -> Tensor:
+    """``values`` of predictions with soft targets, 0 where these are `IGNORED`."""
+    counted = y[..., 0] != IGNORED
+    return torch.where(
+        counted if values.dim() == counted.dim() else counted[..., None], values, 0.0
+    )
 
 
 def _softmax(f: Tensor) -> Tensor:
@@ -327,7 +314,3 @@ def _softmax(f: Tensor) -> Tensor:
     # Few classes go column by column: the framework doesn't vectorise over rows shorter than a
     # register.
     return f.softmax(-1) if f.shape[-1] >= 16 else f.movedim(-1, 0).softmax(0).movedim(0, -1)
-
-
-def _what(f: Tensor) -> str:
-    return f"{str(f.dtype).removeprefix('torch.')} of shape {tuple(f.shape)}"

@@ -192,11 +192,8 @@ class Predictor:
         # A finite sum has finite terms; one that isn't may have overflowed.
         if not math.isfinite(float(f.sum())) and not bool(torch.isfinite(f).all()):
             raise InputError(self._blame(inputs))
-        if start == 0 and self.likelihood.suspicious(f):
-            self.note(
-                "the outputs look like probabilities (non-negative rows that sum to one); give "
-                "logits: drop the softmax"
-            )
+        if start == 0:
+            self.likelihood.refuse_probabilities(f)
         y, mask = self.batch.targets, None
         if y is not None:
             if y.shape[:1] != (self.examples,):
@@ -274,9 +271,10 @@ class Predictor:
         """f (…, c) at these parameter values; to be used inside `evaluation`."""
         args, kwargs = arguments_of(inputs)
         state = dict(zip(self.names, values, strict=True)) | self._fixed
-        return self.likelihood.outputs(
-            outputs_of(functional_call(self.model, state, args, kwargs, tie_weights=self._tied))
-        )
+        return self._read(functional_call(self.model, state, args, kwargs, tie_weights=self._tied))
+
+    def _read(self, returned: Any) -> Tensor:
+        return self.likelihood.outputs(outputs_of(returned), self.batch.targets)
 
     def jvp(self, part: Part, v: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(f, Jv) by forward-mode differentiation, about 2–3 forward passes, no graph kept."""
@@ -300,7 +298,7 @@ class Predictor:
             leaves: list[Tensor] = [p for p, _ in self._own]
             args, kwargs = arguments_of(part.inputs)
             with torch.enable_grad(), self.evaluation(once):
-                f = self.likelihood.outputs(outputs_of(self.model(*args, **kwargs)))
+                f = self._read(self.model(*args, **kwargs))
         else:
             leaves = [p.detach().requires_grad_() for p in self.values]
             with torch.enable_grad(), self.evaluation(once):

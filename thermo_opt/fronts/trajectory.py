@@ -21,8 +21,9 @@ import pandas as pd
 from thermo_opt import thermodynamics as td
 from thermo_opt.audits.results import Audit
 from thermo_opt.errors import InputError
+from thermo_opt.lenses.inputs import LensInputs
 from thermo_opt.lenses.path import path_scalars
-from thermo_opt.lenses.predictions import RecordedPredictions
+from thermo_opt.lenses.predictions import RecordedPredictions, array_of, targets_of
 from thermo_opt.manifold.initial import InitialPredictions
 from thermo_opt.runs import Run
 from thermo_opt.runs.run import RunInfo
@@ -180,7 +181,11 @@ def read_trajectory(run: Run, clock: str = "step") -> Trajectory:
             f"{run.path}: a speed-cost front needs predictions recorded on a probe at two steps at "
             "least"
         )
-    source = RecordedPredictions(run, run.info.likelihood or "categorical", run.info.sigma2 or 1.0)
+    last = run.snapshots[-1]
+    likelihood, sigma2, _ = LensInputs(run=run, indices=[0, len(run.snapshots) - 1]).family(
+        lambda: array_of(last.load("probe/logits")), targets_of(run.probe)
+    )
+    source = RecordedPredictions(run, likelihood, sigma2, run.info.kind)
     if source.targets is None:
         raise InputError(
             f"{run.path}: the probe has no targets, so the run has no loss; record it with targets"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from thermo_opt.errors import InputError
+from thermo_opt.likelihoods import IGNORED
 from thermo_opt.models import outputs_of, untouched
-from thermo_opt.runs.probing import IGNORED
 
 SAME_LOSS = 1e-2
 """Relative difference within which a loss that we compute is the one that the model reports: half

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from thermo_opt import likelihoods
 from thermo_opt import thermodynamics as td
 from thermo_opt.errors import InputError
 from thermo_opt.lenses.predictions import build_model
@@ -43,6 +44,9 @@ class LensInputs:
         damping: The parameter lens's λ; None for its default.
         device_name: Where the parameter lens computes; None for a GPU if there is one.
         progress: Starts progress bars, if any are wanted.
+        given_likelihood: What the outputs are, as the user says; None for what the record says.
+        given_sigma2: A Gaussian's variance, as the user says.
+        given_kind: What outputs of classes are, as the user says.
     """
 
     run: Run
@@ -57,6 +61,9 @@ class LensInputs:
     damping: float | None = None
     device_name: str | None = None
     progress: Progress | None = None
+    given_likelihood: str | None = None
+    given_sigma2: float | None = None
+    given_kind: str | None = None
 
     def __post_init__(self) -> None:
         if self.quadrature not in ("start", "trapezoid"):
@@ -96,16 +103,57 @@ class LensInputs:
         )
 
     @property
-    def sigma2(self) -> float:
-        """Variance of Gaussian outputs."""
-        return self.run.info.sigma2 if self.run.info.sigma2 is not None else 1.0
+    def kind(self) -> str | None:
+        """What outputs of classes are, one of `thermo_opt.likelihoods.KINDS`, where that was
+        said."""
+        return self.given_kind if self.given_kind is not None else self.run.info.kind
 
     @property
     def likelihood(self) -> tuple[str, list[str]]:
         """The outputs' likelihood, and a note when it had to be assumed."""
-        if self.run.info.likelihood is None:
+        said = self.given_likelihood or self.run.info.likelihood
+        if said is None:
             return "categorical", ["outputs taken for class logits (the record doesn't say)"]
-        return self.run.info.likelihood, []
+        return said, []
+
+    def family(
+        self, last: Callable[[], np.ndarray], targets: np.ndarray | None
+    ) -> tuple[str, float, list[str]]:
+        """The outputs' likelihood, their variance where it is Gaussian, and what had to be assumed.
+
+        Args:
+            last: Gives the outputs of the last audited snapshot, from which a variance that nobody
+                said is estimated.
+            targets: The probe's, or None.
+
+        Raises:
+            InputError: The variance is needed and can't be told.
+        """
+        name, notes = self.likelihood
+        sigma2 = self.given_sigma2 if self.given_sigma2 is not None else self.run.info.sigma2
+        if name != "gaussian":
+            if self.given_sigma2 is not None:
+                raise InputError(
+                    f"{self.run.path}: sigma2 is the variance of gaussian outputs, and these are "
+                    f"{name}: say likelihood='gaussian', or leave it out"
+                )
+            return name, 1.0, notes
+        if sigma2 is None:
+            if targets is None:
+                raise InputError(
+                    f"{self.run.path}: distances between gaussian outputs are in units of their "
+                    "standard deviation, which nothing here tells: give sigma2"
+                )
+            try:
+                sigma2 = likelihoods.residual_variance(last(), targets)
+            except InputError as error:
+                raise InputError(f"{self.run.path}: {error}") from None
+            notes = [
+                *notes,
+                f"sigma2 wasn't given: {sigma2:.4g}, the mean squared residual at the last "
+                "snapshot, is used; all nats are in proportion to 1/sigma2",
+            ]
+        return name, sigma2, notes
 
     @cached_property
     def model(self) -> nn.Module:

@@ -6,11 +6,17 @@ from __future__ import annotations
 import numpy as np
 
 from thermo_opt.errors import InputError
-from thermo_opt.fisher.likelihoods import likelihood
 from thermo_opt.lenses.inputs import LensInputs, Unsupported
 from thermo_opt.lenses.measurements import Measurements
-from thermo_opt.lenses.path import landmarks, path_scalars, squared_distance
-from thermo_opt.lenses.predictions import Predictions, RecordedPredictions, ReplayedPredictions
+from thermo_opt.lenses.path import landmarks, path_scalars
+from thermo_opt.lenses.predictions import (
+    Predictions,
+    RecordedPredictions,
+    ReplayedPredictions,
+    array_of,
+    targets_of,
+)
+from thermo_opt.manifold import squared_distance
 from thermo_opt.manifold.initial import InitialPredictions
 
 _LANDMARKS = 48
@@ -45,22 +51,24 @@ def measure(inputs: LensInputs) -> Measurements:
             "audited"
         )
     first, last = source.point(inputs.indices[0]), source.point(inputs.indices[len(audited) - 1])
-    if likelihood(source.likelihood).suspicious(source.outputs(inputs.indices[0]).float()):
-        notes.append(
-            "the outputs look like probabilities (rows sum to one), not logits: record them before "
-            "the softmax"
-        )
     start = InitialPredictions.of(first, source.likelihood, source.sigma2)
     end_loss = last.mean_loss
     least = None
-    if end_loss is None or start is None:
+    if end_loss is None:
         notes.append("the probe has no targets: loss, frontier and alignment are unknown")
+    elif start is None:
+        notes.append(
+            f"the least distance is unknown for {source.likelihood} outputs, whose loss has no "
+            f"least"
+        )
     elif not np.isfinite(end_loss):
         notes.append(
             "the loss at the end is infinite (a target has probability 0): its frontier is unknown"
         )
     else:
         least = start.least_distance(end_loss)
+        if first.soft is not None:
+            notes.append("the least distance is a lower bound: targets are soft")
     a, d, chi2 = (np.array(x) for x in (found.a, found.d, found.chi2))
     if end_loss is not None:
         notes.append(
@@ -89,10 +97,13 @@ def measure(inputs: LensInputs) -> Measurements:
 
 def _predictions(inputs: LensInputs) -> tuple[Predictions, list[str]]:
     first = inputs.run.snapshots[0]
-    family, notes = inputs.likelihood
     recorded = "probe/logits" in first.names()
     if recorded and inputs.given_probe is None:
-        return RecordedPredictions(inputs.run, family, inputs.sigma2), notes
+        end = inputs.run.snapshots[inputs.indices[-1]]
+        family, sigma2, notes = inputs.family(
+            lambda: array_of(end.load("probe/logits")), targets_of(inputs.run.probe)
+        )
+        return RecordedPredictions(inputs.run, family, sigma2, inputs.kind), notes
     if not first.has_group("params"):
         raise Unsupported(
             "it holds neither predictions on a probe nor weights to replay them from"
@@ -106,7 +117,10 @@ def _predictions(inputs: LensInputs) -> tuple[Predictions, list[str]]:
         raise Unsupported(
             "it recorded no predictions: give --probe (and --model) to replay them from its weights"
         )
-    return ReplayedPredictions(inputs.run, inputs.model, inputs.probe, family, inputs.sigma2), [
-        *notes,
-        "replayed",
-    ]
+    source = ReplayedPredictions(
+        inputs.run, inputs.model, inputs.probe, inputs.likelihood[0], kind=inputs.kind
+    )
+    _, source.sigma2, notes = inputs.family(
+        lambda: array_of(source.outputs(inputs.indices[-1])), source.targets
+    )
+    return source, [*notes, "replayed"]

@@ -21,15 +21,15 @@ import torch
 from joblib import Parallel, delayed
 from torch import Tensor, nn
 
-from thermo_opt import fisher
+from thermo_opt import fisher, likelihoods
 from thermo_opt.errors import InputError
 from thermo_opt.fisher.certificate import gradient_norm
 from thermo_opt.fisher.exact import JacobianMetric
 from thermo_opt.fisher.metric import dot
 from thermo_opt.lenses.inputs import LensInputs, Unsupported
 from thermo_opt.lenses.measurements import Measurements
-from thermo_opt.lenses.path import squared_distance
-from thermo_opt.manifold import Point, embed
+from thermo_opt.lenses.predictions import array_of
+from thermo_opt.manifold import Point, embed, squared_distance
 from thermo_opt.manifold.initial import InitialPredictions
 from thermo_opt.models import map_tensors
 from thermo_opt.runs import Probe, Run
@@ -150,9 +150,12 @@ class ParameterLens:
         return predictor.values, predictor.loss(), predictor.outputs()
 
     def _mean(self, divergence: Tensor) -> float:
-        targets = self.probe.targets
-        if self.likelihood == "categorical" and targets is not None:
-            divergence = divergence.reshape(-1)[(targets != -100).reshape(-1).to(divergence.device)]
+        """Mean per example: per counted prediction of classes."""
+        if self.likelihood != "categorical":
+            return max(float(divergence.double().sum()) / len(divergence), 0.0)
+        counted = likelihoods.counted_targets(self.likelihood, self.probe.targets)
+        if counted is not None:
+            divergence = divergence[counted.to(divergence.device)]
         return max(float(divergence.double().mean()), 0.0)
 
     def mean_eigenvalue(self, index: int) -> float:
@@ -181,20 +184,25 @@ def measure(lens_inputs: LensInputs) -> Measurements:
         raise Unsupported("it holds no weights: record them with params=True")
     if probe is None or probe.inputs is None or probe.targets is None:
         raise Unsupported("the parameter lens needs a probe with inputs and targets: give --probe")
-    likelihood, notes = lens_inputs.likelihood
-    targets = probe.targets
-    if likelihood == "categorical" and bool((targets.double() == targets.long()).all()):
-        targets = targets.long()  # class numbers that a file kept as floating-point or boolean
+    if probe.weights is not None:
+        raise Unsupported("the parameter lens counts all examples alike, and the probe has weights")
+    if lens_inputs.kind == "probabilities":
+        raise Unsupported("the parameter lens needs logits, and the model puts out probabilities")
     model = (
         copy.deepcopy(lens_inputs.model).to(device=lens_inputs.device, dtype=torch.float64).eval()
     )
     inputs = map_tensors(
         probe.inputs, lambda t: (t.double() if t.is_floating_point() else t).to(lens_inputs.device)
     )
+
+    def last_outputs() -> np.ndarray:
+        install(model, run.snapshots[lens_inputs.indices[-1]], run.info.tied)
+        return array_of(predict(model, inputs))
+
+    likelihood, sigma2, notes = lens_inputs.family(last_outputs, array_of(probe.targets))
+    targets = _counted_classes(probe) if likelihood == "categorical" else probe.targets
     probe = Probe(inputs, targets, probe.fingerprint)
-    lens = ParameterLens(
-        run, model, probe, likelihood, lens_inputs.sigma2, 0.0, lens_inputs.quadrature, None
-    )
+    lens = ParameterLens(run, model, probe, likelihood, sigma2, 0.0, lens_inputs.quadrature, None)
     first_snapshot = run.snapshots[lens_inputs.indices[0]]
     if not lens._finite(lens_inputs.indices[0]):
         raise InputError(
@@ -203,7 +211,7 @@ def measure(lens_inputs: LensInputs) -> Measurements:
         )
     install(model, first_snapshot, run.info.tied)
     predict(model, map_tensors(inputs, lambda t: t[:1]))  # refuses inputs that the model can't take
-    lens.microbatch = _microbatch(model, inputs)
+    lens.microbatch = _microbatch(model, inputs, likelihood)
     pairs = list(zip(lens_inputs.indices[:-1], lens_inputs.indices[1:], strict=True))
     chosen = _subset(len(pairs), lens_inputs.intervals)
     if lens_inputs.damping is not None:
@@ -225,7 +233,7 @@ def measure(lens_inputs: LensInputs) -> Measurements:
         chosen = chosen[: len(seen)]
     first = _point(lens, pairs[chosen[0]][0])
     last = _point(lens, pairs[chosen[-1]][1])
-    start = InitialPredictions.of(first, likelihood, lens_inputs.sigma2)
+    start = InitialPredictions.of(first, likelihood, sigma2)
     steps = lens_inputs.steps
     path = chosen == list(range(chosen[0], chosen[-1] + 1))
     a = np.array([s.a for s in seen])
@@ -328,7 +336,20 @@ def _subset(count: int, intervals: slice | Sequence[int] | None) -> list[int]:
     return kept
 
 
-def _microbatch(model: nn.Module, inputs: Inputs) -> int | None:
+def _counted_classes(probe: Probe) -> Tensor:
+    """The probe's class targets as whole numbers where a file kept those otherwise, and without
+    the padding that an attention mask tells."""
+    targets = probe.targets
+    assert targets is not None
+    if bool((targets.double() == targets.long()).all()):
+        targets = targets.long()
+    mask = probe.inputs.get("attention_mask") if isinstance(probe.inputs, dict) else None
+    if mask is None or mask.shape != targets.shape or targets.ndim < 2:
+        return targets
+    return targets.masked_fill(mask == 0, likelihoods.IGNORED)
+
+
+def _microbatch(model: nn.Module, inputs: Inputs, likelihood: str) -> int | None:
     """Examples at a time such that linearised products stay within a quarter of the free memory;
     None for all at once."""
     few = 2
@@ -342,7 +363,7 @@ def _microbatch(model: nn.Module, inputs: Inputs) -> int | None:
 
     device = next(model.parameters()).device
     with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-        predictor = fisher.Predictor(model, (inputs, None))
+        predictor = fisher.Predictor(model, (inputs, None), likelihood)
         predictor.graph(predictor.parts[0])
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     an_example = max(1, saved - weights) / few

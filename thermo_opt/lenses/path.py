@@ -15,8 +15,8 @@ from joblib import Parallel, delayed
 
 from thermo_opt.lenses.predictions import Predictions
 from thermo_opt.lenses.results import Landmarks
-from thermo_opt.manifold import Point, move, row_distances
-from thermo_opt.manifold.predictive import Array
+from thermo_opt.manifold import Point, move, row_distances, squared_distance
+from thermo_opt.manifold.predictive import ON_SPHERES, Array, chi_squared_rows
 
 STRIDES = (1, 2, 4, 8, 16, 32, 64)
 """Strides of the coarse-graining curves, in snapshots."""
@@ -157,7 +157,7 @@ def _segment(
         for position, point in enumerate(points):
             k = begin + position
             boundary = k == start > 0  # the segment before has seen this point as its last
-            if k in plan.marks and not boundary and source.likelihood != "gaussian":
+            if k in plan.marks and not boundary and source.likelihood in ON_SPHERES:
                 rows = max(1, _LANDMARK_FLOATS // point.w.shape[1])
                 out.landmarks.append((k, point.first(rows).astype(np.float32)))
             if previous is None:
@@ -167,7 +167,7 @@ def _segment(
                 out.a.append(step.a)
                 out.d.append(step.d)
                 out.chi2.append(step.chi2)
-                _count_shares(out, previous, step.a)
+                _count_shares(out, previous, step.a, source.likelihood)
             if previous is not None:
                 for m in plan.strides[:1]:
                     out.chords[m].append((k - 1, k, out.a[k - 1 - start]))
@@ -235,7 +235,7 @@ def _squared_distances(
     if len(points) < 2:
         return a
     rows = len(points[0].w)
-    if len(points) * rows != len(block.w) or not block.finite:
+    if len(points) * rows != len(block.w) or not block.finite or block.weights is not None:
         return a + [squared_distance(p, q, likelihood) for p, q in pairwise(points)]
     first, last = (
         _rows(block, slice(0, len(block.w) - rows)),
@@ -250,28 +250,19 @@ def _rows(block: Point, part: slice) -> Point:
     return Point(block.w[part], block.examples, scale=scale)
 
 
-def _count_shares(out: PathScalars, point: Point, a: float) -> None:
+def _count_shares(out: PathScalars, point: Point, a: float, likelihood: str) -> None:
     """Add each example's share of χ² at an interval's start, with weight a."""
-    if point.log_amplitude_y is not None:
-        with np.errstate(over="ignore"):
-            chi2 = np.expm1(-2 * point.log_amplitude_y)
-    elif point.residual is not None:
-        chi2 = np.einsum("ij,ij->i", point.residual, point.residual)
-    else:
+    chi2 = chi_squared_rows(point, likelihood)
+    if chi2 is None:
         return
+    if len(chi2) % point.examples:
+        return  # outputs of several per example, some left out: no share per example
     infinite = np.isinf(chi2)
     chi2 = np.where(infinite, 1.0, 0.0) if infinite.any() else chi2
     shares = chi2.reshape(point.examples, -1).sum(axis=1)
     total = shares.sum()
     added = shares * (a / total) if total > 0 else np.zeros(point.examples)
     out.chi2_shares = added if out.chi2_shares is None else out.chi2_shares + added
-
-
-def squared_distance(p: Point, q: Point, likelihood: str) -> float:
-    """D² between two embedded predictions: mean over examples of the squared Fisher-Rao distance
-    (nats)."""
-    distance = row_distances(p, q, likelihood)
-    return float(np.dot(distance, distance) / p.examples)
 
 
 def landmarks(found: PathScalars, steps: np.ndarray) -> Landmarks | None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from thermo_opt import likelihoods
 from thermo_opt.errors import InputError
 from thermo_opt.manifold import Point, embed
 from thermo_opt.models import load_factory, map_tensors
@@ -33,6 +34,9 @@ class Predictions(ABC):
         targets: The probe's targets, or None.
         likelihood: Family of the outputs.
         sigma2: Variance of Gaussian outputs.
+        kind: What outputs of classes are, one of `thermo_opt.likelihoods.KINDS`; None: logits, and
+            outputs that look like probabilities are refused.
+        weights: Of the probe's examples or predictions, or None.
         without: Examples (of the first axis) to leave out, by position.
     """
 
@@ -40,6 +44,8 @@ class Predictions(ABC):
     targets: np.ndarray | None
     likelihood: str
     sigma2: float
+    kind: str | None = None
+    weights: np.ndarray | None = None
     without: np.ndarray | None = None
 
     @abstractmethod
@@ -56,19 +62,31 @@ class Predictions(ABC):
         Raises:
             InputError: Naming the snapshot whose outputs can't be embedded.
         """
-        if len(indices) == 1:
-            return self._embedded(self._array(indices[0]), self.targets, self.name(indices[0]))
         outputs = [self._array(index) for index in indices]
         if len({array.shape for array in outputs}) > 1:
             [self.points([index]) for index in indices]  # names the one that doesn't fit
-        targets = self.targets
-        if targets is not None:
-            targets = np.concatenate([targets] * len(outputs))
+        count, weights = len(outputs), self._weights(outputs[0].shape)
+        targets, weights = (
+            t if t is None or count == 1 else np.concatenate([t] * count)
+            for t in (self.targets, weights)
+        )
+        array = outputs[0] if count == 1 else np.concatenate(outputs)
         try:
-            return self._embedded(np.concatenate(outputs), targets, self.name(indices[0]))
-        except InputError:
-            [self.points([index]) for index in indices]
-            raise
+            if 0 in indices and self.kind is None:
+                f = likelihoods.parameters_last(self.likelihood, outputs[0], self.targets)
+                likelihoods.refuse_probabilities(self.likelihood, f)
+            return embed(
+                array,
+                targets,
+                weights=weights,
+                likelihood=self.likelihood,
+                kind=self.kind or "logits",
+                sigma2=self.sigma2,
+            )
+        except InputError as error:
+            if count > 1:
+                [self.points([index]) for index in indices]
+            raise InputError(f"{self.name(indices[0])}: {error}") from None
 
     def point(self, index: int) -> Point:
         """The embedded predictions of snapshot ``index``."""
@@ -80,7 +98,13 @@ class Predictions(ABC):
         other.without = examples
         if self.targets is not None:
             other.targets = np.delete(self.targets, examples, axis=0)
+        if self.weights is not None:
+            other.weights = np.delete(self.weights, examples, axis=0)
         return other
+
+    def _weights(self, shape: tuple[int, ...]) -> np.ndarray | None:
+        """The weights of predictions with outputs of this shape."""
+        return self.weights
 
     def _array(self, index: int) -> np.ndarray:
         outputs = self.outputs(index)
@@ -89,32 +113,41 @@ class Predictions(ABC):
                 f"{self.name(index)}: the outputs are complex numbers: record real logits or means"
             )
         array = array_of(outputs)
-        if self.likelihood == "categorical" and (array.ndim < 2 or array.shape[-1] < 2):
-            raise InputError(
-                f"{self.name(index)}: outputs of shape {tuple(array.shape)} aren't class logits, "
-                "which have a row of two or more for each example: name the run's likelihood, "
-                "bernoulli or gaussian, in its run.json"
-            )
-        return array if self.without is None else np.delete(array, self.without, axis=0)
-
-    def _embedded(self, outputs: np.ndarray, targets: np.ndarray | None, name: str) -> Point:
         try:
-            return embed(outputs, targets, likelihood=self.likelihood, sigma2=self.sigma2)
+            if array.size:
+                floats = array if array.dtype.kind == "f" else array.astype(np.float64)
+                likelihoods.checked_outputs(self.likelihood, floats)
         except InputError as error:
-            raise InputError(f"{name}: {error}") from None
+            raise InputError(f"{self.name(index)}: {error}") from None
+        return array if self.without is None else np.delete(array, self.without, axis=0)
 
 
 class RecordedPredictions(Predictions):
     """Predictions found in the run's snapshots (``probe/logits``)."""
 
-    def __init__(self, run: Run, likelihood: str, sigma2: float = 1.0) -> None:
-        self.run, self.likelihood, self.sigma2 = run, likelihood, sigma2
+    def __init__(
+        self, run: Run, likelihood: str, sigma2: float = 1.0, kind: str | None = None
+    ) -> None:
+        self.run, self.likelihood, self.sigma2, self.kind = run, likelihood, sigma2, kind
         self.steps = [s.step for s in run.snapshots]
-        self.targets = targets_of(run.probe)
+        self.targets, self.weights = targets_of(run.probe), weights_of(run.probe)
+        self._first_targets = self.targets if "probe/targets" in run.snapshots[0].names() else None
 
     def outputs(self, index: int) -> Tensor:
-        """The outputs recorded in snapshot ``index``."""
-        return self.run.snapshots[index].load("probe/logits")
+        """The outputs recorded in snapshot ``index``.
+
+        Raises:
+            InputError: Its targets aren't the first snapshot's, as when the rows were shuffled.
+        """
+        snapshot = self.run.snapshots[index]
+        if self._first_targets is not None and index and "probe/targets" in snapshot.names():
+            here = array_of(snapshot.load("probe/targets"))
+            if not np.array_equal(here, self._first_targets, equal_nan=here.dtype.kind == "f"):
+                raise InputError(
+                    f"{snapshot.path}: the probe's targets aren't those of the first snapshot; "
+                    "distances need the same examples in the same order: evaluate without shuffling"
+                )
+        return snapshot.load("probe/logits")
 
     def name(self, index: int) -> str:
         """The snapshot's path."""
@@ -126,15 +159,23 @@ class ReplayedPredictions(Predictions):
     per snapshot."""
 
     def __init__(
-        self, run: Run, model: nn.Module, probe: Probe, likelihood: str, sigma2: float = 1.0
+        self,
+        run: Run,
+        model: nn.Module,
+        probe: Probe,
+        likelihood: str,
+        sigma2: float = 1.0,
+        kind: str | None = None,
     ) -> None:
         if probe.inputs is None:
             raise InputError(
                 f"{run.path}: replay needs the probe's inputs: give a file of inputs with --probe"
             )
-        self.run, self.model, self.likelihood, self.sigma2 = run, model, likelihood, sigma2
+        self.run, self.model = run, model
+        self.likelihood, self.sigma2, self.kind = likelihood, sigma2, kind
         self.steps = [s.step for s in run.snapshots]
-        self.targets = targets_of(probe)
+        self.targets, self.weights = targets_of(probe), weights_of(probe)
+        self._padding = None if self.weights is not None else _padding_of(probe)
         dtypes = [weight.dtype for weight in model.parameters()]
 
         def fitting(tensor: Tensor) -> Tensor:
@@ -148,6 +189,28 @@ class ReplayedPredictions(Predictions):
         """The model's outputs with the weights of snapshot ``index``."""
         install(self.model, self.run.snapshots[index], self.run.info.tied)
         return predict(self.model, self.inputs)
+
+    def _weights(self, shape: tuple[int, ...]) -> np.ndarray | None:
+        """The probe's, or its attention mask where there is a prediction per token."""
+        mask = self._padding
+        if mask is None or mask.shape[1:] != shape[1:-1]:
+            return self.weights
+        fits = self.targets is None or self.targets.shape[1:] == mask.shape[1:]
+        kept = mask if self.without is None else np.delete(mask, self.without, axis=0)
+        return kept if fits else None
+
+
+def weights_of(probe: Probe | None) -> np.ndarray | None:
+    """The probe's weights as an array, or None."""
+    return None if probe is None or probe.weights is None else array_of(probe.weights)
+
+
+def _padding_of(probe: Probe) -> np.ndarray | None:
+    """Where an attention mask among the inputs says that there is no padding, if it says so."""
+    mask = probe.inputs.get("attention_mask") if isinstance(probe.inputs, dict) else None
+    if mask is None or mask.ndim != 2 or bool((mask != 0).all()):
+        return None
+    return array_of(mask != 0).astype(np.float64)
 
 
 def targets_of(probe: Probe | None) -> np.ndarray | None:

@@ -1,21 +1,19 @@
 """Predictive distributions: Fisher-Rao distances, the universal frontier, closed forms, maps of
 trajectories."""
 
+from thermo_opt.manifold.embedding import embed, fisher_rao
 from thermo_opt.manifold.level_set import least_distance, log_least_distance
 from thermo_opt.manifold.maps import trajectory_map
 from thermo_opt.manifold.predictive import (
-    LIKELIHOODS,
     Move,
     Point,
     chi_squared,
-    embed,
-    fisher_rao,
     move,
     row_distances,
+    squared_distance,
 )
 
 __all__ = [
-    "LIKELIHOODS",
     "Move",
     "Point",
     "chi_squared",
@@ -25,5 +23,6 @@ __all__ = [
     "log_least_distance",
     "move",
     "row_distances",
+    "squared_distance",
     "trajectory_map",
 ]

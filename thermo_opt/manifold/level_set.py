@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from thermo_opt.errors import InputError
-from thermo_opt.manifold.predictive import _target_probabilities
+from thermo_opt.manifold.predictive import target_probabilities
 
 Array = NDArray[np.float64]
 
@@ -35,27 +35,26 @@ def least_distance(p_y: ArrayLike, target_loss: float) -> float:
     Raises:
         InputError: for a negative or NaN target, or probabilities outside [0, 1].
     """
-    p = _target_probabilities(p_y)
+    p = target_probabilities(p_y)
     # arctan2 keeps the digits of a small angle that arccos √p would lose near p = 1.
     return angle_least_distance(np.arctan2(np.sqrt(1 - p), np.sqrt(p)), target_loss)
 
 
-def log_least_distance(log_p_y: ArrayLike, target_loss: float) -> float:
-    """`least_distance` from log-probabilities: exact where p underflows to 0 or rounds to 1 (§5).
+def log_least_distance(
+    log_p_y: ArrayLike, target_loss: float, weights: Array | None = None
+) -> float:
+    """`least_distance` from log-probabilities: exact where p underflows to 0 or rounds to 1.
 
-    Args:
-        log_p_y: (n,) log-probabilities of the targets.
-        target_loss: L* ≥ 0, nats per example.
+    ``weights`` (n,) of mean one: of the examples in both means, or None.
     """
     log_p = np.asarray(log_p_y, dtype=np.float64).reshape(-1)
     if log_p.size == 0 or not np.all(log_p <= 0):
         raise InputError("log_p_y must hold at least one log-probability, none above 0")
-    return angle_least_distance(
-        np.arctan2(np.sqrt(-np.expm1(log_p)), np.exp(log_p / 2)), target_loss
-    )
+    phi = np.arctan2(np.sqrt(-np.expm1(log_p)), np.exp(log_p / 2))
+    return angle_least_distance(phi, target_loss, weights)
 
 
-def angle_least_distance(phi: Array, target_loss: float) -> float:
+def angle_least_distance(phi: Array, target_loss: float, weights: Array | None = None) -> float:
     """D*(L*) for angles ``φ_i = arccos √p_i(y_i)`` in [0, π/2] (see `least_distance`)."""
     if not target_loss >= 0:
         raise InputError(
@@ -63,19 +62,26 @@ def angle_least_distance(phi: Array, target_loss: float) -> float:
             "0"
         )
     if target_loss == 0:
-        return float(2 * np.sqrt(np.mean(phi * phi)))
+        return float(2 * np.sqrt(_mean(phi * phi, weights)))
     with np.errstate(divide="ignore"):
-        if -2 * np.mean(np.log(np.cos(phi))) <= target_loss:
+        if -2 * _mean(np.log(np.cos(phi)), weights) <= target_loss:
             return 0.0
-    sketch = phi[:: max(1, len(phi) // _SKETCH)]
-    log_mu = _multiplier(sketch, target_loss, 0.0, tolerance=1e-6)[0]
-    _, x = _multiplier(phi, target_loss, log_mu, tolerance=1e-13)
+    few = slice(None, None, max(1, len(phi) // _SKETCH))
+    few_weights = None if weights is None else weights[few] / np.mean(weights[few])
+    log_mu = _multiplier(phi[few], few_weights, target_loss, 0.0, tolerance=1e-6)[0]
+    _, x = _multiplier(phi, weights, target_loss, log_mu, tolerance=1e-13)
     gap = phi - x
-    return float(2 * np.sqrt(np.dot(gap, gap) / len(phi)))
+    if weights is None:
+        return float(2 * np.sqrt(np.dot(gap, gap) / len(phi)))
+    return float(2 * np.sqrt(_mean(gap * gap, weights)))
+
+
+def _mean(values: Array, weights: Array | None) -> float:
+    return float(np.mean(values) if weights is None else values @ weights / len(values))
 
 
 def _multiplier(
-    phi: Array, target_loss: float, log_mu: float, tolerance: float
+    phi: Array, weights: Array | None, target_loss: float, log_mu: float, tolerance: float
 ) -> tuple[float, Array]:
     """The log of μ at which the mean loss is L*, and the angles φ' there: safeguarded Newton on log
     L against log μ."""
@@ -85,7 +91,7 @@ def _multiplier(
         mu = np.exp(log_mu)
         x = _shrink(phi, mu, x)
         t = np.tan(x)
-        loss = float(np.mean(np.log1p(t * t)))
+        loss = _mean(np.log1p(t * t), weights)
         residual = np.log(loss / target_loss) if loss > 0 else -np.inf
         if abs(residual) <= tolerance or high - low < 1e-15 * max(1.0, abs(log_mu)):
             break
@@ -94,7 +100,7 @@ def _multiplier(
         else:
             high = log_mu
         # d loss / d log μ, from the implicit derivative dx/dμ = -tan x / (1 + μ sec² x)
-        slope = -2 * mu * float(np.mean(t * t / (1 + mu * (1 + t * t)))) / loss if loss > 0 else 0.0
+        slope = -2 * mu * _mean(t * t / (1 + mu * (1 + t * t)), weights) / loss if loss > 0 else 0.0
         proposal = log_mu - residual / slope if slope < 0 else np.nan
         log_mu = float(proposal) if low < proposal < high else 0.5 * (low + high)
     assert x is not None

@@ -67,6 +67,7 @@ class Probe:
         remarks: sentences about arrays that were not used, or examples that were not taken.
         as_labels: whether the targets came as ``labels``, the argument that Hugging Face's models
             shift themselves.
+        weights: of examples or predictions (0: not counted), or None.
     """
 
     inputs: Inputs | None
@@ -74,9 +75,12 @@ class Probe:
     fingerprint: str
     remarks: tuple[str, ...] = field(default=(), compare=False)
     as_labels: bool = field(default=False, compare=False)
+    weights: Tensor | None = None
 
 
-def probe_tensors(inputs: Inputs | None, targets: Tensor | None) -> dict[str, Tensor]:
+def probe_tensors(
+    inputs: Inputs | None, targets: Tensor | None, weights: Tensor | None = None
+) -> dict[str, Tensor]:
     """A probe's tensors by the names they have in a file: ``inputs``, ``inputs/<position or key>``,
     ``targets``.
     """
@@ -89,18 +93,22 @@ def probe_tensors(inputs: Inputs | None, targets: Tensor | None) -> dict[str, Te
         named |= {f"inputs/{i}": value for i, value in enumerate(inputs)}
     if targets is not None:
         named["targets"] = targets
+    if weights is not None:
+        named["weights"] = weights
     return {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named.items()
     }
 
 
-def make_probe(inputs: Inputs | None, targets: Tensor | None) -> Probe:
+def make_probe(
+    inputs: Inputs | None, targets: Tensor | None, weights: Tensor | None = None
+) -> Probe:
     """A probe with its fingerprint: SHA-256 over names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(probe_tensors(inputs, targets).items()):
+    for name, tensor in sorted(probe_tensors(inputs, targets, weights).items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return Probe(inputs, targets, digest.hexdigest())
+    return Probe(inputs, targets, digest.hexdigest(), weights=weights)
 
 
 def load_probe(path: str | os.PathLike[str]) -> Probe:
@@ -211,8 +219,8 @@ def _assemble(named: Mapping[str, Any], source: str) -> Probe:
     names = list(named)
     target = next((name for name in _TARGETS if name in named), None)
     inputs = _input_names(names, target)
-    used = [*inputs, *([target] if target else [])]
-    if not used:
+    used = [*inputs, *([target] if target else []), *(["weights"] if "weights" in names else [])]
+    if not inputs and target is None:
         raise InputError(
             f"{source} has neither 'inputs' nor 'targets' (it has "
             f"{', '.join(sorted(names)) or 'nothing'}); name them so, or "
@@ -234,7 +242,9 @@ def _assemble(named: Mapping[str, Any], source: str) -> Probe:
     unused = sorted(set(names) - set(used))
     remarks = (f"arrays of the probe that nothing uses: {', '.join(unused[:6])}",) if unused else ()
     probe = make_probe(
-        _gathered({name: tensors[name] for name in inputs}), tensors[target] if target else None
+        _gathered({name: tensors[name] for name in inputs}),
+        tensors[target] if target else None,
+        tensors.get("weights"),
     )
     return replace(probe, remarks=remarks, as_labels=target in ("labels", "label"))
 
@@ -284,7 +294,7 @@ def shifted_labels(probe: Probe) -> Probe:
     assert probe.targets is not None
     targets = torch.full_like(probe.targets, IGNORED)
     targets[:, :-1] = probe.targets[:, 1:]
-    return replace(make_probe(probe.inputs, targets), remarks=probe.remarks)
+    return replace(make_probe(probe.inputs, targets, probe.weights), remarks=probe.remarks)
 
 
 def wants_shift(probe: Probe) -> bool:

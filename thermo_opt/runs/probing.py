@@ -9,11 +9,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from thermo_opt import arguments, likelihoods
 from thermo_opt.errors import InputError, first_line
+from thermo_opt.manifold.precision import computed_dtype, rounding_floor
+from thermo_opt.manifold.sketch import signs
 from thermo_opt.models import (
     call,
     device_of,
@@ -23,12 +28,14 @@ from thermo_opt.models import (
     tensors_in,
     untouched,
 )
-from thermo_opt.runs.probe import Inputs
+from thermo_opt.runs.probe import Inputs, make_probe
 from thermo_opt.runs.run import Snapshot
 from thermo_opt.runs.weight_names import fitted
 
-IGNORED = -100
-"""Targets with this value are not counted, as in `torch.nn.functional.cross_entropy`."""
+SKETCH_SEED = 0
+"""Of every run's sketches, so that runs can be compared."""
+_SKETCH_ROWS = 256
+"""Predictions sketched at a time."""
 
 
 def predictions(
@@ -57,7 +64,7 @@ def predictions(
     with untouched(model), nullcontext() if autocast else full_precision(device):
         for start in range(0, n, batch_size):
             stop = min(start + batch_size, n)
-            batch = map_tensors(inputs, lambda t, a=start, b=stop: t[a:b].to(device))
+            batch = map_tensors(inputs, partial(_rows, start=start, stop=stop, device=device))
             try:
                 outputs = outputs_of(call(model, batch))
             except InputError:
@@ -73,6 +80,10 @@ def predictions(
                     f"{stop - start} inputs; it must give one row of outputs per example"
                 )
             yield outputs.detach()
+
+
+def _rows(tensor: Tensor, start: int, stop: int, device: torch.device) -> Tensor:
+    return tensor[start:stop].to(device)
 
 
 def predict(
@@ -97,45 +108,156 @@ def row_count(inputs: Inputs) -> int:
     return counts.pop()
 
 
-def check_predictions(outputs: Tensor, targets: Tensor | None, likelihood: str) -> None:
-    """Refuse predictions and targets that don't fit: `InputError` naming the shapes, or the first
-    target outside the classes.
+class ProbeObserver:
+    """Observes a model's predictions on a fixed probe, as a run records them.
 
-    categorical: outputs (n, c) or (n, t, c), integer targets (n,) or (n, t) in 0…c−1 or -100;
-    bernoulli: logits and targets of one size, targets in [0, 1]; gaussian: means and targets of one
-    shape.
+    Args:
+        model: the model being trained; left `untouched`.
+        probe: ``(inputs, targets)`` or ``(inputs, targets, weights)``.
+        likelihood, kind: of the outputs, see `thermo_opt.likelihoods`; kind None: logits, unless
+            they look otherwise.
+        sketch: number of random sums that stand for the outputs (§13); None: the outputs
+            themselves.
+        batch_size: probe examples per forward pass.
+        autocast: leave the model's own autocast on.
+
+    Raises:
+        InputError: a probe that isn't of this form.
     """
-    if targets is None:
-        return
-    if likelihood == "categorical":
-        if targets.is_floating_point() or targets.shape != outputs.shape[:-1]:
+
+    def __init__(
+        self,
+        model: nn.Module,
+        probe: Any,
+        *,
+        likelihood: str,
+        kind: str | None = None,
+        sketch: int | None = None,
+        batch_size: int = 256,
+        autocast: bool = False,
+    ) -> None:
+        if not isinstance(probe, tuple) or len(probe) not in (2, 3) or probe[0] is None:
             raise InputError(
-                "probe: categorical targets must be whole numbers of shape "
-                f"{tuple(outputs.shape[:-1])} for outputs "
-                "of shape "
-                f"{tuple(outputs.shape)}, not {targets.dtype} of shape {tuple(targets.shape)}"
+                "probe must be a pair (inputs, targets), or (inputs, targets, weights)"
             )
-        counted = targets[targets != IGNORED]
-        if counted.numel() == 0:
-            raise InputError(
-                f"probe: every target is {IGNORED}, so no prediction counts; give at least one "
-                "class"
-            )
-        if int(counted.min()) < 0 or int(counted.max()) >= outputs.shape[-1]:
-            wrong = counted[(counted < 0) | (counted >= outputs.shape[-1])][0]
-            raise InputError(
-                f"probe: target {int(wrong)} is outside the model's classes "
-                f"0…{outputs.shape[-1] - 1}; correct the "
-                "targets"
-            )
-    elif targets.shape != outputs.shape and targets.numel() != outputs.numel():
-        raise InputError(
-            f"probe: {likelihood} targets of shape {tuple(targets.shape)} don't fit outputs of "
-            "shape "
-            f"{tuple(outputs.shape)}"
+        inputs, targets, weights = (*probe, None)[:3]
+        parts = (
+            list(inputs.values())
+            if isinstance(inputs, dict)
+            else inputs
+            if isinstance(inputs, tuple)
+            else [inputs]
         )
-    elif likelihood == "bernoulli" and not bool(((targets >= 0) & (targets <= 1)).all()):
-        raise InputError("probe: bernoulli targets must lie in [0, 1]")
+        if not parts or not all(isinstance(part, Tensor) for part in parts):
+            raise InputError(
+                f"probe: inputs are of type {type(inputs).__name__}; give a tensor, or a tuple or "
+                f"dictionary of tensors"
+            )
+        for what, tensor in (("targets", targets), ("weights", weights)):
+            if tensor is not None and not isinstance(tensor, Tensor):
+                raise InputError(
+                    f"probe: {what} are of type {type(tensor).__name__}; give a tensor"
+                )
+        self.probe = make_probe(inputs, targets, weights)
+        self._inputs: Inputs = inputs
+        self._model, self._likelihood = model, likelihood
+        self._kind = None if kind is None else likelihoods.known_kind(kind)
+        self._batch_size, self._autocast = arguments.whole("probe_batch_size", batch_size), autocast
+        self._checked = False
+        self.sketch_record: dict[str, int] | None = None
+        if sketch is not None:
+            if likelihood != "categorical" or (targets is not None and targets.is_floating_point()):
+                raise InputError(
+                    "sketch is for class targets of a categorical likelihood; record the outputs "
+                    "instead"
+                )
+            self.sketch_record = {"width": arguments.whole("sketch", sketch), "seed": SKETCH_SEED}
+        self._signs: Tensor | None = None
+
+    def observe(self) -> dict[str, Tensor]:
+        """The predictions by their names in a snapshot: ``probe/logits``, or the sketch's three
+        (`_sketched`).
+
+        Raises:
+            InputError: at the first call, outputs that targets or weights don't fit.
+        """
+        parts: list[dict[str, Tensor]] = []
+        start = 0
+        for outputs in predictions(self._model, self._inputs, self._batch_size, self._autocast):
+            if not self._checked:
+                self._check(outputs)
+                self._checked = True
+            parts.append(
+                self._sketched(outputs, start)
+                if self.sketch_record
+                else {"probe/logits": kept(outputs)}
+            )
+            start += len(outputs)
+        found = {
+            name: torch.cat([part[name] for part in parts])
+            for name in parts[0]
+            if name != "probe/floor"
+        }
+        return found | {name: tensor for name, tensor in parts[0].items() if name == "probe/floor"}
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `observe` gave, out of a snapshot's tensors."""
+        return {name: tensor for name, tensor in tensors.items() if name.startswith("probe/")}
+
+    def _check(self, outputs: Tensor) -> None:
+        """Hold targets and weights against the shape that all outputs will have."""
+        targets, weights = self.probe.targets, self.probe.weights
+        whole = outputs[:1].expand(row_count(self._inputs), *outputs.shape[1:])
+        try:
+            likelihoods.checked_outputs(self._likelihood, outputs)
+            if self._kind is None:
+                likelihoods.refuse_probabilities(
+                    self._likelihood,
+                    likelihoods.parameters_last(self._likelihood, outputs, targets),
+                )
+            whole = likelihoods.parameters_last(self._likelihood, whole, targets)
+            if targets is not None:
+                likelihoods.checked_targets(self._likelihood, whole, targets)
+            if weights is not None:
+                likelihoods.checked_weights(weights, whole.shape[:-1])
+        except InputError as error:
+            raise InputError(f"probe: {error}") from None
+
+    def _sketched(self, outputs: Tensor, start: int) -> dict[str, Tensor]:
+        """Of outputs (m, …, c): ``probe/sketch`` (m, …, width) float32; with targets
+        ``probe/log_p_y`` (m, …) float64, 0 where not counted; ``probe/floor``, the rounding floor
+        a₀ (§4) of the first rows."""
+        assert self.sketch_record is not None
+        targets = self.probe.targets
+        outputs = likelihoods.parameters_last("categorical", outputs, targets)
+        leading, classes = outputs.shape[:-1], outputs.shape[-1]
+        if self._signs is None:
+            self._signs = torch.from_numpy(signs(classes, **self.sketch_record)).to(outputs.device)
+        rows = outputs.reshape(-1, classes)
+        y = None
+        if targets is not None:
+            y = targets[start : start + len(outputs)].to(outputs.device).reshape(-1).long()
+        sums, log_p_y = [], []
+        for first in range(0, len(rows), _SKETCH_ROWS):
+            log_p = self._log_p(rows[first : first + _SKETCH_ROWS].double())
+            sums.append((0.5 * log_p).exp() @ self._signs)
+            if y is not None:
+                here = y[first : first + _SKETCH_ROWS]
+                at_target = log_p.gather(-1, here.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+                log_p_y.append(at_target.masked_fill(here == likelihoods.IGNORED, 0.0))
+        found = {"probe/sketch": torch.cat(sums).float().cpu().reshape(*leading, -1)}
+        if log_p_y:
+            found["probe/log_p_y"] = torch.cat(log_p_y).cpu().reshape(leading)
+        few = rows[:_SKETCH_ROWS].detach().double().cpu().numpy()
+        stored = str(outputs.dtype).removeprefix("torch.")
+        found["probe/floor"] = torch.tensor(
+            rounding_floor(few, computed_dtype(few, stored)), dtype=torch.float64
+        )
+        return found
+
+    def _log_p(self, rows: Tensor) -> Tensor:
+        return (rows.clamp_min(0).log() if self._kind == "probabilities" else rows).log_softmax(-1)
 
 
 def install(model: nn.Module, snapshot: Snapshot, tied: Mapping[str, str] | None = None) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from thermo_opt.manifold import Point, move, row_distances
-from thermo_opt.manifold.predictive import embed
+from thermo_opt.manifold import Point, embed, move, squared_distance
+from thermo_opt.runs.probe import Probe
 
 PREFIX = "thermo/"
 """What every live scalar's name begins with."""
@@ -27,9 +27,20 @@ class Progress:
     predictions. Cost per snapshot: one embedding and two distances, O(n c).
     """
 
-    def __init__(self, targets: Tensor | None, likelihood: str, sigma2: float | None) -> None:
-        self._targets = None if targets is None else targets.detach().cpu().numpy()
-        self._likelihood, self._sigma2 = likelihood, 1.0 if sigma2 is None else sigma2
+    def __init__(
+        self,
+        probe: Probe | None,
+        likelihood: str,
+        sigma2: float | None = None,
+        kind: str | None = None,
+    ) -> None:
+        known = (None, None) if probe is None else (probe.targets, probe.weights)
+        self._targets, self._weights = (
+            None if t is None else t.detach().cpu().numpy() for t in known
+        )
+        self._likelihood, self._kind = likelihood, kind or "logits"
+        self._sigma2 = 1.0 if sigma2 is None else sigma2
+        self._nats = sigma2 is not None or likelihood != "gaussian"  # else ratios alone are known
         self._first: tuple[int, Point] | None = None
         self._last: tuple[int, Point] | None = None
         self._dissipation = 0.0
@@ -40,6 +51,8 @@ class Progress:
         point = embed(
             outputs.float().numpy(),
             self._targets,
+            weights=self._weights,
+            kind=self._kind,
             likelihood=self._likelihood,
             sigma2=self._sigma2,
         )
@@ -49,7 +62,7 @@ class Progress:
             self._first = self._last = None  # the path is broken: nothing after it is known
             self._dissipation = math.nan
             return
-        if point.mean_loss is not None:
+        if point.mean_loss is not None and self._nats:
             self._values["loss"] = point.mean_loss
         if self._first is None or self._last is None:
             self._first = self._last = (step, point)
@@ -57,10 +70,10 @@ class Progress:
         (start, first), (before, last) = self._first, self._last
         interval = move(last, point, self._likelihood)
         self._dissipation += interval.a / (2 * (step - before))
-        self._values["dissipation"] = self._dissipation
-        distance = row_distances(first, point, self._likelihood)
+        if self._nats:
+            self._values["dissipation"] = self._dissipation
         if self._dissipation > 0:
-            squared = float(distance @ distance) / point.examples
+            squared = squared_distance(first, point, self._likelihood)
             self._values["efficiency"] = squared / (2 * self._dissipation * (step - start))
         if step - before == 1 and interval.a * interval.chi2 > 0:
             self._values["alignment_lower"] = (

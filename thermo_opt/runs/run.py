@@ -14,11 +14,14 @@ import pandas as pd
 from torch import Tensor
 
 from thermo_opt.errors import InputError, printable
+from thermo_opt.likelihoods import FAMILIES
 from thermo_opt.runs.probe import Probe, load_probe, make_probe
 
-Likelihood: TypeAlias = Literal["categorical", "bernoulli", "gaussian"]
+Likelihood: TypeAlias = Literal[
+    "categorical", "bernoulli", "gaussian", "poisson", "heteroscedastic"
+]
 
-LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
+LIKELIHOODS = FAMILIES
 CLOCKS = ("step", "flow", "wall", "examples", "tokens")
 
 _CONSTANT_GROUPS = ("params", "probe")
@@ -184,7 +187,9 @@ class RunInfo:
     ``parameters``: one ``{name, shape, dtype, trainable}`` each. ``tied``: other names of shared
     parameters → the name under which they are stored. ``model``: ``package.module:factory`` that
     builds the architecture. ``step_unit``: what one step counts (``step`` or ``epoch``), and
-    ``step_source``: where its number was read. ``notes``: free metadata.
+    ``step_source``: where its number was read. ``notes``: free metadata. ``kind``: what the
+    recorded outputs of classes are, one of `thermo_opt.likelihoods.KINDS`. ``sketch``: ``width``
+    and ``seed`` of recorded sketches (§13).
     """
 
     optimizer: str | None = None
@@ -203,6 +208,8 @@ class RunInfo:
     step_unit: str = "step"
     step_source: str | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    kind: str | None = None
+    sketch: dict[str, int] | None = None
 
     @property
     def betas(self) -> tuple[float, float] | None:

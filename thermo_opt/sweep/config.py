@@ -46,7 +46,7 @@ from typing import Any
 
 from thermo_opt.errors import InputError
 from thermo_opt.fronts.front import CLOCK_OF
-from thermo_opt.runs.run import LIKELIHOODS
+from thermo_opt.likelihoods import FAMILIES
 from thermo_opt.sweep.tasks import TASKS
 
 SCHEDULES = ("cosine", "constant")
@@ -208,7 +208,7 @@ def parse_config(content: Mapping[str, Any]) -> Sweep:
     return Sweep(
         output=Path(_text(content, "output", "the file")),
         task=_task(task),
-        likelihood=_choice(task, "likelihood", LIKELIHOODS, "[task]", "categorical"),
+        likelihood=_choice(task, "likelihood", FAMILIES, "[task]", "categorical"),
         training=Training(
             steps=_count(training, "steps", 1),
             batch_size=_count(training, "batch_size", 0),

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from thermo_opt.errors import InputError
+from thermo_opt.fisher.likelihoods import likelihood as named_likelihood
 from thermo_opt.models import outputs_of
 from thermo_opt.runs import Recorder, load_run
 from thermo_opt.sweep.config import Trial, nearest
@@ -263,15 +263,13 @@ def schedule(
 def loss_of(outputs: Tensor, targets: Tensor, likelihood: str) -> Tensor:
     """Mean negative log-likelihood, nats per example (per counted position, for sequences);
     Gaussian: of variance 1."""
-    if likelihood == "categorical":
-        return functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
-    targets = targets.reshape(outputs.shape).to(outputs.dtype)
-    if likelihood == "bernoulli":
-        return functional.binary_cross_entropy_with_logits(outputs, targets, reduction="sum") / len(
-            outputs
-        )
-    constant = 0.5 * math.log(2 * math.pi) * outputs[0].numel()
-    return 0.5 * (outputs - targets).square().sum() / len(outputs) + constant
+    family = named_likelihood(likelihood)
+    f = family.outputs(outputs, targets)
+    y = family.targets(f, targets)
+    if likelihood != "categorical":
+        return family.nll(f, y).sum() / len(f)
+    mask = family.mask(y)
+    return family.nll(f, y).sum() / (y.numel() if mask is None else mask.sum())
 
 
 def _record(trainer: Trainer, path: Path, watch: Watch | None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from thermo_opt.errors import InputError
+from thermo_opt.likelihoods import KINDS
 from thermo_opt.runs.border import REMEDY, parse_json, read_json, visible, whole
 from thermo_opt.runs.format import PROBE_FILE, RUN_FILE, SCHEMA_VERSION, SNAPSHOT_FOLDER, STEPS_FILE
 from thermo_opt.runs.readers.common import link
@@ -201,6 +202,13 @@ def _info(content: dict[str, Any], file: Path) -> RunInfo:
         raise InputError(
             f"{file}: tied must give the name of a parameter for each alias; correct it"
         )
+    kind, sketch = checked("kind", str), checked("sketch", dict)
+    if kind is not None and kind not in KINDS:
+        raise InputError(f"{file}: unknown kind {kind!r}; use one of {', '.join(KINDS)}")
+    if sketch is not None and not all(
+        isinstance(sketch.get(key), int) for key in ("width", "seed")
+    ):
+        raise InputError(f"{file}: sketch is {sketch!r}; it needs a width and a seed: correct it")
     return RunInfo(
         optimizer=checked("optimizer", str),
         settings=checked("settings", dict) or {},
@@ -216,4 +224,6 @@ def _info(content: dict[str, Any], file: Path) -> RunInfo:
         created=checked("created", str),
         notes=checked("notes", dict) or {},
         step_source="the number in each snapshot's name and metadata",
+        kind=kind,
+        sketch=sketch,
     )
