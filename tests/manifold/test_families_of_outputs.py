@@ -4,12 +4,12 @@ optimisation."""
 import numpy as np
 import pytest
 from scipy.optimize import minimize
-from thermo_opt.manifold.start import Start
 
 import thermo_opt as to
 from thermo_opt.errors import InputError
 from thermo_opt.likelihoods import FAMILIES, class_axis, look_like_probabilities
 from thermo_opt.manifold import embed, move, row_distances, squared_distance
+from thermo_opt.manifold.initial import InitialPredictions
 from thermo_opt.theory import families
 
 
@@ -110,7 +110,7 @@ def test_no_predictions_of_that_loss_are_nearer_than_the_least_distance(family):
     z, y, likelihood = draw(family, n=3, c=2)
     w = np.array([1.0, 2.0, 0.5])
     start = embed(z, y, weights=w, likelihood=likelihood)
-    begun = Start.of(start, likelihood)
+    begun = InitialPredictions.of(start, likelihood)
     assert begun.loss == pytest.approx(start.mean_loss, rel=1e-12)
     target = 0.4 * begun.least_loss + 0.6 * begun.loss
 
