@@ -1,2 +1,4 @@
-"""Studies and benchmarks a person re-runs: ``python -m analysis.<name>``. Only public names of
-thermo_opt are used."""
+"""Studies and benchmarks that a person runs again: ``python -m analysis COMMAND``.
+
+Only public names of thermo_opt are used.
+"""

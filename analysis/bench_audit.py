@@ -1,13 +1,13 @@
-"""Benchmarks of recording and auditing: ``python -m analysis.bench_audit``. Every figure is a ratio
+"""Benchmarks of recording and auditing: ``python -m analysis bench audit``. Every figure is a ratio
 taken in one run.
 
 (a) Recorder overhead on a small CNN, every=10, over the bare loop plus the probe's own forward
 passes: target ≤ 1.05; (b) optimizer-state lens against just reading the same safetensors into
-    memory with ``load_file``: target ≥ 0.5 of the bytes per second; beside it, without a target,
-    against reading into memory that was used before, which no fresh process has;
-(c) outputs lens against the bare ``sqrt → multiply → sum → arccos`` NumPy pass over the same
-arrays: target ≥ 0.5; (d) peak memory of an audit of 2,000 snapshots over one of 50: target within
-10 %.
+memory with ``load_file``: target ≥ 0.5 of the bytes per second; beside it, without a target,
+against reading into memory that was used before, which no fresh process has; (c) outputs lens, from
+the files, against reading them with ``load_file`` and the bare ``sqrt → multiply → sum → arccos``
+NumPy pass over their probabilities: target ≥ 0.5; (d) peak memory of an audit of 2,000 snapshots
+over one of 50: target within 10 %.
 
 (a), (b) and (c) run in fresh processes, their sides taking turns. In those of (a) and (c) the C
 library keeps freed memory: else whether large buffers, the training's own among them, come from
@@ -16,8 +16,8 @@ fresh pages is a lottery, many times the difference sought.
 
 from __future__ import annotations
 
+import argparse
 import gc
-import itertools
 import os
 import resource
 import subprocess
@@ -35,8 +35,6 @@ from torch import nn
 
 import thermo_opt as to
 from analysis.timing import interleaved, report
-from thermo_opt.lenses.path import path_scalars
-from thermo_opt.manifold import embed
 
 DATA = Path(__file__).parent.parent / "data"
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
@@ -189,43 +187,36 @@ def _row(benchmark: str, ratios: Sequence[float], target: str) -> dict[str, Any]
     }
 
 
-class _Arrays:
-    """Predictions already in memory, as the bare pass has them."""
-
-    likelihood, sigma2 = "categorical", 1.0
-
-    def __init__(self, logits: np.ndarray, targets: np.ndarray) -> None:
-        self.logits, self.targets, self.steps = logits, targets, range(len(logits))
-
-    def point(self, index: int) -> Any:
-        return embed(self.logits[index], self.targets)
-
-
-def outputs_speed(classes: int, examples: int) -> dict[str, Any]:
+def outputs_speed(scratch: Path, classes: int, examples: int) -> dict[str, Any]:
     """(c): bare pass's time over the lens's, as `_outputs` measures it."""
-    ratios = [float(text) for text in _fresh("--outputs", classes, examples, env=KEEP)]
+    path = scratch / f"outputs-{classes}"
+    path.mkdir()
+    rng = np.random.default_rng(0)
+    logits = np.cumsum(rng.normal(size=(40, examples, classes)) * 0.1, axis=0)
+    for k, z in enumerate(logits):
+        save_file({"probe/logits": z}, path / f"{k:08d}.safetensors")
+    save_file({"targets": rng.integers(0, classes, size=examples)}, path / "probe.safetensors")
+    ratios = [float(text) for text in _fresh("--outputs", path, env=KEEP)]
     return _row(
         f"(c) outputs lens, {examples} x {classes}: speed over the bare NumPy pass", ratios, "≥ 0.5"
     )
 
 
-def _outputs(classes: int, examples: int) -> list[float]:
-    """Ratio of each round; the lens's side includes losses, gradients and coarse-graining
-    curves."""
-    rng = np.random.default_rng(0)
-    logits = np.cumsum(rng.normal(size=(40, examples, classes)) * 0.1, axis=0)
-    targets = rng.integers(0, classes, size=examples)
-    probabilities = np.exp(logits)
-    probabilities /= probabilities.sum(axis=-1, keepdims=True)
+def _outputs(path: Path) -> list[float]:
+    """Ratio of each round; the lens's side includes losses and coarse-graining curves."""
+    files = sorted(path.glob("0*.safetensors"))
 
     def bare() -> None:
-        for p, q in itertools.pairwise(probabilities):
-            np.arccos(np.minimum((np.sqrt(p) * np.sqrt(q)).sum(axis=-1), 1.0))
+        before = None
+        for file in files:
+            p = np.exp(load_file(file)["probe/logits"])
+            p /= p.sum(axis=-1, keepdims=True)
+            if before is not None:
+                np.arccos(np.minimum((np.sqrt(before) * np.sqrt(p)).sum(axis=-1), 1.0))
+            before = p
 
-    source = _Arrays(logits, targets)
-    seconds = interleaved(
-        {"bare": bare, "lens": lambda: path_scalars(source, range(len(logits)))}, repeats=9
-    )
+    sides = {"bare": bare, "lens": lambda: to.audit(path, lens="outputs")}
+    seconds = interleaved(sides, repeats=9)
     return [a / b for a, b in zip(seconds["bare"], seconds["lens"], strict=True)]
 
 
@@ -248,29 +239,34 @@ def memory(scratch: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Run all four, print the table, write the CSV."""
-    match sys.argv[1:]:
-        case ["--overhead", scratch]:
-            return print(*_overhead(Path(scratch)))
-        case ["--once", side, path]:
-            return print(_once(side, Path(path)))
-        case ["--outputs", classes, examples]:
-            return print(*_outputs(int(classes), int(examples)))
-        case ["--peak", path]:
-            to.audit(path, lens="outputs")
-            return print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    argparse.ArgumentParser(prog="analysis bench audit", description=__doc__).parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         rows = [
             recorder_overhead(scratch),
             *optimizer_state_speed(scratch),
-            outputs_speed(10, 10_000),
-            outputs_speed(1000, 500),
+            outputs_speed(scratch, 10, 10_000),
+            outputs_speed(scratch, 1000, 500),
             memory(scratch),
         ]
     print(report("Recording and auditing", rows, "bench_audit"))
 
 
+def _in_this_process(arguments: list[str]) -> None:
+    """One side of a measurement, in a process of its own."""
+    match arguments:
+        case ["--overhead", scratch]:
+            print(*_overhead(Path(scratch)))
+        case ["--once", side, path]:
+            print(_once(side, Path(path)))
+        case ["--outputs", path]:
+            print(*_outputs(Path(path)))
+        case ["--peak", path]:
+            to.audit(path, lens="outputs")
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
 if __name__ == "__main__":
-    main()
+    _in_this_process(sys.argv[1:])

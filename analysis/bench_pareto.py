@@ -1,12 +1,13 @@
 """`thermo-opt pareto` on 200 recorded runs of 500 snapshots (50 x 10 predictions): seconds from the
 shell's point of view.
 
-`python -m analysis.bench_pareto`: two minutes, of which all but seconds go into writing 100,000
+`python -m analysis bench pareto`: two minutes, of which all but seconds go into writing 100,000
 small files. Runs one and two processes in turn, three times; seeds fixed.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -29,7 +30,7 @@ from thermo_opt.runs.tensors import checksum, metadata_checksum
 RUNS, SNAPSHOTS, EXAMPLES, CLASSES = 200, 500, 50, 10
 
 
-def write_runs(folder: Path) -> list[str]:
+def write_runs(folder: Path, runs: int = RUNS, snapshots: int = SNAPSHOTS) -> list[str]:
     """Runs that drift towards their targets at their own speed and noise, laid out as the Recorder
     does."""
     rng = np.random.default_rng(0)
@@ -38,7 +39,7 @@ def write_runs(folder: Path) -> list[str]:
     fingerprint = make_probe(inputs, targets).fingerprint
     drift = 0.05 * np.eye(CLASSES)[targets.numpy()]
     paths = []
-    for number in range(RUNS):
+    for number in range(runs):
         path = folder / f"run{number:03d}"
         (path / "snapshots").mkdir(parents=True)
         header = {"schema_version": 1, "name": path.name, "optimizer": f"method {number % 4}"}
@@ -47,12 +48,12 @@ def write_runs(folder: Path) -> list[str]:
         (path / "probe.safetensors").write_bytes(save(probe))
         rows = [
             json.dumps({"step": k, "loss": 1 / k, "lr": 0.1, "wall": 0.01 * k})
-            for k in range(1, SNAPSHOTS)
+            for k in range(1, snapshots)
         ]
         (path / "steps.jsonl").write_text("\n".join(rows) + "\n")
         speed, noise = np.exp(0.7 * rng.normal(size=2)) * (1.0, 0.03)
         z = 0.1 * rng.normal(size=(EXAMPLES, CLASSES))
-        for k in range(SNAPSHOTS):
+        for k in range(snapshots):
             logits, metadata = torch.tensor(z, dtype=torch.float32), {"step": str(k)}
             sums = {"probe/logits": checksum(logits), "": metadata_checksum(metadata)}
             data = save({"probe/logits": logits}, metadata | {"checksums": json.dumps(sums)})
@@ -81,8 +82,9 @@ def seconds(paths: list[str], jobs: int) -> tuple[float, float]:
     return time.perf_counter() - start, used
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Write the runs, time the command, print the table, write the CSV."""
+    argparse.ArgumentParser(prog="analysis bench pareto", description=__doc__).parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         paths = write_runs(Path(name))
         found: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
@@ -101,7 +103,3 @@ def main() -> None:
         for jobs, taken in found.items()
     ]
     print(report("Speed-cost front of many runs", rows, "bench_pareto"))
-
-
-if __name__ == "__main__":
-    main()

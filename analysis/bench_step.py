@@ -1,7 +1,7 @@
 """What a full training step costs with each optimizer, over torch's AdamW in the same run.
 
-    python -m analysis.bench_step [--task cifar10|transformer|resnet18|all] [--steps 1000] [--others
-    40] [--threads 2] [--methods SOAP,Shampoo,Muon]
+    python -m analysis bench step [--task cifar10|transformer|resnet18|all] [--steps 1000]
+    [--others 40] [--threads 2] [--methods SOAP,Shampoo,Muon]
 
 CIFAR-10 CNN (152 k parameters, batch 128) and character GPT (4 layers, width 128, context 64, batch
 32); `--task resnet18` on CUDA: ResNet-18, bf16 autocast, batch 512, random images. A step is
@@ -11,7 +11,7 @@ times, which count each refresh: over ``all`` steps after three to warm up, over
 of them (NGD-T refreshes and measures most at the start), and over the ``late`` half. Each is given
 in wall seconds and in processor seconds (the latter don't count other work on the machine). The
 other methods run ``--others`` steps only, compared with AdamW's on the same steps.
-Memory: optimizer state in multiples of the parameters. Writes bench_step.csv and a figure.
+Memory: optimizer state in multiples of the parameters. Writes bench_step.csv.
 """
 
 from __future__ import annotations
@@ -20,40 +20,47 @@ import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from analysis.memory import state_size
-from analysis.methods import METHODS
+from analysis import tasks
+from analysis.methods import knob
 from analysis.networks import resnet18
-from analysis.tasks import Task, characters, cifar10, cross_entropy
-from analysis.timing import RESULTS, report
+from analysis.study_memory import state_size
+from analysis.timing import report
+from analysis.trials import trial_of
+from thermo_opt.sweep import Task, build_optimizer
 
 FIRST = 300
+BATCH_SIZE = {"cifar10": 128, "transformer": 32}
 KNOBS = {"NGD-T": 0.03, "AdamW": 1e-3, "SGD": 0.1, "SOAP": 3e-3, "Muon": 1e-2, "Shampoo": 1e-3}
 
 
 def bench(
-    name: str, task: Task | None, methods: list[str], steps: int, others: int
+    name: str, build: Callable[[], Task] | None, methods: list[str], steps: int, others: int
 ) -> list[dict[str, Any]]:
-    """One row a method: step-time ratios over AdamW, and memory."""
-    device = torch.device("cuda" if task is None else "cpu")
+    """One row per method: step-time ratios over AdamW, and memory."""
+    device = torch.device("cuda" if build is None else "cpu")
+    generator = torch.Generator(device).manual_seed(0)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        if task is not None:
-            return task.batches(0)
-        generator = torch.Generator(device).manual_seed(0)
+        if build is not None:
+            return iter(build().train(BATCH_SIZE[name], generator))
         images = torch.randn(512, 3, 32, 32, generator=generator, device=device)
         labels = torch.randint(10, (512,), generator=generator, device=device)
         return itertools.repeat((images, labels))
 
     names = ["AdamW", "NGD-T", *methods]
-    nets = {m: (task.build(0) if task is not None else resnet18().to(device)) for m in names}
-    optimizers = {m: METHODS[m].make(nets[m], KNOBS[m]) for m in names}
+    nets, optimizers = {}, {}
+    for m in names:
+        torch.manual_seed(0)
+        nets[m] = build().model if build is not None else resnet18().to(device)
+        trial = trial_of(name, {}, m, {knob(m): KNOBS[m]}, 0, steps)
+        optimizers[m] = build_optimizer(trial, nets[m])
     wall: dict[str, list[float]] = {m: [] for m in names}
     busy: dict[str, list[float]] = {m: [] for m in names}
     warm = 3
@@ -64,7 +71,7 @@ def bench(
                 torch.cuda.synchronize()
             t, c = time.perf_counter(), time.process_time()
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-                loss = cross_entropy(net(x), y)
+                loss = functional.cross_entropy(net(x).flatten(0, -2), y.flatten())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -98,29 +105,12 @@ def bench(
     return rows
 
 
-def draw(rows: list[dict[str, Any]]) -> None:
-    """Bars of the mean step-time ratio, one group a task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import pandas as pd
-
-    frame = pd.DataFrame(rows).pivot_table(
-        index="task", columns="method", values="processor_all", sort=False
-    )
-    axis = frame.plot.bar(figsize=(7, 3.6), rot=0, width=0.8)
-    axis.axhline(1.1, color="0.3", lw=0.8, ls="--")
-    axis.set_ylabel("mean step time over AdamW")
-    axis.set_xlabel("")
-    axis.legend(frameon=False, ncols=3)
-    axis.figure.tight_layout()
-    axis.figure.savefig(RESULTS / "bench_step.png", dpi=120)
-
-
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="analysis bench step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--task", default="all", choices=["cifar10", "transformer", "resnet18", "all"]
@@ -129,25 +119,19 @@ def main() -> None:
     parser.add_argument("--others", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--methods", default="SOAP,Shampoo,Muon")
-    parser.add_argument("--data", type=Path)
-    options = parser.parse_args()
+    parser.add_argument("--data")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    tasks: dict[str, Task | None] = {}
-    if options.task in ("cifar10", "all"):
-        tasks["cifar10"] = cifar10(options.data, limit=6000, probe=10)
-    if options.task in ("transformer", "all"):
-        tasks["transformer"] = characters(None, probe=4)
-    if options.task == "resnet18" or (options.task == "all" and torch.cuda.is_available()):
-        tasks["resnet18"] = None
+    builders: dict[str, Callable[[], Task] | None] = {
+        "cifar10": lambda: tasks.cifar10(0, options.data, limit=6000, probe=10),
+        "transformer": lambda: tasks.transformer(0, probe=4),
+        "resnet18": None,
+    }
+    everything = ["cifar10", "transformer", *(["resnet18"] if torch.cuda.is_available() else [])]
     methods = [m for m in options.methods.split(",") if m]
     rows = [
         row
-        for name, task in tasks.items()
-        for row in bench(name, task, methods, options.steps, options.others)
+        for name in (everything if options.task == "all" else [options.task])
+        for row in bench(name, builders[name], methods, options.steps, options.others)
     ]
     report("step time over AdamW", rows, "bench_step")
-    draw(rows)
-
-
-if __name__ == "__main__":
-    main()

@@ -7,69 +7,44 @@ in all. So does its thrifty setting, where that is another one: the smallest tri
 higher on the validation data than AdamW's best. Same starts, data order and schedule for all
 methods, which take turns. Every run is recorded on a fixed probe and audited through the outputs
 lens. Targets: the probe loss of AdamW's worst seed half-way through its best runs and at their end;
-steps and dissipation up to them from `to.pareto`; seconds are processor seconds of forward,
-backward and optimizer step alone (wall seconds on a GPU). Alignment: the parameter lens's certified
-bracket on each step's own minibatch, mean over four moments of a run (`analysis.study_alignment`).
+seconds are processor seconds of forward pass, backward pass and optimizer step alone (wall seconds
+on a GPU). Alignment: the parameter lens's certified bracket on each step's own minibatch, mean over
+four moments of a run (`analysis.study_alignment`).
 Peak memory: of training steps, in a process of its own (`analysis.study_memory`).
 
-Writes <study>_<scale>.csv (a row a method: means and standard deviations over seeds),
-<study>_<scale>_runs.csv (a row a run) and figures into analysis/results/, recorded runs into
+Writes <study>_<scale>.csv (one row per method: means and standard deviations over seeds),
+<study>_<scale>_runs.csv (one row per run) and figures into analysis/results/, recorded runs into
 analysis/runs/<study>_<scale>/. Finished runs are not repeated, so a killed study can be called
-again. With fewer methods, seeds or steps than the scale's, or --tiny, tables and figures go beside
-the runs instead.
+again. With fewer methods, seeds or steps than the scale's, or at scale tiny, tables and figures go
+beside the runs instead.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+import functools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
 
 import thermo_opt as to
-from analysis import study_figures, study_table, tuning
-from analysis.compare_results import differences
-from analysis.methods import METHODS
+from analysis import figures, study_table, tuning
+from analysis.methods import METHODS, grid, knob, setting
+from analysis.studies import STUDIES, Scale, Study
 from analysis.study_alignment import align
 from analysis.study_memory import add_peak_memory
 from analysis.timing import RESULTS, machine
-from analysis.training import STRIDE, Trial, is_finished, record, result
+from analysis.trials import RUNS, read, record, trial_of
+from thermo_opt.sweep import Trial, finished, read_result
 
-RUNS = Path(__file__).parent / "runs"
 COMPARED = ("NGD-T", "NGD-T EKFAC", "AdamW", "SGD", "SOAP", "Muon")
 SEEDS = 3
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How large a study is: options of its task for each variant, steps, steps between recorded
-    predictions, examples of a minibatch for the parameter lens (0: no alignment), whether the
-    methods' weight decay is on, and seeds of a tuning trial.
-    """
-
-    variants: Mapping[str, Mapping[str, Any]]
-    length: int
-    every: int = STRIDE
-    aligned: int = 0
-    decay: bool = False
-    tuned: int = 1
-
-
-@dataclass(frozen=True)
-class Study:
-    """A study: a task of `analysis.tasks.TASKS` at its scales: "small" (minutes on two cores),
-    "full" (one GPU), "tiny" (seconds, for tests)."""
-
-    name: str
-    scales: Mapping[str, Scale]
 
 
 @dataclass(frozen=True)
@@ -139,26 +114,21 @@ class Plan:
         first where it isn't run."""
         return study_table.REFERENCE if study_table.REFERENCE in self.methods else self.methods[0]
 
-    def trial(self, variant: str, method: str, setting: float, seed: int) -> Trial:
+    def trial(self, variant: str, method: str, value: float, seed: int) -> Trial:
         """One of its runs."""
-        return Trial(
+        return trial_of(
             self.study.name,
-            dict(self.size.variants[variant]),
-            None if self.data is None else str(self.data.resolve()),
+            self.size.variants[variant],
             method,
-            setting,
+            {knob(method): value},
             seed,
             self.size.length,
-            self.size.every,
-            self.size.aligned,
-            self.device,
-            self.size.decay,
+            every=self.size.every,
+            device=self.device,
+            decay=self.size.decay,
+            data=None if self.data is None else str(self.data.resolve()),
+            aligned=self.size.aligned,
         )
-
-    def path(self, trial: Trial) -> Path:
-        """Where one of its runs is recorded: named here once, so that an edit of the code meanwhile
-        doesn't part it from its processes."""
-        return self.folder / trial.name
 
 
 def run_study(plan: Plan) -> pd.DataFrame:
@@ -172,23 +142,24 @@ def run_study(plan: Plan) -> pd.DataFrame:
 
     def run(wanted: Sequence[tuple[str, str, float, int]]) -> None:
         batch = [plan.trial(*what) for what in wanted]
-        _each(record, batch, plan, progress)
+        work = functools.partial(record, folder=plan.folder, aligned=plan.size.aligned)
+        _each(work, batch, plan, progress)
         for (variant, _, _, _), trial in zip(wanted, batch, strict=True):
             trials[variant].append(trial)
 
     def score(wanted: Sequence[tuple[str, str, float]]) -> None:
         run([(*what, seed) for seed in range(tuned) for what in wanted])
-        for variant, method, setting in wanted:
+        for variant, method, value in wanted:
             found = [
-                result(plan.path(plan.trial(variant, method, setting, seed)))
+                read_result(plan.folder / plan.trial(variant, method, value, seed).name)
                 for seed in range(tuned)
             ]
-            tried[variant, method][setting] = sum(one["validation"] for one in found) / tuned
+            tried[variant, method][value] = sum(one["validation"] for one in found) / tuned
 
-    central = min(plan.trials, len(METHODS[plan.methods[0]].grid))
-    score([(*name, METHODS[name[1]].grid[place]) for place in range(central) for name in names])
+    central = min(plan.trials, len(grid(plan.methods[0])))
+    score([(*name, grid(name[1])[place]) for place in range(central) for name in names])
     for _ in range(plan.trials - central):
-        score([(*name, tuning.next_setting(METHODS[name[1]].grid, tried[name])) for name in names])
+        score([(*name, tuning.next_setting(grid(name[1]), tried[name])) for name in names])
     scores = {
         variant: {m: tried[variant, m] for m in plan.methods} for variant in plan.size.variants
     }
@@ -196,16 +167,23 @@ def run_study(plan: Plan) -> pd.DataFrame:
         variant: study_table.choices_of(own, plan.reference) for variant, own in scores.items()
     }
     chosen = [(v, m, choices[v][m][choice]) for choice in study_table.CHOICES for v, m in names]
-    wanted = [(v, m, setting) for v, m, setting in chosen if setting is not None]
+    wanted = [(v, m, value) for v, m, value in chosen if value is not None]
     progress.total += (len(wanted) - len(names)) * (plan.seeds - tuned)
     run([(*what, seed) for seed in range(tuned, plan.seeds) for what in wanted])
     final = [
         [plan.trial(*what, seed) for seed in range(plan.seeds)] for what in wanted[: len(names)]
     ]
+    best = [trial for own in final for trial in own]
     if plan.size.aligned:
-        _each(align, [trial for own in final for trial in own], plan, None)
+        work = (
+            delayed(align)(trial, plan.folder / trial.name, plan.size.aligned) for trial in best
+        )
+        Parallel(n_jobs=plan.jobs)(work)
     if plan.memory:
-        work = (delayed(add_peak_memory)(own, [plan.path(trial) for trial in own]) for own in final)
+        work = (
+            delayed(add_peak_memory)(own, [plan.folder / trial.name for trial in own])
+            for own in final
+        )
         Parallel(n_jobs=plan.jobs)(work)
     tables = []
     for variant in plan.size.variants:
@@ -221,8 +199,8 @@ def _compare(
     choices: study_table.Choices,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The runs' and the methods' rows of a variant, and its figures."""
-    recorded = [study_table.read(trial, plan.path(trial)) for trial in trials]
-    final = [run for run in recorded if run.trial.setting == choices[run.trial.method]["best"]]
+    recorded = [read(trial, plan.folder) for trial in trials]
+    final = [run for run in recorded if setting(run.trial) == choices[run.trial.method]["best"]]
     targets = study_table.targets_of([run for run in final if run.trial.method == plan.reference])
     name = "_".join(part for part in (plan.label, variant.replace(" ", "-")) if part)
     front = None
@@ -230,14 +208,14 @@ def _compare(
         front = study_table.front_of(recorded, targets)
     except to.InputError as error:
         print(f"{name}: nothing to compare ({error})", flush=True)
-    runs = study_table.rows_of_runs(recorded, choices, front, targets)
+    runs = study_table.rows_of_runs(recorded, choices, targets)
     methods = study_table.rows_of_methods(runs, scores, choices, plan.reference).assign(
         **{f"target_{label}": target for label, target in targets.items()}, length=plan.size.length
     )
     plan.output.mkdir(parents=True, exist_ok=True)
-    study_figures.curves(name, plan.methods, final, targets, plan.output / f"{name}_curves.png")
+    figures.curves(name, plan.methods, final, targets, plan.output / f"{name}_curves.png")
     if front is not None:
-        study_figures.fronts(name, front, runs, plan.output / f"{name}_front.png")
+        figures.fronts(name, front, recorded, plan.output / f"{name}_front.png")
     return tuple(frame if not variant else _first(frame, variant) for frame in (runs, methods))  # type: ignore[return-value]
 
 
@@ -277,37 +255,27 @@ class _Progress:
 
     def __call__(self, trial: Trial, kept: bool) -> None:
         self.done += 1
-        found = result(self.plan.path(trial))
-        what = f"{trial.method} {METHODS[trial.method].knob} {trial.setting:g} seed {trial.seed}"
-        if found["steps_done"] < trial.length:
+        found = read_result(self.plan.folder / trial.name)
+        if found["steps_done"] < trial.training.steps:
             outcome = f"diverged after {found['steps_done']} steps"
         else:
             outcome = (
                 f"loss {found['final_loss']:.4f}, accuracy {found['accuracy']:.4f}, "
-                f"{found['dissipation']:.3f} nats, "
-                f"{found['seconds']:.1f} s"
+                f"{found['dissipation']:.3f} nats, {found['seconds']:.1f} s"
             )
-        variant = next(
-            (f" {v}" for v, o in self.plan.size.variants.items() if v and dict(o) == trial.options),
-            "",
-        )
         again = " (recorded before)" if kept else ""
-        print(
-            f"[{self.done}/{self.total}] {trial.task}{variant}, {what}: {outcome}{again}",
-            flush=True,
-        )
+        print(f"[{self.done}/{self.total}] {trial.name}: {outcome}{again}", flush=True)
 
 
 def _each(
-    function: Callable[..., Trial], trials: Sequence[Trial], plan: Plan, progress: _Progress | None
+    function: Callable[[Trial], Trial], trials: Sequence[Trial], plan: Plan, progress: _Progress
 ) -> None:
     """Apply to each trial, ``plan.jobs`` at a time in processes of one thread each, and report what
     is done."""
-    kept = {trial.name for trial in trials if is_finished(plan.path(trial))}
-    work = (delayed(function)(trial, plan.path(trial)) for trial in trials)
+    kept = {trial.name for trial in trials if finished(trial, plan.folder)}
+    work = (delayed(function)(trial) for trial in trials)
     for trial in Parallel(n_jobs=plan.jobs, return_as="generator_unordered")(work):
-        if progress is not None:
-            progress(trial, trial.name in kept)
+        progress(trial, trial.name in kept)
 
 
 def check(plan: Plan) -> int:
@@ -318,7 +286,7 @@ def check(plan: Plan) -> int:
         raise to.InputError(f"{committed} does not exist: run the study without --check first")
     with tempfile.TemporaryDirectory() as scratch:
         anew = run_study(replace(plan, runs=Path(scratch), results=Path(scratch)))
-    found = differences(pd.read_csv(committed), anew)
+    found = study_table.differences(pd.read_csv(committed), anew)
     print(
         found.to_string(index=False) if len(found) else "every value lies within its stated spread",
         flush=True,
@@ -326,17 +294,18 @@ def check(plan: Plan) -> int:
     return len(found)
 
 
-def main(study: Study, description: str | None, data_flags: Sequence[str] = ("--data",)) -> None:
-    """A study's command."""
+def main(arguments: list[str]) -> int:
+    """Run a study, or compare it with its committed tables (``--check``)."""
     parser = argparse.ArgumentParser(
-        description=f"{description}\n{__doc__}",
+        prog="analysis study",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--scale", default="small", choices=["small", "full"])
+    parser.add_argument("study", choices=list(STUDIES))
     parser.add_argument(
-        "--tiny", action="store_true", help="seconds: only to see that everything runs"
+        "--scale", default="small", choices=["small", "full", "tiny"], help="tiny: seconds"
     )
-    parser.add_argument(*data_flags, type=Path, dest="data", help="folder or file of the data")
+    parser.add_argument("--data", type=Path, help="folder or file of the data")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--methods", default=",".join(COMPARED), help=f"of {', '.join(METHODS)}")
     parser.add_argument("--seeds", type=int, default=SEEDS)
@@ -344,11 +313,7 @@ def main(study: Study, description: str | None, data_flags: Sequence[str] = ("--
         "--jobs", type=int, default=1, help="runs trained at a time, in processes of one thread"
     )
     parser.add_argument(
-        "--align",
-        type=int,
-        dest="aligned",
-        metavar="N",
-        help="examples of a minibatch for the parameter lens; 0: none",
+        "--align", type=int, dest="aligned", help="examples for the parameter lens; 0: none"
     )
     parser.add_argument(
         "--no-memory", action="store_false", dest="memory", help="leave peak memory unmeasured"
@@ -359,18 +324,15 @@ def main(study: Study, description: str | None, data_flags: Sequence[str] = ("--
     parser.add_argument(
         "--check", action="store_true", help="run anew and compare with the results there are"
     )
-    options = vars(parser.parse_args())
-    checked, tiny = options.pop("check"), options.pop("tiny")
-    options["scale"] = "tiny" if tiny else options["scale"]
+    options = vars(parser.parse_args(arguments))
+    checked = options.pop("check")
+    options["study"] = STUDIES[options["study"]]
     options["methods"] = tuple(options["methods"].split(","))
     wants_gpu = options["scale"] == "full" and torch.cuda.is_available()
     options["device"] = options["device"] or ("cuda" if wants_gpu else "cpu")
     torch.set_num_threads(1)
-    try:
-        plan = Plan(study, **options)
-        if checked:
-            sys.exit(1 if check(plan) else 0)
-        run_study(plan)
-    except to.InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    plan = Plan(**options)
+    if checked:
+        return 1 if check(plan) else 0
+    run_study(plan)
+    return 0

@@ -1,4 +1,5 @@
-"""Peak memory of a method's training steps, measured in a process of its own.
+"""What an optimizer keeps, and the peak memory of a method's training steps, measured in a process
+of its own.
 
 On a CPU, on Linux: the peak resident memory of a few steps above what the process held just before
 the model was built, so weights, gradients, activations, optimizer state and what a refresh of it
@@ -23,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from analysis.methods import METHODS
-from analysis.tasks import Task
-from analysis.training import Training, Trial, add_to_result, load_task, result
+from thermo_opt.sweep import Trainer, Training, Trial, add_to_result, read_result
 
 STEPS = 3
 """Measured, from the first, where all curvature is formed (NGD-T) and decomposed (SOAP)."""
@@ -41,13 +41,52 @@ _RESET_PEAK = "5"
 _MIB = 2**20
 
 
+def state_size(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of every distinct tensor reachable from the optimizer's own state, parameters and
+    gradients excluded."""
+    skip = {
+        t.data_ptr()
+        for group in optimizer.param_groups
+        for p in group["params"]
+        for t in (p, p.grad)
+        if t is not None
+    }
+    seen: dict[int, Any] = {}  # keeps what was visited alive, so that no id is used twice
+    found: dict[int, int] = {}
+
+    def walk(node: Any) -> None:
+        if id(node) in seen:
+            return
+        seen[id(node)] = node
+        if isinstance(node, Tensor):
+            storage = node.untyped_storage()
+            if storage.data_ptr() not in skip:
+                found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(node, dict):
+            for value in node.values():
+                walk(value)
+        elif isinstance(node, list | tuple | set):
+            for value in node:
+                walk(value)
+        elif (
+            hasattr(node, "__dict__")
+            and not isinstance(node, nn.Module | type)
+            and type(node).__module__.startswith("thermo_opt")
+        ):
+            walk(vars(node))
+
+    walk(dict(optimizer.state))
+    walk(optimizer)  # NGD-T keeps its metric beside the state
+    return sum(found.values())
+
+
 def add_peak_memory(trials: Sequence[Trial], folders: Sequence[Path]) -> None:
     """Add ``peak_memory`` (MiB) to the results of a method's finished runs, or null and
     ``peak_memory_reason``, unless it is there."""
     wanted = [
         (trial, folder)
         for trial, folder in zip(trials, folders, strict=True)
-        if "peak_memory" not in result(folder)
+        if "peak_memory" not in read_result(folder)
     ]
     if not wanted:
         return
@@ -79,7 +118,7 @@ def _unknown(reason: str) -> dict[str, Any]:
 
 def measure(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """``peak_memory`` of each of these trials of one task and device, in MiB."""
-    device = trials[0].device
+    device = trials[0].training.device
     if device == "cpu":
         torch.set_num_threads(1)
         try:
@@ -89,32 +128,28 @@ def measure(trials: Sequence[Trial]) -> list[dict[str, Any]]:
                 f"this system doesn't reset a process's peak resident memory ({error.strerror})"
             )
             return [_unknown(reason)] * len(trials)
-    task = load_task(trials[0])
-    _train(trials[0], task, WARM_UP)
-    return [{"peak_memory": _peak(trial, task)} for trial in trials]
+    _train(trials[0], WARM_UP)
+    return [{"peak_memory": _peak(trial)} for trial in trials]
 
 
-def _peak(trial: Trial, task: Task) -> float:
-    for _ in itertools.islice(task.batches(trial.seed), STEPS):
-        pass  # images that are decoded once stay in memory
+def _peak(trial: Trial) -> float:
+    _train(trial, 0)  # data that are read and decoded once stay in memory
     _release()
-    if trial.device != "cpu":
+    if trial.training.device != "cpu":
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        _train(trial, task, STEPS)
+        _train(trial, STEPS)
         return (torch.cuda.max_memory_allocated() - held) / _MIB
     _reset_peak()
     held = _status("VmRSS")
-    _train(trial, task, STEPS)
+    _train(trial, STEPS)
     return (_status("VmHWM") - held) / _MIB
 
 
-def _train(trial: Trial, task: Task, steps: int) -> None:
-    method = METHODS[trial.method]
-    training = Training(
-        task, method, trial.setting, trial.seed, trial.length, trial.device, trial.decay
-    )
-    for _ in itertools.islice(training, steps):
+def _train(trial: Trial, steps: int) -> None:
+    """Take the first steps; none: only read the minibatches that they would be taken on."""
+    trainer = Trainer(trial)
+    for _ in itertools.islice(trainer if steps else trainer.batches(), steps or STEPS):
         pass
 
 
@@ -136,4 +171,6 @@ def _status(name: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure([Trial(**trial) for trial in json.load(sys.stdin)])))
+    plain = json.load(sys.stdin)
+    trials = [Trial(**{**trial, "training": Training(**trial["training"])}) for trial in plain]
+    print(json.dumps(measure(trials)))

@@ -1,25 +1,23 @@
-"""What a study's recorded runs say: targets, a row a run, a row a method, and the frontier that no
-run may cross."""
+"""A study's tables: targets, one row per run, one row per method, all studies' ratios together, and
+whether a re-run agrees with them."""
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 import thermo_opt as to
 from analysis import tuning
-from analysis.methods import METHODS
-from analysis.training import Trial, result
-from thermo_opt.fronts.front import ParetoFront
-from thermo_opt.fronts.trajectory import Trajectory, read_trajectory
+from analysis.methods import knob, setting
+from analysis.timing import RESULTS
+from analysis.trials import Recorded
+from thermo_opt.fronts import ParetoFront
 
 REFERENCE = "AdamW"
 """Its runs set the targets, and ratios are over its values."""
@@ -49,55 +47,6 @@ MEASURES = (
 ``memory``: of the optimizer, over the parameters'; ``peak_memory``: of training steps, MiB."""
 RATIOS = (*REACHED, "ms_a_step")
 """Columns that are also given over the reference's: ``<column>_ratio``."""
-_ROUNDING = 1e-9
-_RESOLUTION = 1e-20
-"""Of D*²/2 where a loss is the start's but for rounding."""
-
-
-@dataclass(frozen=True, eq=False)
-class Recorded:
-    """A finished run: its trial, its result, its line in the speed-cost plane (None when it
-    diverged at once) and the seconds its steps took."""
-
-    trial: Trial
-    found: dict[str, Any]
-    track: Trajectory | None
-    seconds: np.ndarray
-
-    def seconds_at(self, step: float) -> float:
-        """Seconds up to a step, which may lie between two."""
-        return float(np.interp(step, np.arange(len(self.seconds)), self.seconds))
-
-
-def read(trial: Trial, folder: Path) -> Recorded:
-    """A finished run, its every snapshot checked to lie on or above the universal frontier."""
-    run = to.load_run(folder)
-    busy = run.steps["busy"].to_numpy(dtype=float) if "busy" in run.steps else np.zeros(0)
-    track = None
-    with contextlib.suppress(to.InputError):  # a run that diverged at once
-        track = read_trajectory(run)
-    if track is not None:
-        assert_above_frontier(run, track)
-    return Recorded(trial, result(folder), track, np.concatenate([[0.0], np.cumsum(busy)]))
-
-
-def assert_above_frontier(run: to.Run, track: Trajectory) -> None:
-    """AssertionError when a point of a run lies below the frontier, ``Q T < D*(loss)²/2``, D* from
-    the run's starting predictions (§5)."""
-    logits, targets = run.snapshots[0].load("probe/logits").double(), run.probe.targets  # type: ignore[union-attr]
-    assert targets is not None
-    chances = (
-        torch.softmax(logits.flatten(0, -2), -1).gather(1, targets.long().reshape(-1, 1)).numpy()
-    )
-    for step, loss, time, spent in zip(
-        track.steps, track.loss, track.time, track.dissipation, strict=True
-    ):
-        least = to.least_distance(chances, float(loss)) ** 2 / 2 if math.isfinite(loss) else 0.0
-        if spent * time < least * (1 - _ROUNDING) - _RESOLUTION:
-            raise AssertionError(
-                f"{run.path} at step {step}: Q·T = {spent * time:.9g} lies below the frontier "
-                f"D*²/2 = {least:.9g}"
-            )
 
 
 def targets_of(runs: Sequence[Recorded]) -> dict[str, float]:
@@ -106,7 +55,7 @@ def targets_of(runs: Sequence[Recorded]) -> dict[str, float]:
     found = dict.fromkeys(TARGETS, -math.inf)
     for run in runs:
         if run.track is not None:
-            half = int(np.searchsorted(run.track.steps, run.trial.length / 2))
+            half = int(np.searchsorted(run.track.steps, run.trial.training.steps / 2))
             found["half"] = max(
                 found["half"], float(run.track.loss[min(half, len(run.track.loss) - 1)])
             )
@@ -115,7 +64,7 @@ def targets_of(runs: Sequence[Recorded]) -> dict[str, float]:
 
 
 def front_of(runs: Sequence[Recorded], targets: Mapping[str, float]) -> ParetoFront:
-    """The speed-cost front of these runs, a group a method; InputError where no run reaches a
+    """The speed-cost front of these runs, one group per method; InputError where no run reaches a
     target."""
     tracks = [run.track for run in runs if run.track is not None]
     groups = [run.trial.method for run in runs if run.track is not None]
@@ -131,73 +80,49 @@ def choices_of(scores: Mapping[str, Mapping[float, float]], reference: str) -> C
 
 
 def rows_of_runs(
-    runs: Sequence[Recorded],
-    choices: Choices,
-    front: ParetoFront | None,
-    targets: Mapping[str, float],
+    runs: Sequence[Recorded], choices: Choices, targets: Mapping[str, float]
 ) -> pd.DataFrame:
-    """One row a run; ``best``, ``thrifty``: at that setting of its method. ``front``: None leaves
-    what depends on targets unknown."""
-    drawn = [run for run in runs if run.track is not None]
-    crossings: dict[str, pd.DataFrame] = {}
-    if front is not None:
-        crossings = {
-            label: front.rows(target).reset_index(drop=True) for label, target in targets.items()
-        }
+    """One row per run; ``best``, ``thrifty``: at that setting of its method."""
     rows = []
     for run in runs:
-        trial, found = run.trial, run.found
+        method, found = run.trial.method, run.found
         row: dict[str, Any] = {
-            "method": trial.method,
-            "knob": METHODS[trial.method].knob,
-            "setting": trial.setting,
-            "seed": trial.seed,
+            "method": method,
+            "knob": knob(method),
+            "setting": setting(run.trial),
+            "seed": run.trial.seed,
         }
-        row |= {choice: trial.setting == choices[trial.method][choice] for choice in CHOICES}
-        for label in targets:
-            row |= dict.fromkeys(
-                (f"{what}_{label}" for what in ("steps", "seconds", "dissipation")), math.nan
-            )
-            if run.track is not None and label in crossings:
-                met = crossings[label].iloc[[drawn.index(run)]]
-                step, spent = (float(met[name].to_numpy()[0]) for name in ("step", "dissipation"))
-                row[f"steps_{label}"], row[f"dissipation_{label}"] = step, spent
-                row[f"seconds_{label}"] = run.seconds_at(step) if math.isfinite(step) else math.nan
+        row |= {choice: row["setting"] == choices[method][choice] for choice in CHOICES}
+        for label, target in targets.items():
+            reached = run.reached(target)
+            row |= {f"{what}_{label}": value for what, value in reached.items()}
         row |= {name: found[name] for name in ("final_loss", "accuracy")}
         row["validation_loss"] = found["validation"]
-        row |= {
-            name: found[name]
-            for name in ("dissipation", "efficiency", "straightness", "steadiness")
-        }
-        row |= {
-            f"alignment_{edge}": found.get(f"alignment_{edge}", math.nan)
-            for edge in ("lower", "upper")
-        }
-        row["ms_a_step"] = (
-            1e3 * found["seconds"] / found["steps_done"] if found["steps_done"] else math.nan
-        )
+        for name in ("dissipation", "efficiency", "straightness", "steadiness"):
+            row[name] = found[name]
+        for edge in ("lower", "upper"):
+            row[f"alignment_{edge}"] = found.get(f"alignment_{edge}", math.nan)
+        steps = found["steps_done"]
+        row["ms_a_step"] = 1e3 * found["seconds"] / steps if steps else math.nan
         row["memory"], row["peak_memory"] = found["memory"], found.get("peak_memory", math.nan)
         row |= {name: found[name] for name in ("steps_done", "date", "thermo_opt", "machine")}
-        row["notes"] = "; ".join(_notes(found))
-        rows.append(row)
+        rows.append(row | {"notes": "; ".join(notes(found))})
     return pd.DataFrame(rows)
 
 
-def _notes(found: Mapping[str, Any]) -> list[str]:
+def notes(found: Mapping[str, Any]) -> list[str]:
     """How a run's alignment was had, and why a value isn't known."""
-    notes = []
+    told = []
     aligned = found.get("alignment", {})
     if aligned.get("steps"):
-        notes.append(
+        told.append(
             f"alignment at λ = {aligned['damping']:g}, {len(aligned['steps'])} steps a run, "
             f"{aligned['examples']} examples of each one's minibatch"
         )
     if aligned.get("frozen"):
-        notes.append("batch normalisation frozen there at the minibatch's statistics")
+        told.append("batch normalisation frozen there at the minibatch's statistics")
     reasons = {"alignment": "alignment_reason", "peak memory": "peak_memory_reason"}
-    return notes + [
-        f"{what} unknown: {found[key]}" for what, key in reasons.items() if key in found
-    ]
+    return told + [f"{what} unknown: {found[key]}" for what, key in reasons.items() if key in found]
 
 
 def rows_of_methods(
@@ -206,7 +131,7 @@ def rows_of_methods(
     choices: Choices,
     reference: str,
 ) -> pd.DataFrame:
-    """One row a method and choice, of its runs there: mean and standard deviation over seeds (a
+    """One row per method and choice, of its runs there: mean and standard deviation over seeds (a
     mean only where every seed has a value).
 
     ``scores``: the validation losses of its tuning trials. ``reached_<target>``: how many of its
@@ -216,15 +141,15 @@ def rows_of_methods(
     base = rows[rows["best"] & (rows["method"] == reference)].set_index("seed")
     table = []
     for method, choice in ((method, choice) for choice in CHOICES for method in scores):
-        tried, setting = scores[method], choices[method][choice]
-        if setting is None:
+        tried, chosen = scores[method], choices[method][choice]
+        if chosen is None:
             continue
         own = rows[rows[choice] & (rows["method"] == method)].set_index("seed")
         row: dict[str, Any] = {
             "method": method,
             "choice": choice,
-            "knob": METHODS[method].knob,
-            "setting": setting,
+            "knob": knob(method),
+            "setting": chosen,
             "trials": len(tried),
             "tried": " ".join(f"{value:g}" for value in sorted(tried)),
             "bracketed": tuning.bracketed(tried),
@@ -237,6 +162,109 @@ def rows_of_methods(
         for name in RATIOS:
             row[f"{name}_ratio"] = own[name].mean(skipna=False) / base[name].mean(skipna=False)
             row[f"{name}_ratio_std"] = (own[name] / base[name]).std(skipna=False)
-        notes = dict.fromkeys(note for run in own["notes"] for note in run.split("; ") if note)
-        table.append(row | {"reference": reference, "notes": "; ".join(notes)})
+        told = dict.fromkeys(note for run in own["notes"] for note in run.split("; ") if note)
+        table.append(row | {"reference": reference, "notes": "; ".join(told)})
     return pd.DataFrame(table)
+
+
+TOGETHER = (
+    *("method", "choice", "knob", "setting", "bracketed", "seeds"),
+    *("final_loss", "final_loss_std", "accuracy"),
+    *(f"{name}_ratio" for name in RATIOS),
+    *("date", "machine"),
+)
+"""Columns of the studies' tables that stand in their common one."""
+
+
+def together(names: Sequence[str], scale: str, folder: Path) -> Path:
+    """Gather the methods' rows of several studies from the tables they left; returns the path of
+    race_<scale>.csv."""
+    tables = []
+    for name in names:
+        path = folder / f"{name}_{scale}.csv"
+        if not path.is_file():
+            raise to.InputError(
+                f"{path} does not exist: run python -m analysis study {name} --scale {scale} first"
+            )
+        table = pd.read_csv(path)
+        task = f"{name}, " + table["variant"] if "variant" in table else name
+        tables.append(table[list(TOGETHER)].assign(task=task)[["task", *TOGETHER]])
+    gathered = pd.concat(tables, ignore_index=True)
+    gathered.to_csv(folder / f"race_{scale}.csv", index=False, float_format="%.6g")
+    shown = gathered.drop(columns=["knob", "seeds", "final_loss_std", "date", "machine"])
+    print(shown.to_string(index=False, float_format="%.3f"))
+    return folder / f"race_{scale}.csv"
+
+
+_SPREADS = 2.0
+"""Standard deviations over seeds by which a re-run's mean may differ."""
+_RELATIVE = 0.02
+"""Allowed besides, of the value: other builds of the libraries round sums differently."""
+_TIMES_RELATIVE = 0.25
+"""The same for times over the reference's; bare seconds belong to a machine and aren't compared."""
+_MEMORY_RELATIVE = 0.1
+"""The same for peak memory: it depends on the libraries' builds and on the system's allocator."""
+_MEMORY_PAGES = 0.5
+"""Allowed besides, in MiB: what pages of libraries and allocator add by chance."""
+
+
+def differences(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
+    """What of a re-run's methods' table lies outside the spread that the first one stated: one row
+    each, empty when all agrees.
+
+    Columns that the first table doesn't have yet are not compared.
+    """
+    if "choice" in after and "choice" not in before:
+        after = after[after["choice"] == "best"]
+    keys = [key for key in ("variant", "method", "choice") if key in before and key in after]
+    first, second = before.set_index(keys), after.set_index(keys)
+    rows: list[dict[str, Any]] = []
+    for key in first.index:
+        where = dict(zip(keys, key if isinstance(key, tuple) else (key,), strict=True))
+        if key not in second.index:
+            rows.append(
+                {**where, "column": "method", "before": "run", "after": "not run", "allowed": ""}
+            )
+            continue
+        old, new = first.loc[key], second.loc[key]
+        if not math.isclose(old["setting"], new["setting"], rel_tol=1e-3):
+            rows.append(
+                {
+                    **where,
+                    "column": "setting",
+                    "before": old["setting"],
+                    "after": new["setting"],
+                    "allowed": 0,
+                }
+            )
+        for column in (*MEASURES, *(f"{name}_ratio" for name in RATIOS)):
+            timed = column.startswith(("seconds", "ms"))
+            if (timed and not column.endswith("_ratio")) or column not in old:
+                continue
+            was, now = float(old[column]), float(new[column])
+            measured = column == "peak_memory"  # nothing to compare where one system couldn't
+            if (math.isnan(was) and math.isnan(now)) or (
+                measured and (math.isnan(was) or math.isnan(now))
+            ):
+                continue
+            spread = float(old.get(f"{column}_std", math.nan))
+            allowed = _SPREADS * (0.0 if math.isnan(spread) else spread)
+            allowed += (
+                _TIMES_RELATIVE if timed else _MEMORY_RELATIVE if measured else _RELATIVE
+            ) * abs(was)
+            allowed += _MEMORY_PAGES if measured else 0.0
+            if not abs(now - was) <= allowed:
+                rows.append(
+                    {**where, "column": column, "before": was, "after": now, "allowed": allowed}
+                )
+    return pd.DataFrame(rows, columns=[*keys, "column", "before", "after", "allowed"])
+
+
+def main(arguments: list[str]) -> None:
+    """Gather the studies' ratios to AdamW in one table, from the tables they left."""
+    parser = argparse.ArgumentParser(prog="analysis table", description=main.__doc__)
+    parser.add_argument("--studies", default="digits,cifar10,imagenet,transformer")
+    parser.add_argument("--scale", default="small", choices=["small", "full", "tiny"])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    print(together(options.studies.split(","), options.scale, options.results))

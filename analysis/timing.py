@@ -51,9 +51,8 @@ def machine() -> str:
     )
 
 
-def report(title: str, rows: Sequence[Mapping[str, Any]], name: str) -> Path:
-    """Print the rows as a table and write them to ``analysis/results/<name>.csv`` with the machine;
-    returns the path."""
+def show(title: str, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Print the rows as a table; returns them."""
     frame = pd.DataFrame(rows)
     table = Table(title=f"{title}\n{machine()}")
     for column in frame.columns:
@@ -61,6 +60,13 @@ def report(title: str, rows: Sequence[Mapping[str, Any]], name: str) -> Path:
     for row in frame.itertuples(index=False):
         table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
     Console().print(table)
+    return frame
+
+
+def report(title: str, rows: Sequence[Mapping[str, Any]], name: str) -> Path:
+    """Print the rows as a table and write them to ``analysis/results/<name>.csv`` with the machine;
+    returns the path."""
+    frame = show(title, rows)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
     frame.assign(machine=machine()).to_csv(path, index=False)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import thermo_opt as to
+from analysis import tasks
 from analysis.images import crop_and_flip, open_images
-from analysis.tasks import TASKS
 
 
 def test_folders_and_parquet_hold_the_same_images(folders, parquet):
@@ -63,12 +63,12 @@ def test_a_missing_folder_says_where_to_get_the_data_and_in_which_layout(task, t
         to.InputError,
         match=r"nowhere holds no images.*train/<class>/\*\.jpg.*parquet.*https?://.*--data",
     ):
-        TASKS[task](tmp_path / "nowhere")
+        getattr(tasks, task)(0, tmp_path / "nowhere")
 
 
 def test_a_missing_text_says_where_to_get_one(tmp_path):
     with pytest.raises(to.InputError, match=r"does not exist.*https://"):
-        TASKS["transformer"](tmp_path / "nowhere.txt")
+        tasks.transformer(0, tmp_path / "nowhere.txt")
 
 
 def test_parquet_that_can_not_serve_is_refused(tmp_path):
@@ -90,7 +90,7 @@ def test_parquet_that_can_not_serve_is_refused(tmp_path):
 def test_a_class_that_is_only_tested_on_is_refused(folders):
     (folders / "val" / "other").mkdir()
     with pytest.raises(to.InputError, match="val/other: no images of this class"):
-        TASKS["imagenet"](folders, probe=4, validation=4, width=4, size=32)
+        tasks.imagenet(0, folders, probe=4, validation=4, width=4, size=32)
 
 
 def test_augmentation_shifts_and_mirrors_and_depends_on_the_generator_alone():
@@ -108,31 +108,24 @@ def test_augmentation_shifts_and_mirrors_and_depends_on_the_generator_alone():
 
 @pytest.mark.parametrize("layout", ["folders", "parquet"])
 def test_the_imagenet_task_trains_on_either_layout_and_keeps_its_parts_apart(layout, request):
-    task = TASKS["imagenet"](
-        request.getfixturevalue(layout),
-        probe=6,
-        validation=8,
-        width=4,
-        size=32,
-        batch_size=8,
-        classes=2,
-    )
+    folder = request.getfixturevalue(layout)
+    task = tasks.imagenet(0, folder, probe=6, validation=8, width=4, size=32, classes=2)
     assert task.probe[0].shape == (6, 3, 32, 32)
     assert set(task.probe[1].tolist()) <= {0, 1}
-    model = task.build(0)
-    x, _ = next(task.batches(0))
-    assert model(x).shape == (8, 2)
+
+    def first(seed):
+        return next(task.train(8, torch.Generator().manual_seed(seed)))[0]
+
+    assert task.model(first(0)).shape == (8, 2)
     assert sum(len(labels) for _, labels in task.test()) == 12
-    again, _ = next(task.batches(0))
-    assert torch.equal(x, again)
-    other, _ = next(task.batches(1))
-    assert not torch.equal(x, other)
+    assert torch.equal(first(0), first(0))
+    assert not torch.equal(first(0), first(1))
     assert len(task.validation[1]) == 8
 
 
 def test_digits_parts_are_drawn_within_each_class_and_do_not_overlap():
-    task = TASKS["digits"](batch_size=0)
-    x, _ = next(task.batches(0))
+    task = tasks.digits(0)
+    x, _ = next(task.train(0, torch.Generator().manual_seed(0)))
     assert (len(x), len(task.probe[1]), len(task.validation[1])) == (1257, 360, 180)
     rows = torch.cat([x, task.probe[0], task.validation[0]])
     assert len(rows) == 1797

@@ -1,11 +1,9 @@
 """The studies' protocol: equal trials, targets that the reference reaches, resumption after a kill,
 the frontier, every command."""
 
-import contextlib
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,14 +16,13 @@ import pytest
 import torch
 
 import thermo_opt as to
-from analysis import cifar10, digits, imagenet, transformer
-from analysis.compare_results import differences
-from analysis.race import race
-from analysis.study import Plan, Scale, Study, check, main, run_study
-from analysis.study_table import assert_above_frontier, read, targets_of
-from analysis.training import UNFINISHED, Trial, is_finished, record, result
+from analysis.__main__ import COMMANDS, main
+from analysis.studies import STUDIES, Scale, Study
+from analysis.study import Plan, check, run_study
+from analysis.study_table import differences, targets_of, together
+from analysis.trials import assert_above_frontier, read, trial_of
 from analysis.tuning import TRIALS
-from thermo_opt.fronts.trajectory import read_trajectory
+from thermo_opt.fronts import read_trajectory
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIBATCH = Study("digits", {"tiny": Scale({"": {"batch_size": 64}}, 20, every=4, aligned=6)})
@@ -148,7 +145,8 @@ def test_a_killed_study_resumes_and_ends_with_the_table_of_one_never_killed(done
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
-        "from analysis.study import Plan, Scale, Study, run_study\n"
+        "from analysis.studies import Scale, Study\n"
+        "from analysis.study import Plan, run_study\n"
         "study = Study('digits', {'tiny': Scale({'': {'batch_size': 64}}, 20, every=4, "
         "aligned=6)})\n"
         "run_study(Plan(study, 'tiny', methods=('NGD-T', 'AdamW', 'SGD'), seeds=2, "
@@ -167,7 +165,7 @@ def test_a_killed_study_resumes_and_ends_with_the_table_of_one_never_killed(done
     process.send_signal(signal.SIGKILL)
     process.wait()
     half = replace(plan, runs=tmp_path, memory=False)
-    finished = {path: path.stat().st_mtime_ns for path in half.folder.glob("*/study.json")}
+    finished = {path: path.stat().st_mtime_ns for path in half.folder.glob("*/result.json")}
     assert 7 <= len(finished) < 3 * (TRIALS + 1)
     same(run_study(half), table)
     assert all(
@@ -176,28 +174,18 @@ def test_a_killed_study_resumes_and_ends_with_the_table_of_one_never_killed(done
     )
 
 
-def test_a_run_that_a_kill_left_half_done_does_not_count(tmp_path):
-    trial = Trial("digits", {}, None, "AdamW", 0.01, 0, 6)
-    (tmp_path / UNFINISHED / "run.x" / "run").mkdir(parents=True)
-    folder = tmp_path / trial.name
-    assert not is_finished(folder)
-    record(trial, folder)
-    first = result(folder)
-    shutil.rmtree(folder)
-    record(trial, folder)
-    assert result(folder)["final_loss"] == first["final_loss"]
-
-
 def test_the_name_of_a_run_depends_on_all_that_its_result_does():
-    trial = Trial("digits", {}, None, "AdamW", 0.01, 0, 6)
-    others = [
-        replace(trial, **change)
-        for change in (
-            {"options": {"batch_size": 3}}, {"data": "x"}, {"method": "SGD"}, {"setting": 0.02},
-            {"seed": 1}, {"length": 7}, {"every": 3}, {"aligned": 2}, {"decay": True},
-        )
-    ]  # fmt: skip
-    assert len({trial.name, *(other.name for other in others)}) == 10
+    facts = {
+        **{"task": "digits", "options": {}, "method": "AdamW", "settings": {"lr": 0.01}},
+        **{"seed": 0, "length": 6},
+    }
+    changes = (
+        {"options": {"batch_size": 3}}, {"data": "x"}, {"method": "SOAP"}, {"every": 3},
+        {"settings": {"lr": 0.02}}, {"settings": {"lr": 0.01, "betas": [0.8, 0.9]}}, {"seed": 1},
+        {"length": 7}, {"aligned": 2}, {"decay": True}, {"min_lr_rate": 0.0},
+    )  # fmt: skip
+    names = {trial_of(**{**facts, **change}).name for change in ({}, *changes)}
+    assert len(names) == 1 + len(changes)
 
 
 def test_a_point_below_the_frontier_is_refused(done):
@@ -213,10 +201,7 @@ def test_a_point_below_the_frontier_is_refused(done):
 def test_targets_are_the_worst_seeds_losses(done):
     plan, table = done
     setting = float(table.set_index("method").loc["AdamW", "setting"])
-    runs = [
-        read(trial, plan.path(trial))
-        for trial in (plan.trial("", "AdamW", setting, seed) for seed in (0, 1))
-    ]
+    runs = [read(plan.trial("", "AdamW", setting, seed), plan.folder) for seed in (0, 1)]
     targets = targets_of(runs)
     half = [
         run.track.loss[run.track.steps.tolist().index(12)] for run in runs
@@ -228,7 +213,7 @@ def test_targets_are_the_worst_seeds_losses(done):
 def test_a_diverging_setting_is_scored_last_and_the_study_goes_on(tmp_path, monkeypatch):
     from analysis import methods
 
-    wild = replace(methods.METHODS["SGD"], grid=(0.3, 1e12, 1e30))
+    wild = replace(methods.METHODS["SGD"], grid={"lr": [0.3, 1e12, 1e30]})
     monkeypatch.setitem(methods.METHODS, "SGD", wild)
     plan = Plan(
         MINIBATCH, "tiny", methods=("AdamW", "SGD"), seeds=1, aligned=0, memory=False, runs=tmp_path
@@ -276,62 +261,52 @@ def test_a_check_agrees_with_itself_and_names_what_differs(done, tmp_path, capsy
     assert "outside" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", [digits, cifar10, imagenet, transformer])
-def test_each_command_runs(module, tmp_path, monkeypatch, capsys, request):
-    arguments = [
-        "--tiny",
-        "--methods",
-        "AdamW,NGD-T",
-        "--seeds",
-        "1",
-        "--no-memory",
-        "--runs",
-        str(tmp_path / "runs"),
-    ]
-    if module is transformer:
-        (tmp_path / "text.txt").write_text("to be, or not to be: that is the question. " * 40)
-        arguments += ["--text", str(tmp_path / "text.txt")]
-    elif module is cifar10:
+def data_for(name, folder, request):
+    """Small data for a study, or None where it brings its own."""
+    if name == "transformer":
+        (folder / "text.txt").write_text("to be, or not to be: that is the question. " * 40)
+        return folder / "text.txt"
+    if name == "cifar10":
         write = request.getfixturevalue("write_parquet")
-        write(tmp_path / "train.parquet", 96, "img")
-        write(tmp_path / "test.parquet", 40, "img")
-        arguments += ["--data", str(tmp_path)]
-    elif module is imagenet:
-        arguments += ["--data", str(request.getfixturevalue("folders"))]
-    monkeypatch.setattr(sys, "argv", ["study", *arguments])
-    with contextlib.suppress(SystemExit):
-        main(module.STUDY, module.__doc__, ("--data", "--text"))
-    printed = capsys.readouterr()
-    assert printed.err == ""
-    name = module.STUDY.name
+        write(folder / "train.parquet", 96, "img")
+        write(folder / "test.parquet", 40, "img")
+        return folder
+    return request.getfixturevalue("folders") if name == "imagenet" else None
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_each_command_runs(name, tmp_path, capsys, request):
+    arguments = ["study", name, "--scale", "tiny", "--methods", "AdamW,NGD-T", "--seeds", "1"]
+    arguments += ["--no-memory", "--runs", str(tmp_path / "runs")]
+    if data := data_for(name, tmp_path, request):
+        arguments += ["--data", str(data)]
+    assert main(arguments) == 0
+    assert capsys.readouterr().err == ""
     table = pd.read_csv(tmp_path / "runs" / f"{name}_tiny" / f"{name}_tiny.csv")
     assert set(table["method"]) == {"AdamW", "NGD-T"}
     assert np.isfinite(table["final_loss"]).all()
     table = table[table["choice"] == "best"]
     assert (table["alignment_lower"] <= table["alignment_upper"]).all()
-    assert table["notes"].str.contains("batch normalisation frozen").all() == (module is imagenet)
+    frozen = table["notes"].str.contains("batch normalisation frozen")
+    assert frozen.all() == (name == "imagenet")
     assert table["peak_memory"].isna().all()
     assert "tiny" in set(table["scale"])
 
 
-@pytest.mark.parametrize("module", [cifar10, imagenet, transformer])
-def test_the_full_scale_runs_at_small_sizes(module, tmp_path, request):
-    full = module.STUDY.scales["full"]
-    if module is transformer:
-        data = tmp_path / "text.txt"
-        data.write_text("to be, or not to be: that is the question. " * 40)
-        smaller = {"layers": 1, "width": 12, "context": 16, "batch_size": 4, "probe": 4}
-    elif module is cifar10:
-        data = tmp_path
-        request.getfixturevalue("write_parquet")(data / "train.parquet", 64, "img")
-        request.getfixturevalue("write_parquet")(data / "test.parquet", 32, "img")
-        smaller = {"width": 4, "batch_size": 8, "probe": 8, "validation": 8}
-    else:
-        data = request.getfixturevalue("folders")
-        smaller = {"width": 4, "batch_size": 8, "probe": 8, "validation": 8, "size": 32}
-    size = replace(full, variants={"": {**full.variants[""], **smaller}}, length=4, every=2)
+SMALLER = {
+    "transformer": {"layers": 1, "width": 12, "context": 16, "batch_size": 4, "probe": 4},
+    "cifar10": {"width": 4, "batch_size": 8, "probe": 8, "validation": 8},
+    "imagenet": {"width": 4, "batch_size": 8, "probe": 8, "validation": 8, "size": 32},
+}
+
+
+@pytest.mark.parametrize("name", SMALLER)
+def test_the_full_scale_runs_at_small_sizes(name, tmp_path, request):
+    full = STUDIES[name].scales["full"]
+    data = data_for(name, tmp_path, request)
+    size = replace(full, variants={"": {**full.variants[""], **SMALLER[name]}}, length=4, every=2)
     plan = Plan(
-        Study(module.STUDY.name, {"full": size}),
+        Study(name, {"full": size}),
         "full",
         data,
         ("NGD-T", "AdamW", "SGD"),
@@ -351,44 +326,52 @@ def test_full_scale_networks_are_those_of_the_issue():
     assert (
         sum(p.numel() for p in resnet18().parameters()) == 11_173_962
     )  # the usual count at 32×32 with 10 classes
-    full = transformer.STUDY.scales["full"].variants[""]
+    full = STUDIES["transformer"].scales["full"].variants[""]
     assert (full["layers"], full["width"], full["context"]) == (6, 384, 256)
     model = CharGPT(65, 6, 384, 256, 6, 0.2)
     assert 10.5e6 < sum(p.numel() for p in model.parameters()) < 11e6
     assert model(torch.zeros(2, 256, dtype=torch.long)).shape == (2, 256, 65)
 
 
-def test_bad_arguments_are_refused(tmp_path, monkeypatch, capsys):
+def test_bad_arguments_are_refused(tmp_path, capsys):
     with pytest.raises(to.InputError, match="method 'Adam' is unknown: use some of"):
         Plan(MINIBATCH, "tiny", methods=("Adam",))
     with pytest.raises(to.InputError, match="give each once"):
         Plan(MINIBATCH, "tiny", methods=("SGD", "SGD"))
     with pytest.raises(to.InputError, match="at least one seed"):
         Plan(MINIBATCH, "tiny", seeds=0)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["study", "--tiny", "--data", str(tmp_path / "nowhere"), "--runs", str(tmp_path)],
-    )
-    with pytest.raises(SystemExit, match="2"):
-        main(cifar10.STUDY, cifar10.__doc__)
+    where = ["--data", str(tmp_path / "nowhere"), "--runs", str(tmp_path)]
+    assert main(["study", "cifar10", "--scale", "tiny", *where]) == 2
     assert "nowhere holds no images" in capsys.readouterr().err
+    assert main(["table", "--scale", "tiny", "--results", str(tmp_path)]) == 2
+    assert "does not exist: run python -m analysis study digits" in capsys.readouterr().err
+
+
+def test_every_command_explains_itself(capsys):
+    assert main([]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in COMMANDS)
+    assert main(["studdy"]) == 2
+    for name in COMMANDS:
+        with pytest.raises(SystemExit, match="0"):
+            main([name, "--help"])
+        assert f"usage: analysis {name}" in capsys.readouterr().out
 
 
 def test_shortened_studies_leave_the_projects_results_alone(tmp_path):
     from analysis.timing import RESULTS
 
-    assert Plan(digits.STUDY).output == RESULTS
+    assert Plan(STUDIES["digits"]).output == RESULTS
     for change in ({"steps": 20}, {"seeds": 1}, {"methods": ("AdamW",)}, {"scale": "tiny"}):
-        plan = Plan(digits.STUDY, **change, runs=tmp_path)
+        plan = Plan(STUDIES["digits"], **change, runs=tmp_path)
         assert plan.output == plan.folder
 
 
-def test_a_race_gathers_the_studies_tables(done, tmp_path):
+def test_one_table_gathers_the_studies(done, tmp_path):
     _, table = done
     table.to_csv(tmp_path / "digits_small.csv", index=False)
     table.assign(variant="x").to_csv(tmp_path / "cifar10_small.csv", index=False)
-    found = pd.read_csv(race(["digits", "cifar10"], "small", results=tmp_path))
+    found = pd.read_csv(together(["digits", "cifar10"], "small", tmp_path))
     assert found["task"].tolist() == ["digits"] * len(table) + ["cifar10, x"] * len(table)
     ratios = pytest.approx(
         table["steps_end_ratio"].tolist(), rel=1e-5, nan_ok=True
@@ -396,9 +379,14 @@ def test_a_race_gathers_the_studies_tables(done, tmp_path):
     assert found["steps_end_ratio"][: len(table)].tolist() == ratios
 
 
+def test_the_readmes_tables_are_those_of_the_csvs(capsys):
+    assert main(["readme", "--check"]) == 0
+    assert "those of the CSVs" in capsys.readouterr().out
+
+
 def test_results_are_strict_json(done):
     plan, _ = done
-    paths = list(plan.folder.glob("*/study.json"))
+    paths = list(plan.folder.glob("*/result.json"))
     assert paths
     for path in paths:
         json.loads(path.read_text(), parse_constant=pytest.fail)

@@ -1,6 +1,7 @@
 """The tuner: central settings first, then towards the optimum; the best of what was tried, and
 whether it is bracketed."""
 
+import itertools
 import math
 
 import pytest
@@ -58,11 +59,11 @@ def test_runs_that_diverge_lose_and_lead_to_lower_settings():
 
 
 def test_every_method_of_the_studies_starts_from_three_half_decades():
-    from analysis.methods import METHODS
+    from analysis.methods import METHODS, grid
 
-    for method in METHODS.values():
-        assert len(method.grid) == 3
-        steps = [math.log10(b / a) for a, b in zip(method.grid, method.grid[1:], strict=False)]
+    for method in METHODS:
+        assert len(grid(method)) == 3
+        steps = [math.log10(b / a) for a, b in itertools.pairwise(grid(method))]
         assert steps == pytest.approx([0.5, 0.5], abs=0.03)
 
 

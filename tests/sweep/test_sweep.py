@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +15,7 @@ import torch
 
 import thermo_opt as to
 from thermo_opt.cli import main
-from thermo_opt.sweep import read_config, run_sweep
+from thermo_opt.sweep import build_optimizer, read_config, run_sweep
 from thermo_opt.sweep.records import UNFINISHED
 from thermo_opt.sweep.tasks import minibatches
 from thermo_opt.sweep.training import loss_of
@@ -252,6 +253,18 @@ def test_minibatches_are_shuffled_passes_that_depend_on_the_generator_alone():
     assert not torch.equal(seen(1), seen(2))
     assert len(set(seen(1)[: 2 * 128].tolist())) == 256  # a pass repeats nothing
     assert torch.equal(seen(1, 0), y.repeat(4))
+
+
+def test_ngdts_metric_may_have_options(tmp_path):
+    options = 'settings = {{ metric = {{ kind = "ekfac", max_rows = 16 }} }}'
+    text = CONFIG.replace('optimizer = "NGDT"', f'optimizer = "NGDT"\n{options}')
+    trial = read_config(write(tmp_path, text=text)).trials()[-1]
+    optimizer = build_optimizer(trial, torch.nn.Linear(8, 4))
+    assert optimizer.metric.diagnostics() is not None
+    assert "ekfac" in str(trial.facts()["settings"])
+    wrong = replace(trial, settings={"metric": {"kind": "ekfac", "rows": 3}})
+    with pytest.raises(to.InputError, match="rows"):
+        build_optimizer(wrong, torch.nn.Linear(8, 4))
 
 
 @pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])

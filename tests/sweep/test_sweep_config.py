@@ -9,7 +9,7 @@ from thermo_opt.errors import InputError
 from thermo_opt.sweep import read_config
 from thermo_opt.sweep.config import parse_config
 
-ANALYSIS = Path(__file__).resolve().parents[2] / "analysis"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 GOOD = {
     "output": "out",
     "task": {"name": "blobs"},
@@ -46,7 +46,7 @@ def test_every_combination_of_settings_and_seeds_is_a_run():
     assert trials[-1].name == "plain-seed=1"
 
 
-@pytest.mark.parametrize("file", sorted(ANALYSIS.glob("sweep_*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("sweep_*.toml")), ids=lambda path: path.stem)
 def test_the_examples_are_valid(file):
     assert len(read_config(file).trials()) >= 6
 

@@ -31,6 +31,8 @@ optimizer = "Adam"                  of torch.optim, or "NGDT", or "package.modul
 with the model
 settings = { weight_decay = 0.01 }  the same in all its runs
 grid = { lr = [1e-3, 3e-3, 1e-2] }  every combination is a run (for each seed)
+
+NGDT's metric may have options: settings = { metric = { kind = "kfac", max_rows = 128 } }
 """
 
 from __future__ import annotations

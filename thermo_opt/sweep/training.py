@@ -66,10 +66,8 @@ class Trainer:
         self.steps_done, self.seconds = 0, 0.0
 
     def __iter__(self) -> Iterator[Step]:
-        settings, clock = self.trial.training, self._clock()
+        settings, clock, data = self.trial.training, self._clock(), self.batches()
         torch.manual_seed(self.trial.seed)
-        generator = torch.Generator().manual_seed(self.trial.seed)
-        data = minibatches(self.task.train, settings.batch_size, generator)
         scheduler = schedule(
             self.optimizer,
             settings.schedule,
@@ -92,6 +90,11 @@ class Trainer:
             self.steps_done += 1
             self.seconds += seconds
             yield Step(value, seconds, len(x))
+
+    def batches(self) -> Iterator[Pair]:
+        """The minibatches of the training, from the first on."""
+        generator = torch.Generator().manual_seed(self.trial.seed)
+        return minibatches(self.task.train, self.trial.training.batch_size, generator)
 
     def evaluate(self, parts: Iterable[Pair]) -> tuple[float, float]:
         """Mean loss (nats per example, or per counted position) and accuracy over held-out data;
@@ -210,9 +213,7 @@ def build_optimizer(trial: Trial, model: nn.Module) -> torch.optim.Optimizer:
     settings."""
     try:
         if trial.optimizer == "NGDT":
-            from thermo_opt.optim import NGDT
-
-            return NGDT(model, likelihood=trial.likelihood, **trial.settings)
+            return _ngdt(trial, model)
         if ":" in trial.optimizer:
             made = load_function(trial.optimizer, f"{trial.method}: optimizer")(
                 model, **trial.settings
@@ -227,6 +228,20 @@ def build_optimizer(trial: Trial, model: nn.Module) -> torch.optim.Optimizer:
             "Optimizer"
         )
     return made
+
+
+def _ngdt(trial: Trial, model: nn.Module) -> torch.optim.Optimizer:
+    """NGD-T; ``metric`` may be a table of a kind and its options."""
+    from thermo_opt.optim import EKFAC, KFAC, NGDT, Minibatch
+
+    settings = dict(trial.settings)
+    if isinstance(table := settings.get("metric"), dict):
+        options = dict(table)
+        kind = options.pop("kind", "kfac")
+        layered = {"kfac": KFAC, "ekfac": EKFAC}
+        made = layered[kind](**options) if kind in layered else Minibatch(kind, **options)
+        settings["metric"] = made
+    return NGDT(model, likelihood=trial.likelihood, **settings)
 
 
 def _torch_optimizer(name: str) -> Any:

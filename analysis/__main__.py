@@ -1,0 +1,39 @@
+"""``python -m analysis COMMAND …``: studies, benchmarks and tables that a person runs again."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from thermo_opt.errors import InputError
+
+COMMANDS = {
+    "study": "a study: NGD-T beside AdamW, SGD, SOAP and Muon on one task",
+    "table": "the studies' ratios to AdamW in one table",
+    "ablate": "what each part of NGD-T contributes; its default damping",
+    "alignment": "alignment of optimizers' steps with the natural gradient, at the same points",
+    "bench": "speed and memory of a step, an audit, a front, Fisher products",
+    "figures": "the README's two pictures",
+    "readme": "the tables of analysis/README.md from the CSVs",
+}
+MODULES = {"table": "study_table", "alignment": "study_alignment"}
+"""Where a command's module is called otherwise."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command that the first argument names."""
+    if not arguments or arguments[0] not in COMMANDS:
+        width = max(map(len, COMMANDS))
+        print("usage: python -m analysis COMMAND [--help]\n")
+        print("\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items()))
+        return 0 if arguments[:1] in ([], ["--help"], ["-h"]) else 2
+    name, *rest = arguments
+    try:
+        return int(import_module(f"analysis.{MODULES.get(name, name)}").main(rest) or 0)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,149 @@
+"""The tables of analysis/README.md, from the CSVs in analysis/results/.
+
+    python -m analysis readme [--check]
+
+Each table stands between ``<!-- NAME -->`` and ``<!-- end -->`` and is replaced by what `TABLES`
+makes under that name. ``--check``: nothing is written; exit status 1 where a table is not what its
+CSV says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import thermo_opt as to
+from analysis.studies import STUDIES
+from analysis.timing import RESULTS
+
+README = Path(__file__).parent / "README.md"
+_BLOCK = re.compile(r"(<!-- (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _read(name: str) -> pd.DataFrame:
+    path = RESULTS / f"{name}.csv"
+    if not path.is_file():
+        raise to.InputError(f"{path} does not exist: run the command that writes it")
+    return pd.read_csv(path)
+
+
+def _text(value: Any, digits: int = 2) -> str:
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:.{digits}f}"
+    return str(value)
+
+
+def markdown(table: pd.DataFrame, digits: int = 2) -> str:
+    """A table in Markdown; what isn't known is a dash."""
+    rows = [list(table.columns), ["---"] * len(table.columns)]
+    rows += [[_text(value, digits) for value in row] for row in table.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def studies() -> str:
+    """Each study's methods at their best and thrifty settings."""
+    rows = []
+    for name in STUDIES:
+        for _, row in _read(f"{name}_small").iterrows():
+            task = f"{name}, {row['variant']}" if "variant" in row else name
+            rows.append(
+                {
+                    "task": task,
+                    "method": row["method"] + (", thrifty" if row["choice"] == "thrifty" else ""),
+                    "setting": f"{row['knob']} {row['setting']:g}",
+                    "final loss": f"{row['final_loss']:.3f} ± {row['final_loss_std']:.3f}",
+                    "steps": row["steps_end_ratio"],
+                    "seconds": row["seconds_end_ratio"],
+                    "nats": row["dissipation_end_ratio"],
+                    "step time": row["ms_a_step_ratio"],
+                    "memory": row["memory"],
+                }
+            )
+    return markdown(pd.DataFrame(rows))
+
+
+def alignments() -> str:
+    """The studies' brackets of alignment."""
+    rows = []
+    for name in STUDIES:
+        table = _read(f"{name}_small")
+        for _, row in table[table["choice"] == "best"].iterrows():
+            bracket = f"{row['alignment_lower']:.2f} to {row['alignment_upper']:.2f}"
+            task = f"{name}, {row['variant']}" if "variant" in row else name
+            rows.append({"task": task, "method": row["method"], "alignment": bracket})
+    wide = pd.DataFrame(rows).pivot_table(
+        index="method", columns="task", values="alignment", aggfunc="first", sort=False
+    )
+    return markdown(wide.reset_index())
+
+
+def ablations() -> str:
+    """Final probe losses with one choice of NGD-T changed."""
+    tables = {
+        title: _read(f"ablate_ngdt_{task}").set_index("variant")["final_loss"]
+        for title, task in (("transformer", "transformer"), ("BatchNorm ResNet", "imagenet"))
+    }
+    return markdown(pd.DataFrame(tables).rename_axis("change").reset_index())
+
+
+def steps() -> str:
+    """Step times over AdamW's."""
+    table = _read("bench_step")
+    kept = {
+        **{"task": "task", "method": "method", "steps": "steps", "wall_all": "all steps"},
+        **{"wall_first": "first 300", "wall_late": "last half"},
+        **{"memory_over_parameters": "memory over parameters"},
+    }
+    return markdown(table[list(kept)].rename(columns=kept))
+
+
+def plain(name: str) -> str:
+    """A CSV as it is, without the machine."""
+    return markdown(_read(name).drop(columns="machine"), 3)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "studies": studies,
+    "alignments": alignments,
+    "ablations": ablations,
+    "steps": steps,
+    **{
+        name: lambda name=name: plain(name)  # type: ignore[misc]
+        for name in ("alignment", "damping", "bench_audit", "bench_fisher", "bench_pareto")
+    },
+}
+
+
+def renewed(text: str) -> str:
+    """The README's text with every table made anew."""
+
+    def table(block: re.Match[str]) -> str:
+        if block["name"] not in TABLES:
+            raise to.InputError(f"{README} has a table {block['name']!r}: use {', '.join(TABLES)}")
+        return block[1] + TABLES[block["name"]]() + block[3]
+
+    return _BLOCK.sub(table, text)
+
+
+def main(arguments: list[str]) -> int:
+    """Write the tables, or check them."""
+    parser = argparse.ArgumentParser(
+        prog="analysis readme",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true")
+    checked = parser.parse_args(arguments).check
+    before = README.read_text(encoding="utf-8")
+    after = renewed(before)
+    if checked:
+        print("the tables are those of the CSVs" if after == before else f"{README} is out of date")
+        return int(after != before)
+    README.write_text(after, encoding="utf-8")
+    return 0
