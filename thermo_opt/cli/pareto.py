@@ -86,12 +86,13 @@ def read_trajectories(
 ) -> list[Trajectory]:
     """Each run's line in the speed-cost plane, in the order given; InputError names what can't be
     read."""
-    from joblib import Parallel, delayed
+    from joblib import delayed
+
+    from thermo_opt.workers import in_processes
 
     tracks = []
-    for track in Parallel(n_jobs=jobs, return_as="generator")(
-        delayed(_read)(path, clock, format, replay) for path in paths
-    ):
+    work = (delayed(_read)(path, clock, format, replay) for path in paths)
+    for track in in_processes(work, jobs):
         tracks.append(track)
         if advance is not None:
             advance(1)

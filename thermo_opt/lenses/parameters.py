@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-from joblib import Parallel, delayed
+from joblib import delayed
 from torch import Tensor, nn
 
 from thermo_opt import fisher, likelihoods
@@ -35,6 +35,7 @@ from thermo_opt.models import map_tensors
 from thermo_opt.runs import Probe, Run
 from thermo_opt.runs.probe import Inputs
 from thermo_opt.runs.probing import install, predict
+from thermo_opt.workers import in_processes
 
 Quadrature = Literal["start", "trapezoid"]
 _RELATIVE_DAMPING = 1e-3
@@ -290,9 +291,8 @@ def _finite_intervals(
     if lens_inputs.jobs == 1:
         intervals: Iterator[Interval | None] = (lens.interval(i, j) for i, j in pairs)
     else:
-        intervals = Parallel(n_jobs=min(lens_inputs.jobs, len(pairs)), return_as="generator")(
-            delayed(lens.interval)(i, j) for i, j in pairs
-        )
+        work = (delayed(lens.interval)(i, j) for i, j in pairs)
+        intervals = in_processes(work, min(lens_inputs.jobs, len(pairs)))
     seen: list[Interval] = []
     for interval in intervals:
         if interval is None:

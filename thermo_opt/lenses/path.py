@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 
 import numpy as np
-from joblib import Parallel, delayed
+from joblib import delayed
 
 from thermo_opt.lenses.predictions import Predictions
 from thermo_opt.lenses.results import Landmarks
 from thermo_opt.manifold import Point, move, row_distances, squared_distance
 from thermo_opt.manifold.predictive import ON_SPHERES, Array, chi_squared_rows
+from thermo_opt.workers import in_processes
 
 STRIDES = (1, 2, 4, 8, 16, 32, 64)
 """Strides of the coarse-graining curves, in snapshots."""
@@ -97,9 +98,8 @@ def path_scalars(
     if alone:
         parts = (_segment(source, indices, start, plan, advance) for start in starts)
     else:
-        parts = Parallel(n_jobs=min(jobs, len(starts)), return_as="generator")(
-            delayed(_segment)(source, indices, start, plan) for start in starts
-        )
+        work = (delayed(_segment)(source, indices, start, plan) for start in starts)
+        parts = in_processes(work, min(jobs, len(starts)))
     total = PathScalars(chords={m: [] for m in plan.strides})
     for part in parts:
         if not alone and advance is not None:

@@ -17,6 +17,7 @@ from thermo_opt.runs import load_run
 from thermo_opt.sweep.config import Sweep, Trial
 from thermo_opt.sweep.records import UNFINISHED, exclusive, finished
 from thermo_opt.sweep.training import check, train
+from thermo_opt.workers import in_processes
 
 TABLE, PAGE, FIGURE = "table.csv", "pareto.html", "pareto.png"
 """What a sweep leaves beside its runs."""
@@ -97,11 +98,11 @@ def _check(sweep: Sweep, waiting: list[Trial]) -> None:
 def _train(
     waiting: list[Trial], output: Path, jobs: int, advance: Callable[[int], None] | None
 ) -> None:
-    from joblib import Parallel, delayed
+    from joblib import delayed
 
     work = (delayed(train)(trial, output) for trial in waiting)
     try:
-        for _ in Parallel(n_jobs=jobs, return_as="generator_unordered")(work):
+        for _ in in_processes(work, jobs, ordered=False):
             if advance is not None:
                 advance(1)
     except BrokenExecutor:

@@ -1,0 +1,42 @@
+"""Work shared out over processes, through joblib."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_SAFE = "PYTHONSAFEPATH"
+
+
+def in_processes(calls: Iterable[Any], jobs: int, *, ordered: bool = True) -> Iterator[Any]:
+    """Results of calls made by joblib's ``delayed``, each as soon as it is there.
+
+    Worker processes start without the working directory on their path: a folder that one stands in
+    may be a stranger's run, and a ``numpy.py`` lying there must not be imported.
+
+    Args:
+        calls: what to call, ``delayed(function)(arguments)`` each.
+        jobs: processes; -1: one per core.
+        ordered: results in the order of the calls, rather than of their ends.
+    """
+    from joblib import Parallel
+
+    order = "generator" if ordered else "generator_unordered"
+    with _without_working_directory():
+        yield from Parallel(n_jobs=jobs, return_as=order)(calls)
+
+
+@contextmanager
+def _without_working_directory() -> Iterator[None]:
+    """Python processes started inside don't put the working directory on their path."""
+    before = os.environ.get(_SAFE)
+    os.environ[_SAFE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_SAFE, None)
+        else:
+            os.environ[_SAFE] = before
