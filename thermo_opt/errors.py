@@ -1,5 +1,7 @@
 """The one exception users meet: a sentence naming the file or argument and the remedy."""
 
+import unicodedata
+
 _JOINERS = "\u200c\u200d"
 """Invisible characters that scripts and emoji need within a word."""
 
@@ -8,7 +10,11 @@ def printable(text: str, keep: str = "") -> str:
     """``text`` as a terminal or a page may show it: no control characters but those in ``keep``, no
     halves of surrogates.
     """
-    return "".join(c if c.isprintable() or c in _JOINERS or c in keep else "\ufffd" for c in text)
+    return "".join(c if _is_shown(c) or c in keep else "\ufffd" for c in text)
+
+
+def _is_shown(c: str) -> bool:
+    return c.isprintable() or c in _JOINERS or unicodedata.category(c) == "Zs"
 
 
 class InputError(ValueError):

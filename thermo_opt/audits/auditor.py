@@ -17,7 +17,7 @@ from thermo_opt.lenses.inputs import LensInputs, Progress, Unsupported
 from thermo_opt.lenses.measurements import Measurements
 from thermo_opt.lenses.results import LENSES, LensAudit
 from thermo_opt.lenses.summary import summarise
-from thermo_opt.runs import Probe, Run, load_run
+from thermo_opt.runs import Run, load_run
 from thermo_opt.runs.probe import as_probe
 
 _SAMPLED_INTERVALS = 32
@@ -37,7 +37,7 @@ def audit(
     clock: str | None = None,
     stride: int = 1,
     model: Any = None,
-    probe: Probe | str | PathLike[str] | None = None,
+    probe: Any = None,
     batch_size: int | None = None,
     steps: slice | Sequence[int] | None = None,
     jobs: int = 1,
@@ -57,8 +57,9 @@ def audit(
     look being kept in ``missing``. ``clock``: the unit of τ (step, flow, wall, examples, tokens);
     by default the one its recorder named, else step. ``stride``: audit every ``stride``-th snapshot
     (and the last): coarser audits give lower bounds. ``model`` (a module, or
-    ``package.module:factory``) and ``probe`` (a file, or a `Probe`) replay predictions from
-    recorded weights. ``batch_size`` gives the optimizer-state lens its nats. ``steps``: the audited
+    ``package.module:factory``) and ``probe`` (a `Probe`, or what `as_probe` makes one of: a file,
+    ``(inputs, targets)``, a dictionary of arrays, a DataLoader) replay predictions from recorded
+    weights. ``batch_size`` gives the optimizer-state lens its nats. ``steps``: the audited
     intervals the parameter lens looks at: by default all if it was asked for by name, else up to 32
     spread evenly, since each costs dozens of Fisher products; ``quadrature``: its values at each
     step's start, or

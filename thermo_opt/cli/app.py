@@ -20,7 +20,7 @@ from thermo_opt.cli.info import info
 from thermo_opt.cli.pareto import pareto
 from thermo_opt.cli.sweep import sweep
 from thermo_opt.cli.verify import verify
-from thermo_opt.errors import InputError
+from thermo_opt.errors import InputError, printable
 
 _BROKEN_PIPE = 128 + 13
 """Exit status of a process that SIGPIPE ends."""
@@ -113,13 +113,14 @@ def _top(
 
 
 def _refuse(sentence: str) -> int:
-    print("thermo-opt:", " ".join(line.strip() for line in sentence.splitlines()), file=sys.stderr)
+    text = " ".join(line.strip() for line in sentence.splitlines())
+    print("thermo-opt:", printable(text), file=sys.stderr)
     return 2
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     """A warning as a sentence on stderr, without the line of code that gave it."""
-    print(f"thermo-opt: {message}", file=sys.stderr)
+    print(f"thermo-opt: {printable(str(message))}", file=sys.stderr)
 
 
 def _report_bug() -> int:

@@ -13,6 +13,7 @@ from thermo_opt.cli.options import (
     Html,
     Jobs,
     Json,
+    Key,
     Kind,
     Lens,
     Likelihood,
@@ -41,6 +42,7 @@ def audit(
     model: Model = None,
     probe: Probe = None,
     format: Format = None,
+    key: Key = None,
     batch_size: BatchSize = None,
     steps: Steps = None,
     jobs: Jobs = 1,
@@ -53,7 +55,7 @@ def audit(
     check_page(html, "--html")
     audits = _audits(
         [run],
-        format,
+        {"format": format, "key": key},
         _options(
             lens, clock, stride, model, probe, batch_size, steps, jobs, likelihood, sigma2, kind
         ),
@@ -75,6 +77,7 @@ def compare(
     model: Model = None,
     probe: Probe = None,
     format: Format = None,
+    key: Key = None,
     batch_size: BatchSize = None,
     steps: Steps = None,
     jobs: Jobs = 1,
@@ -86,7 +89,7 @@ def compare(
     check_page(html, "--html")
     audits = _audits(
         runs,
-        format,
+        {"format": format, "key": key},
         _options(
             lens, clock, stride, model, probe, batch_size, steps, jobs, likelihood, sigma2, kind
         ),
@@ -135,13 +138,13 @@ def _slice(text: str) -> slice:
     return slice(*parts)
 
 
-def _audits(paths: Sequence[Path], format: str | None, options: dict[str, Any]) -> list[Audit]:
+def _audits(paths: Sequence[Path], reading: dict[str, Any], options: dict[str, Any]) -> list[Audit]:
     from thermo_opt.audits import audit
     from thermo_opt.cli.terminal import Bars
     from thermo_opt.runs import load_run
 
     audits = []
-    runs = [load_run(path, format=format) for path in paths]
+    runs = [load_run(path, **reading) for path in paths]
     with Bars() as bars:
         for run in runs:
             bars.named(run.name)

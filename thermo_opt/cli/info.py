@@ -6,18 +6,18 @@ import json as encoder
 import math
 from typing import TYPE_CHECKING, Any
 
-from thermo_opt.cli.options import Format, Json, RunPath
+from thermo_opt.cli.options import Format, Json, Key, RunPath
 
 if TYPE_CHECKING:
     from thermo_opt.runs import Run
 
 
-def info(run: RunPath, json: Json = False, format: Format = None) -> None:
+def info(run: RunPath, json: Json = False, format: Format = None, key: Key = None) -> None:
     """Say what a run's record holds, without auditing it."""
     from thermo_opt.cli import terminal
     from thermo_opt.runs import load_run
 
-    facts = _facts(load_run(run, format=format))
+    facts = _facts(load_run(run, format=format, key=key))
     if json:
         terminal.print_json(encoder.dumps({"runs": [facts]}, indent=2, allow_nan=False))
     else:
@@ -43,12 +43,16 @@ def _facts(run: Run) -> dict[str, Any]:
         "likelihood": run.info.likelihood,
         "batch_size": run.info.batch_size,
         "snapshots": len(snapshots),
+        "steps_are": f"{run.info.step_unit}s, from {run.info.step_source}"
+        if run.info.step_source
+        else None,
         "first_step": snapshots[0].step if len(snapshots) else None,
         "last_step": snapshots[-1].step if len(snapshots) else None,
         "recorded": list(groups),
         "logged": [str(column) for column in run.steps.columns],
         "parameters": sum(_count(p) for p in parameters) if parameters else None,
         "probe": run.info.probe_fingerprint,
+        "remarks": run.remarks or None,
     }
 
 

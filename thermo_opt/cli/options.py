@@ -35,7 +35,15 @@ Model = Annotated[
     typer.Option(help="Architecture, as package.module:factory, to replay weights with."),
 ]
 Probe = Annotated[
-    Path | None, typer.Option(help="Inputs and targets to replay on (safetensors, npz, parquet).")
+    Path | None,
+    typer.Option(
+        help="Inputs and targets to replay on: safetensors, npz, parquet, .pt, or a datasets "
+        "folder."
+    ),
+]
+Key = Annotated[
+    str | None,
+    typer.Option(help="Key of the state dict to read, where a file holds several models'."),
 ]
 Format = Annotated[str | None, typer.Option(help="Layout of the run, where its files don't tell.")]
 BatchSize = Annotated[

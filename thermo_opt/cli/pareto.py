@@ -3,12 +3,14 @@ page."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from thermo_opt.cli.options import Key, Likelihood, Sigma2
 from thermo_opt.cli.pages import check_page
 from thermo_opt.errors import InputError
 
@@ -47,6 +49,9 @@ def pareto(
     format: Annotated[
         str | None, typer.Option(help="Layout of the runs, where their files don't tell.")
     ] = None,
+    key: Key = None,
+    likelihood: Likelihood = None,
+    sigma2: Sigma2 = None,
     jobs: Annotated[int, typer.Option(help="Processes; more than one pays for large probes.")] = 1,
 ) -> None:
     """Draw what runs took, in time and dissipation, to reach a loss, beside the frontier that none
@@ -61,9 +66,10 @@ def pareto(
     if jobs == 0:
         raise InputError("--jobs 0: give at least one process, or -1 for all cores")
     replay = {"model": model, "probe": probe} if model is not None or probe is not None else None
+    reading = {"format": format, "key": key, "likelihood": likelihood, "sigma2": sigma2}
     with terminal.Bars() as bars:
         tracks = read_trajectories(
-            runs, CLOCK_OF[x], format, replay, jobs, bars("reading runs", len(runs))
+            runs, CLOCK_OF[x], reading, replay, jobs, bars("reading runs", len(runs))
         )
     front = speed_cost_front(tracks, target_loss=target_loss, x=x)
     if html is not None:
@@ -79,7 +85,7 @@ def pareto(
 def read_trajectories(
     paths: Sequence[Path],
     clock: str,
-    format: str | None = None,
+    reading: Mapping[str, Any] = MappingProxyType({}),
     replay: dict[str, Any] | None = None,
     jobs: int = 1,
     advance: Callable[[int], None] | None = None,
@@ -91,7 +97,7 @@ def read_trajectories(
     from thermo_opt.workers import in_processes
 
     tracks = []
-    work = (delayed(_read)(path, clock, format, replay) for path in paths)
+    work = (delayed(_read)(path, clock, dict(reading), replay) for path in paths)
     for track in in_processes(work, jobs):
         tracks.append(track)
         if advance is not None:
@@ -99,11 +105,13 @@ def read_trajectories(
     return tracks
 
 
-def _read(path: Path, clock: str, format: str | None, replay: dict[str, Any] | None) -> Trajectory:
+def _read(
+    path: Path, clock: str, reading: dict[str, Any], replay: dict[str, Any] | None
+) -> Trajectory:
     from thermo_opt.fronts import read_trajectory, trajectory_of
     from thermo_opt.runs import load_run
 
-    run = load_run(path, format=format)
+    run = load_run(path, **reading)
     if replay is None:
         return read_trajectory(run, clock)
     from thermo_opt.audits import audit
@@ -114,28 +122,28 @@ def _read(path: Path, clock: str, format: str | None, replay: dict[str, Any] | N
 def print_front(front: ParetoFront) -> None:
     """One table a target, the fastest first, stars on the front; then the front in words."""
     from rich.console import Console
-    from rich.text import Text
 
+    from thermo_opt.cli.terminal import plain
     from thermo_opt.report.front import sentences
 
     console = Console(highlight=False)
     for target in front.targets:
         _print_target(console, front, target)
     for sentence in sentences(front):
-        console.print(Text(sentence))
+        console.print(plain(sentence))
 
 
 def _print_target(console: Any, front: ParetoFront, target: Target) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
-    from rich.text import Text
 
+    from thermo_opt.cli.terminal import plain
     from thermo_opt.describe.quantities import DURATION_UNITS, cost_unit, number, percent
 
     rows = front.rows(target.target_loss).sort_values("time", kind="stable", na_position="last")
     others = rows[~rows["on_front"]].index
     shown = rows.drop(others[max(0, _SHOWN - int(rows["on_front"].sum())) :])
-    console.print(Text(f"To reach loss {number(target.target_loss)}", style="bold"))
+    console.print(plain(f"To reach loss {number(target.target_loss)}", style="bold"))
     table = Table(
         box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="dim"
     )
@@ -161,11 +169,13 @@ def _print_target(console: Any, front: ParetoFront, target: Target) -> None:
             values = [number(row[key]) for key in ("time", "dissipation", "least_distance")] + [
                 percent(row["efficiency"])
             ]
-        table.add_row(Text(row["run"]), Text(row["group"]), *values, "★" if row["on_front"] else "")
+        table.add_row(
+            plain(row["run"]), plain(row["group"]), *values, "★" if row["on_front"] else ""
+        )
     console.print(table)
     if len(shown) < len(rows):
         console.print(
-            Text(
+            plain(
                 f"and {len(rows) - len(shown)} more runs (--html or --json has them all)",
                 style="dim",
             )

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from thermo_opt.describe import sentences as words
 from thermo_opt.describe.quantities import QUANTITIES, number, percent, unit
+from thermo_opt.errors import printable
 from thermo_opt.lenses.results import Audited
 
 _SPARE = (
@@ -93,12 +94,12 @@ def print_audit(audit: Audited) -> None:
     """One run: the headline in words, a table with a column for each lens, and what they could not
     see."""
     console = Console(highlight=False)
-    title = Text(audit.run, style="bold")
+    title = plain(audit.run, style="bold")
     if audit.optimizer:
-        title.append(f"  {audit.optimizer}", style="dim not bold")
+        title.append(f"  {printable(audit.optimizer)}", style="dim not bold")
     console.print(title)
     console.print(
-        Text(" ".join([words.headline(audit.summary), *words.explanation(words.told(audit))]))
+        plain(" ".join([words.headline(audit.summary), *words.explanation(words.told(audit))]))
     )
     table = _table()
     table.add_column("")
@@ -126,7 +127,7 @@ def print_comparison(audits: Sequence[Audited], table: pd.DataFrame) -> None:
     console = Console(highlight=False)
     said = words.comparison([(audit.run, audit.headline) for audit in audits])
     for lens, rows in table.groupby("lens", sort=False):
-        console.print(Text(f"{lens} lens: {words.LENS_WORDS[str(lens)]}", style="bold"))
+        console.print(plain(f"{lens} lens: {words.LENS_WORDS[str(lens)]}", style="bold"))
         console.print(
             _comparison_table(
                 [{str(k): v for k, v in row.items()} for row in rows.to_dict("records")], console
@@ -134,7 +135,7 @@ def print_comparison(audits: Sequence[Audited], table: pd.DataFrame) -> None:
         )
         console.print()
     if said:
-        console.print(Text(said))
+        console.print(plain(said))
     _print_blind_spots(console, audits)
 
 
@@ -147,13 +148,18 @@ def print_info(facts: Mapping[str, Any]) -> None:
     for key, value in facts.items():
         if value is not None:
             text = ", ".join(map(str, value)) if isinstance(value, list) else _plain(value)
-            table.add_row(key.replace("_", " "), Text(text))
+            table.add_row(key.replace("_", " "), plain(text))
     console.print(table)
+
+
+def plain(text: str, style: str = "") -> Text:
+    """``text`` for the terminal, with nothing in it that a run could steer the terminal with."""
+    return Text(printable(text, keep="\n"), style=style)
 
 
 def say(text: str) -> None:
     """A line on stdout, as it is."""
-    Console(highlight=False, soft_wrap=True).print(Text(text))
+    Console(highlight=False, soft_wrap=True).print(plain(text))
 
 
 def _comparison_table(rows: list[dict[str, Any]], console: Console) -> Table:
@@ -196,7 +202,7 @@ def _filled(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> Table:
     table.add_column("effic.", justify="right", no_wrap=True)
     for row in rows:
         efficiency = "–" if row["efficiency"] is None else percent(row["efficiency"])
-        table.add_row(Text(row["run"]), *(number(row[key]) for key in columns), efficiency)
+        table.add_row(plain(row["run"]), *(number(row[key]) for key in columns), efficiency)
     return table
 
 
@@ -216,11 +222,11 @@ def _table() -> Table:
 def _print_blind_spots(console: Console, audits: Iterable[Audited]) -> None:
     spots = words.blind_spots(list(audits))
     if spots:
-        console.print(Text("\nWhat the lenses could not see", style="bold"))
+        console.print(plain("\nWhat the lenses could not see", style="bold"))
     for lens, reason, runs in spots:
-        line = Text(f"{lens}: {reason}")
+        line = plain(f"{lens}: {reason}")
         if runs:
-            line.append(f" ({runs})", style="dim")
+            line.append(f" ({printable(runs)})", style="dim")
         console.print(Padding(line, (0, 0, 0, 2)))
 
 

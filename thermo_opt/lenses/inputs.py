@@ -17,6 +17,7 @@ from thermo_opt import thermodynamics as td
 from thermo_opt.errors import InputError
 from thermo_opt.lenses.predictions import build_model
 from thermo_opt.runs import Probe, Run
+from thermo_opt.runs.probe import CAUSAL, shifted_labels, wants_shift
 
 Progress = Callable[[str, int], Callable[[int], None]]
 """``progress(description, total)`` starts a bar and returns ``advance(n)``."""
@@ -93,7 +94,14 @@ class LensInputs:
     @cached_property
     def probe(self) -> Probe | None:
         """The user's probe, else the run's own."""
-        return self.given_probe if self.given_probe is not None else self.run.probe
+        probe = self.given_probe if self.given_probe is not None else self.run.probe
+        architecture = (
+            self.run.info.notes.get("architecture") if self.run.info.hf_config_path else None
+        )
+        shifts = isinstance(architecture, str) and architecture.endswith(CAUSAL)
+        return (
+            shifted_labels(probe) if probe is not None and shifts and wants_shift(probe) else probe
+        )
 
     @property
     def batch_size(self) -> int | None:

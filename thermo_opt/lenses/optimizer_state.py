@@ -45,6 +45,11 @@ def measure(inputs: LensInputs) -> Measurements:
         name[len("exp_avg/") :] for name in snapshots[-1].names() if name.startswith("exp_avg/")
     ]
     start = snapshots[0].load_group("params")
+    if absent := sorted(set(moving) - set(start)):
+        raise InputError(
+            f"{snapshots[0].path} lacks the weight {absent[0]!r}, of which the last snapshot has "
+            "moments: restore the file"
+        )
     still = sorted(set(start) - set(moving))
     start = {name: start[name] for name in moving}
     if still:

@@ -50,6 +50,8 @@ _ARGUMENTS = frozenset(
 """Arguments of Hugging Face's models, passed by name; columns beside them that aren't among these
 are not used.
 """
+CAUSAL = ("ForCausalLM", "LMHeadModel")
+"""Ends of the names of Hugging Face's causal language models."""
 _MOST = 4096
 """Examples taken from a DataLoader."""
 
@@ -294,7 +296,9 @@ def shifted_labels(probe: Probe) -> Probe:
     assert probe.targets is not None
     targets = torch.full_like(probe.targets, IGNORED)
     targets[:, :-1] = probe.targets[:, 1:]
-    return replace(make_probe(probe.inputs, targets, probe.weights), remarks=probe.remarks)
+    said = "targets are the labels one position later, as the model itself shifts them"
+    shifted = make_probe(probe.inputs, targets, probe.weights)
+    return replace(shifted, remarks=(*probe.remarks, said))
 
 
 def wants_shift(probe: Probe) -> bool:

@@ -4,7 +4,7 @@ probe."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from thermo_opt import arguments
 from thermo_opt.errors import InputError, printable
 from thermo_opt.likelihoods import FAMILIES
 from thermo_opt.runs.probe import Probe, load_probe, make_probe
@@ -259,6 +260,29 @@ class Run:
         if self.snapshots and "probe/targets" in self.snapshots[0].names():
             return make_probe(None, self.snapshots[0].load("probe/targets"))
         return None
+
+    def assuming(self, likelihood: Likelihood | None = None, sigma2: float | None = None) -> Run:
+        """This run with another output distribution than its files say, where one is given.
+
+        Args:
+            likelihood: one of `LIKELIHOODS`.
+            sigma2: variance σ² of a Gaussian likelihood.
+
+        Raises:
+            InputError: for an unknown likelihood, or a variance that isn't positive.
+        """
+        if likelihood is None and sigma2 is None:
+            return self
+        info = self.info
+        if likelihood is not None:
+            if likelihood not in LIKELIHOODS:
+                raise InputError(
+                    f"likelihood is {likelihood!r}; use one of {', '.join(LIKELIHOODS)}"
+                )
+            info = replace(info, likelihood=likelihood)
+        if sigma2 is not None:
+            info = replace(info, sigma2=arguments.positive("sigma2", sigma2))
+        return replace(self, info=info)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the run's files itself: nothing but the path is sent."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from thermo_opt import arguments
@@ -19,7 +18,7 @@ from thermo_opt.runs.readers import (
     torch_folder,
 )
 from thermo_opt.runs.readers.foreign import what_is_in
-from thermo_opt.runs.run import LIKELIHOODS, Likelihood, Run
+from thermo_opt.runs.run import Likelihood, Run
 
 _READERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, str | None], Run]]] = {
     "thermo-opt": (own.recognise, own.read),
@@ -68,10 +67,6 @@ def load_run(
             more than one layout, or holds several runs.
     """
     folder = arguments.path("path", path)
-    if likelihood is not None and likelihood not in LIKELIHOODS:
-        raise InputError(f"likelihood is {likelihood!r}; use one of {', '.join(LIKELIHOODS)}")
-    if sigma2 is not None:
-        sigma2 = arguments.positive("sigma2", sigma2)
     try:
         if not folder.exists():
             raise InputError(f"{folder}: no such folder; give the folder of a recorded run")
@@ -94,11 +89,7 @@ def load_run(
             f"{error.filename or folder} can't be read ({error.strerror or error}); check its "
             "permissions"
         ) from None
-    if likelihood is not None:
-        run.info = replace(run.info, likelihood=likelihood)
-    if sigma2 is not None:
-        run.info = replace(run.info, sigma2=sigma2)
-    return run
+    return run.assuming(likelihood, sigma2)
 
 
 def _formats(folder: Path) -> list[str]:
