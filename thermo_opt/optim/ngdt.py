@@ -102,6 +102,9 @@ class NGDT(Optimizer):
             kinds and "diagonal", otherwise none.
         grad_scaler: the ``torch.amp.GradScaler`` in use; needed only when
             ``scaler.unscale_(opt)`` is called before the step.
+        process_group: the processes that train this model together: "auto" (those of its
+            DistributedDataParallel or ``fully_shard``, otherwise this process alone), a
+            ``torch.distributed`` group, or None for this process alone.
         **old: keywords of earlier versions, which moved into the metric's object or
             `Calibration`; accepted for one release.
 
@@ -128,6 +131,7 @@ class NGDT(Optimizer):
         sigma2: float | None = None,
         calibration: Calibration | str | None = "auto",
         grad_scaler: Any = None,
+        process_group: Any = "auto",
         **old: Any,
     ) -> None:
         validate.is_model(model)
@@ -162,7 +166,7 @@ class NGDT(Optimizer):
         self.likelihood = named_likelihood(likelihood, sigma2)
         self.regulator = named(regulator, budget, eta_max)
         self.damping = damping
-        self.processes = Processes()
+        self.processes = Processes(model, process_group)
         numbers = [k for k, group in enumerate(self.param_groups) for _ in group["params"]]
         self.metric = options.attach(
             Setup(
@@ -207,10 +211,11 @@ class NGDT(Optimizer):
                 through predictions that it returned. No weight has moved then.
         """
         loss = self._evaluated(closure)
-        if all(p.grad is None for p in self._params):
+        self.processes.meet(self._recorder.parallel)
+        seen, nothing = self._agreed(loss)
+        if nothing:
             self._recorder.clear()
             return loss
-        seen = self._checked(loss)
         if seen is None:
             return self._skip(loss)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
@@ -232,6 +237,25 @@ class NGDT(Optimizer):
             return None
         with torch.enable_grad():
             return closure()
+
+    def _agreed(self, loss: Any) -> tuple[StepInputs | None, bool]:
+        """(what the step's passes showed, None for a step that has to be skipped; whether there
+        are no gradients at all): the same verdict on all processes, so that none waits for another.
+        """
+        seen: StepInputs | None = None
+        refusal: InputError | None = None
+        idle = all(p.grad is None for p in self._params)
+        try:
+            seen = StepInputs(None, 0.0, 1.0) if idle else self._checked(loss)
+        except InputError as error:
+            refusal = error
+        skip = seen is None and refusal is None
+        idlers, refusals, skips = self.processes.total([idle, refusal is not None, skip])
+        if refusals and refusal is None:
+            refusal = InputError("another process refused this step; its own message says why")
+        if refusal is not None:
+            raise refusal
+        return (None if skips else seen), idlers == self.processes.count
 
     def _checked(self, loss: Any) -> StepInputs | None:
         """What the step's passes showed; None for a step that has to be skipped."""
@@ -313,9 +337,11 @@ class NGDT(Optimizer):
         calibration = self.calibration
         if calibration is None or not calibration.wanted(self.steps, sum(lengths.delta)):
             return None, 1.0
-        if seen.last is None or not taken.predicted > 0:
+        if not taken.predicted > 0:
             return None, 1.0
         realised = self._realised(seen.last, calibration.predictions)
+        if realised is None:
+            return None, 1.0
         finite = math.isfinite(realised)
         if finite:
             calibration.observe(self.steps, taken.predicted, realised)
@@ -326,12 +352,16 @@ class NGDT(Optimizer):
         self.metric.apply(back, -(1 - kept) * taken.null_size)
         return (realised * kept**2 if finite else None), kept
 
-    def _realised(self, seen: ForwardPass, predictions: int | None) -> float:
-        """Mean KL(before ‖ after) over predictions of the step's minibatch (nats)."""
-        old, new = seen.again(predictions)
-        before, after = (self.likelihood.outputs(f.float()) for f in (old, new))
-        kl = self.likelihood.kl(before, after)
-        return self.processes.mean(max(float(kl.mean()), 0.0))
+    def _realised(self, seen: ForwardPass | None, predictions: int | None) -> float | None:
+        """Mean KL(before ‖ after) over predictions of the step's minibatch (nats); None where no
+        process has any."""
+        own = 0.0
+        if seen is not None:
+            old, new = seen.again(predictions)
+            before, after = (self.likelihood.outputs(f.float()) for f in (old, new))
+            own = max(float(self.likelihood.kl(before, after).mean()), 0.0)
+        whole, measured = self.processes.total([own, float(seen is not None)])
+        return whole / measured if measured else None
 
     def _report(
         self, taken: _Taken, lengths: StepLengths, realised: float | None, shortened: float

@@ -62,6 +62,7 @@ class ParameterBlock(ABC):
         inverse: F_λ and its inverse; None while there is no curvature.
         total: tr F of the running curvature when last asked for.
         momentum: natural gradients summed, with their lengths.
+        captured_layers: which of the block's layers the last `captured` is of.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class ParameterBlock(ABC):
         self.total: float | None = None
         self.damping = 0.0
         self.momentum = CarriedMomentum()
+        self.captured_layers: list[int] = [0]
         self._scattered: tuple[Tensor | None, list[Tensor]] = (None, [])
 
     @property
@@ -110,6 +112,11 @@ class ParameterBlock(ABC):
         ``terms``: the loss terms M that the captured gradients average over (over the square of a
         loss scale, if there is one).
         """
+
+    def row_means(self, tensors: int) -> int:
+        """How many of the ``tensors`` that one layer captured, the first ones, are means over the
+        rows that the layer was called with; the others are sums."""
+        return 0
 
     @abstractmethod
     def update(self, captured: Sequence[Tensor]) -> None:
@@ -253,7 +260,6 @@ class NormBlock(LayerBlock):
         self._averages = [RunningAverage() for _ in layers]
         self._captures: list[Capture | None] = [None] * len(layers)
         self._pending: list[Tensor | None] = [None] * len(layers)
-        self._seen: list[int] = []
 
     def shape_key(self) -> tuple[object, ...] | None:
         first = self.layers[0]
@@ -266,7 +272,7 @@ class NormBlock(LayerBlock):
         own = [block for block in blocks if isinstance(block, NormBlock)]
         layers = [layer for block in own for layer in block.layers]
         whole = NormBlock(layers, [p for block in own for p in block.params], self.options)
-        whole._seen = list(range(len(layers)))
+        whole.captured_layers = list(range(len(layers)))
         return whole
 
     def capture(self, place: int, x: Tensor, g: Tensor, offset: int) -> None:
@@ -310,7 +316,7 @@ class NormBlock(LayerBlock):
             self._add(places, captures)
         pending = self._pending
         self.discard()
-        self._seen = [j for j, moment in enumerate(pending) if moment is not None]
+        self.captured_layers = [j for j, m in enumerate(pending) if m is not None]
         return [moment.mul_(terms) for moment in pending if moment is not None] or None
 
     def discard(self) -> None:
@@ -318,7 +324,7 @@ class NormBlock(LayerBlock):
         self._pending = [None] * len(self.layers)
 
     def update(self, captured: Sequence[Tensor]) -> None:
-        for j, moment in zip(self._seen, captured, strict=True):
+        for j, moment in zip(self.captured_layers, captured, strict=True):
             self._averages[j].add([moment], self.options.factor_decay)
 
     def trace(self) -> Tensor | None:

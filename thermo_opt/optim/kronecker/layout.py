@@ -117,8 +117,9 @@ class BlockLayout:
         limit: int | None = None
         for limit in (None, *SIDES):
             work = [block.work(limit) for block in wide]
-            passes = sum(p for p, _ in work)
-            if sum(s for _, s in work) <= self.options.max_solve_overhead * passes:
+            passes, solves = (sum(x[i] for x in work) for i in (0, 1))
+            passes, solves = self.setup.processes.total([passes, solves])
+            if solves <= self.options.max_solve_overhead * passes:
                 break
         self._cut(limit)
         return [

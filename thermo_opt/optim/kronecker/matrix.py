@@ -56,7 +56,7 @@ class MatrixBlock(LayerBlock):
         ]
         self.corrected = options.corrected
         self.eigenvalues = RunningAverage()
-        self._seen: list[LayerFactors] = []
+        self._awaited = False
         self._terms = 1.0
         self._basis: KroneckerBlock | None = None
 
@@ -88,7 +88,8 @@ class MatrixBlock(LayerBlock):
         own = [block for block in blocks if isinstance(block, MatrixBlock)]
         layers = [layer for block in own for layer in block.layers]
         whole = MatrixBlock(layers, [p for block in own for p in block.params], self.options)
-        whole.sides = whole._seen = [side for block in own for side in block.sides]
+        whole.sides = [side for block in own for side in block.sides]
+        whole.captured_layers = list(range(len(whole.sides)))
         return whole
 
     # ---- from passes to running factors
@@ -100,17 +101,23 @@ class MatrixBlock(LayerBlock):
         self._terms = terms
         for places, captures in group_by_shape([side.pending for side in self.sides]):
             add_captures([self.sides[place] for place in places], captures)
-        self._seen = [side for side in self.sides if side.A]
-        return [t for side in self._seen for t in side.captured(terms)] or None
+        self.captured_layers = [j for j, side in enumerate(self.sides) if side.A]
+        return [t for j in self.captured_layers for t in self.sides[j].captured(terms)] or None
+
+    def row_means(self, tensors: int) -> int:
+        return tensors - self.sides[0].blocks[1]
 
     def discard(self) -> None:
         for side in self.sides:
             side.discard()
 
     def update(self, captured: Sequence[Tensor]) -> None:
-        each = len(captured) // len(self._seen)
-        for i, side in enumerate(self._seen):
-            side.average.add(captured[each * i : each * (i + 1)], self.options.factor_decay)
+        self._awaited = True
+        each = len(captured) // len(self.captured_layers)
+        for i, j in enumerate(self.captured_layers):
+            self.sides[j].average.add(
+                captured[each * i : each * (i + 1)], self.options.factor_decay
+            )
 
     def factors(self) -> tuple[Factor, Factor] | None:
         """Running (A, G), or None while some layer has not been seen."""
@@ -228,6 +235,9 @@ class MatrixBlock(LayerBlock):
             new = projected_squares(side.layer, basis, inputs, rows.unsqueeze(-2))
             new.mul_(total / rows.shape[-2])
             squares = new if squares is None else squares.add_(new)
+        if squares is None and self._awaited:  # only other processes called the layer
+            squares = torch.zeros_like(basis.eigenvalues)
+        self._awaited = False
         if squares is not None:
             average([squares.mul_(self._terms)])
             self.eigenvalues.add([squares], self.options.factor_decay)
@@ -271,7 +281,7 @@ class TiedBlock(MatrixBlock):
 
     def captured(self, terms: float) -> list[Tensor] | None:
         found = super().captured(terms)
-        return found if len(self._seen) == len(self.sides) else None
+        return found if len(self.captured_layers) == len(self.sides) else None
 
     @property
     def divisible(self) -> bool:

@@ -22,6 +22,7 @@ from thermo_opt.errors import InputError
 from thermo_opt.models import outputs_of, repeated
 from thermo_opt.optim.forward_pass import ForwardPass
 from thermo_opt.optim.hooks import after_forward, on_gradient
+from thermo_opt.optim.kronecker.agreement import agreed
 from thermo_opt.optim.kronecker.blocks import LayerBlock, ParameterBlock, UnruledBlock
 from thermo_opt.optim.kronecker.cholesky import all_finite
 from thermo_opt.optim.kronecker.inverses import BlockInverse, invert
@@ -140,18 +141,20 @@ class KroneckerMetric(TrainingMetric):
     def _captured(
         self, gradients: Sequence[Tensor], terms: float
     ) -> list[tuple[ParameterBlock, list[Tensor]]]:
-        """The blocks whose turn it was and that saw something, with what they captured; none where
-        no prediction took part in the loss."""
+        """The blocks whose turn it was and that saw something, on this process or another, with
+        what they captured; none where no prediction took part in the loss."""
+        turn = [self.blocks[i] for i in self._turn]
+        found: list[tuple[ParameterBlock, list[Tensor]]] = []
         if not terms:
             self.discard()
-            return []
-        found: list[tuple[ParameterBlock, list[Tensor]]] = []
-        for block in [self.blocks[i] for i in self._turn]:
+        for block in turn if terms else []:
             if isinstance(block, UnruledBlock):
                 block.see(block.gather(gradients))
             captured = block.captured(terms)
             if captured is not None:
                 found.append((block, captured))
+        if self.setup.processes.count > 1:
+            found = agreed(self.setup.processes, turn, found)
         return self.layout.decide(found) if found and not self.layout.decided else found
 
     def _sample(self, forward: ForwardPass) -> float:
