@@ -114,8 +114,8 @@ class ProbeObserver:
     Args:
         model: the model being trained; left `untouched`.
         probe: ``(inputs, targets)`` or ``(inputs, targets, weights)``.
-        likelihood, kind: of the outputs, see `thermo_opt.likelihoods`; kind None: logits, unless
-            they look otherwise.
+        likelihood: of the outputs, see `thermo_opt.likelihoods`.
+        kind: likewise; None: logits, unless they look otherwise.
         sketch: number of random sums that stand for the outputs (§13); None: the outputs
             themselves.
         batch_size: probe examples per forward pass.

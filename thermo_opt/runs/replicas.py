@@ -71,8 +71,9 @@ class ReplicaSteps:
         closure: as for ``torch.optim.Optimizer.step``, on an independent minibatch: computes the
             loss and its gradients. It may also take the whole step itself (gradient clipping,
             ``GradScaler``); if it doesn't, the optimizer's ``step`` is called for it.
-        model, optimizer: what is being trained. They, and modules, optimizers, schedulers and
-            gradient scalers that the closure refers to, are put back afterwards.
+        model: what is being trained.
+        optimizer: its optimizer. Both, and modules, optimizers, schedulers and gradient scalers
+            that the closure refers to, are put back afterwards.
     """
 
     def __init__(
