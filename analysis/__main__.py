@@ -14,6 +14,8 @@ COMMANDS = {
     "alignment": "alignment of optimizers' steps with the natural gradient, at the same points",
     "bench": "speed and memory of a step, an audit, a front, Fisher products",
     "figures": "the README's two pictures",
+    "campaign": "kills and full disks at random moments, with counts",
+    "installs": "the lowest and newest allowed dependencies; the wheel outside the checkout",
     "readme": "the tables of analysis/README.md from the CSVs",
 }
 MODULES = {"table": "study_table", "alignment": "study_alignment"}
