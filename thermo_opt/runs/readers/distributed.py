@@ -213,21 +213,17 @@ def optimizer_state(folder: DistributedFolder) -> OptimizerState | str:
             state.setdefault(name, {})[entry] = folder.plain(full)
     if not state:
         return "no optimizer state was saved with it"
-    settings = next((group for name, group in groups.items() if name in state), {})
-    if any(name.isdigit() for name in state):
-        raw_groups = next(iter(groups.values()), {})
-        return checked_state(
-            {
-                "state": {int(name): entry for name, entry in state.items() if name.isdigit()},
-                "param_groups": [
-                    {"params": sorted(int(name) for name in state if name.isdigit()), **raw_groups}
-                ],
-            },
-            str(folder.path),
-        )
-    return checked_state(
-        {"state": state, "param_groups": [{**settings, "params": list(state)}]}, str(folder.path)
-    )
+    numbered = all(name.isdigit() for name in state)
+    entries = {int(name) if numbered else name: entry for name, entry in state.items()}
+    listed = [
+        {**group, "params": [key for key in group["params"] if key in entries]}
+        for _, group in sorted(groups.items())
+        if isinstance(group.get("params"), list)
+    ]
+    if sum(len(group["params"]) for group in listed) != len(entries):  # settings by parameter
+        settings = next((group for name, group in groups.items() if name in state), {})
+        listed = [{**settings, "params": list(entries)}]
+    return checked_state({"state": entries, "param_groups": listed}, str(folder.path))
 
 
 def _fields(value: Any) -> Mapping[str, Any]:

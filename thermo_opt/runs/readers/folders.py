@@ -126,6 +126,8 @@ def optimizer_of(folder: Path) -> OptimizerState | str:
     """The optimizer's state in a folder, in a file of its own or in the weights' file; a sentence
     where there is none.
     """
+    if deepspeed(folder) is not None or any(folder.glob("global_step*")):
+        return "its optimizer's state is DeepSpeed's, cut into flat pieces that name no parameters"
     files = torch_folder.optimizer_files(folder)
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:4])
@@ -138,8 +140,6 @@ def optimizer_of(folder: Path) -> OptimizerState | str:
             state := distributed_state(opened_folder(place)), str
         ):
             return state
-    if deepspeed(folder) is not None or any(folder.glob("global_step*")):
-        return "its optimizer's state is DeepSpeed's, cut into flat pieces that name no parameters"
     models = [file for file in torch_folder.model_files(folder) if not _SHARDS.match(file.name)]
     if len(models) == 1:
         return contents.optimizer_state(opened(models[0], TorchFile))
