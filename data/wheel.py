@@ -27,7 +27,7 @@ def shipped(data: Path) -> list[Path]:
         for file in sorted(data.rglob("*"))
         if file.is_file()
         and not left_out & {file, *file.parents}
-        and file.name not in ("make_runs.py", "SHA256SUMS")
+        and file.name not in ("make_runs.py", "wheel.py", "SHA256SUMS")
     ]
 
 
