@@ -75,7 +75,6 @@ def parameters_last(likelihood: str, outputs: Any, targets: Any = None) -> Any:
 def checked_outputs(likelihood: str, outputs: Any) -> Any:
     """The outputs, or `InputError` where no family of this name could be read from their shape or
     type."""
-    known(likelihood)
     if not outputs.ndim or not _floating(outputs):
         raise InputError(
             f"the {likelihood} likelihood needs floating-point outputs (n, c) or (n, t, c), got "
@@ -110,7 +109,6 @@ def checked_targets(likelihood: str, outputs: Any, targets: Any) -> Any:
         InputError: shapes that don't fit, a class that isn't there, values outside the family's
             support.
     """
-    known(likelihood)
     if getattr(targets, "is_complex", lambda: np.iscomplexobj(targets))():
         raise InputError(f"the {likelihood} targets are complex numbers; give real ones")
     if likelihood == "categorical":

@@ -57,11 +57,11 @@ def noise_and_drift(delta: ArrayLike, other: ArrayLike) -> tuple[float, float]:
     return 0.25 * float(np.einsum("ij,ij->", gap, gap)) / len(x), 0.5 * cross
 
 
-def over_run(samples: ArrayLike, steps: ArrayLike, total: float) -> Estimate:
+def over_run(samples: ArrayLike, steps: ArrayLike, total: int) -> Estimate:
     """Sum over a run of a per-step quantity sampled at some of its steps.
 
-    Each sample stands for the steps nearest to it. The error comes from differences of successive
-    samples, so that a trend over training doesn't count as scatter.
+    Steps between samples are interpolated, those beyond have the nearest's value. The error comes
+    from differences of successive samples, so that a trend over training doesn't count as scatter.
 
     Args:
         samples: (K,) values at the sampled steps.
@@ -71,8 +71,12 @@ def over_run(samples: ArrayLike, steps: ArrayLike, total: float) -> Estimate:
     x, at = np.asarray(samples, dtype=np.float64), np.asarray(steps, dtype=np.float64)
     if len(x) == 0 or len(x) != len(at):
         raise ValueError("there must be one step number for each of at least one sample")
-    borders = np.concatenate([[0.0], (at[1:] + at[:-1]) / 2, [float(total)]])
-    weights = np.diff(borders)
+    every = np.arange(int(total))
+    left = np.clip(np.searchsorted(at, every, side="right") - 1, 0, len(at) - 1)
+    right = np.minimum(left + 1, len(at) - 1)
+    gap = np.maximum(at[right] - at[left], 1.0)
+    share = np.clip((every - at[left]) / gap, 0.0, 1.0)
+    weights = np.bincount(left, 1 - share, len(at)) + np.bincount(right, share, len(at))
     value = float(weights @ x)
     if len(x) < 2:
         return Estimate(value, float("nan"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
+from thermo_opt.lenses.noise import Split
 from thermo_opt.lenses.results import Landmarks
 from thermo_opt.manifold.initial import InitialPredictions
 
@@ -21,7 +22,8 @@ class Measurements:
     when unknown). ``nats`` False when the metric's scale is unknown: ratios are reported,
     quantities in nats are not. ``a_alignment``: a in Δ's metric, where it isn't ``a``'s. ``path``
     False when the intervals don't follow one another: then there is no path to sum over. ``chords``
-    (see `path.PathScalars`) makes the coarse curves.
+    (see `path.PathScalars`) makes the coarse curves. ``floor``: the rounding floor a₀ of a step
+    (§4); ``split``: noise apart from drift (§11).
     """
 
     step: np.ndarray
@@ -44,3 +46,5 @@ class Measurements:
     start: InitialPredictions | None = None
     attribution: pd.DataFrame | None = None
     extra: dict[str, np.ndarray] = field(default_factory=dict)
+    floor: float = 0.0
+    split: Split | None = None

@@ -8,6 +8,7 @@ import numpy as np
 from thermo_opt.errors import InputError
 from thermo_opt.lenses.inputs import LensInputs, Unsupported
 from thermo_opt.lenses.measurements import Measurements
+from thermo_opt.lenses.noise import measure_split
 from thermo_opt.lenses.path import landmarks, path_scalars
 from thermo_opt.lenses.predictions import (
     Predictions,
@@ -16,8 +17,12 @@ from thermo_opt.lenses.predictions import (
     array_of,
     targets_of,
 )
+from thermo_opt.lenses.rounding import floors, rounding_notes
 from thermo_opt.manifold import squared_distance
 from thermo_opt.manifold.initial import InitialPredictions
+from thermo_opt.manifold.precision import ABOVE
+from thermo_opt.manifold.sketch import relative_error
+from thermo_opt.runs.replicas import read_replicas
 
 _LANDMARKS = 48
 """Predictions kept for the trajectory map."""
@@ -75,7 +80,25 @@ def measure(inputs: LensInputs) -> Measurements:
             "alignment is certified only from below (Δ ≤ χ²): the parameter lens brackets it from "
             "both sides"
         )
-    d = np.where(np.isfinite(d) & (a > _RESOLUTION), d, np.nan)
+    audited_indices = inputs.indices[: len(found.loss)]
+    floor, dtype = floors(source, audited_indices)
+    notes += rounding_notes(a, floor, dtype)
+    told = np.isfinite(d) & (a > _RESOLUTION) & (a >= ABOVE * floor)
+    d = np.where(told, d, np.nan)
+    distance = float(np.sqrt(squared_distance(first, last, source.likelihood)))
+    split = None
+    if isinstance(source, RecordedPredictions):
+        if first.sketched:
+            distance = min(distance, float(np.sqrt(a).sum()))
+            error = relative_error(first.w.shape[1], first.examples)
+            notes.append(
+                f"distances are estimates from sketches of {first.w.shape[1]} random sums, with a "
+                f"relative standard error of {error:.2g} for each squared distance; losses are "
+                f"exact"
+            )
+        momentum = inputs.run.info.settings.get("momentum") or 0.0
+        memory = 1 / (1 - momentum) if isinstance(momentum, float) and 0 <= momentum < 1 else 10.0
+        split = measure_split(source, read_replicas(inputs.run.path), found.chords, audited, memory)
     return Measurements(
         step=audited[:-1],
         step_end=audited[1:],
@@ -86,18 +109,20 @@ def measure(inputs: LensInputs) -> Measurements:
         delta_upper=np.where(np.isnan(chi2), np.inf, chi2),
         loss=np.array(found.loss[:-1]),
         loss_end=np.array(found.loss[1:]),
-        distance=float(np.sqrt(squared_distance(first, last, source.likelihood))),
+        distance=distance,
         least_distance=least,
         notes=notes,
         chords=found.chords,
         landmarks=landmarks(found, audited),
         start=start,
+        floor=float(np.median(floor)) if len(floor) else 0.0,
+        split=split,
     )
 
 
 def _predictions(inputs: LensInputs) -> tuple[Predictions, list[str]]:
     first = inputs.run.snapshots[0]
-    recorded = "probe/logits" in first.names()
+    recorded = "probe/logits" in first.names() or "probe/sketch" in first.names()
     if recorded and inputs.given_probe is None:
         end = inputs.run.snapshots[inputs.indices[-1]]
         family, sigma2, notes = inputs.family(

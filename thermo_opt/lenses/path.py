@@ -157,7 +157,12 @@ def _segment(
         for position, point in enumerate(points):
             k = begin + position
             boundary = k == start > 0  # the segment before has seen this point as its last
-            if k in plan.marks and not boundary and source.likelihood in ON_SPHERES:
+            if (
+                k in plan.marks
+                and not boundary
+                and source.likelihood in ON_SPHERES
+                and not point.sketched
+            ):
                 rows = max(1, _LANDMARK_FLOATS // point.w.shape[1])
                 out.landmarks.append((k, point.first(rows).astype(np.float32)))
             if previous is None:
@@ -247,7 +252,7 @@ def _squared_distances(
 
 def _rows(block: Point, part: slice) -> Point:
     scale = None if block.scale is None else block.scale[part]
-    return Point(block.w[part], block.examples, scale=scale)
+    return Point(block.w[part], block.examples, scale=scale, sketched=block.sketched)
 
 
 def _count_shares(out: PathScalars, point: Point, a: float, likelihood: str) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
@@ -92,6 +93,10 @@ class Predictions(ABC):
         """The embedded predictions of snapshot ``index``."""
         return self.points([index])
 
+    def known_floor(self, index: int) -> float | None:
+        """The rounding floor that was recorded with a snapshot, if any (§4)."""
+        return None
+
     def leaving_out(self, examples: np.ndarray) -> Predictions:
         """The same predictions without these examples of the probe."""
         other = copy.copy(self)
@@ -131,6 +136,7 @@ class RecordedPredictions(Predictions):
         self.run, self.likelihood, self.sigma2, self.kind = run, likelihood, sigma2, kind
         self.steps = [s.step for s in run.snapshots]
         self.targets, self.weights = targets_of(run.probe), weights_of(run.probe)
+        self.sketched = "probe/sketch" in run.snapshots[0].names()
         self._first_targets = self.targets if "probe/targets" in run.snapshots[0].names() else None
 
     def outputs(self, index: int) -> Tensor:
@@ -152,6 +158,69 @@ class RecordedPredictions(Predictions):
     def name(self, index: int) -> str:
         """The snapshot's path."""
         return str(self.run.snapshots[index].path)
+
+    def points(self, indices: Sequence[int]) -> Point:
+        """The embedded predictions of these snapshots; see `Predictions.points`."""
+        if not self.sketched:
+            return super().points(indices)
+        found = []
+        for index in indices:
+            snapshot = self.run.snapshots[index]
+            names = ("probe/sketch", "probe/log_p_y")
+            held = {name: snapshot.load(name) for name in names if name in snapshot.names()}
+            found.append(self._sketch_point(held))
+        if len(found) == 1:
+            return found[0]
+        return joined_points(found)
+
+    def known_floor(self, index: int) -> float | None:
+        """The rounding floor recorded with a sketch."""
+        snapshot = self.run.snapshots[index]
+        if "probe/floor" not in snapshot.names():
+            return None
+        return float(snapshot.load("probe/floor"))
+
+    def recorded_point(self, tensors: Mapping[str, Tensor], name: str) -> Point:
+        """Predictions by the names of a snapshot's tensors, embedded as the run's own are."""
+        if self.sketched:
+            return self._sketch_point(tensors)
+        try:
+            return embed(
+                array_of(tensors["probe/logits"]),
+                self.targets,
+                weights=self.weights,
+                likelihood=self.likelihood,
+                kind=self.kind or "logits",
+                sigma2=self.sigma2,
+            )
+        except (InputError, KeyError) as error:
+            raise InputError(f"{name}: {error}") from None
+
+    def _sketch_point(self, tensors: Mapping[str, Tensor]) -> Point:
+        sketch = array_of(tensors["probe/sketch"]).astype(np.float64)
+        leading = sketch.shape[:-1]
+        rows = sketch.reshape(-1, sketch.shape[-1])
+        counted = np.ones(len(rows), dtype=bool)
+        if self.targets is not None:
+            counted &= (self.targets != likelihoods.IGNORED).reshape(-1)
+        weights = None
+        if self.weights is not None:
+            weights = likelihoods.checked_weights(self.weights, leading).reshape(-1)
+            counted &= weights > 0
+            weights = weights[counted] / weights[counted].mean()
+        rows, log_y = rows[counted], None
+        if "probe/log_p_y" in tensors:
+            log_p = array_of(tensors["probe/log_p_y"]).astype(np.float64).reshape(-1)[counted]
+            log_y = np.minimum(0.5 * log_p, 0.0)
+        return Point(
+            rows,
+            len(rows),
+            log_y,
+            loss=None if log_y is None else -2 * log_y,
+            finite=bool(np.isfinite(rows).all()),
+            weights=weights,
+            sketched=True,
+        )
 
 
 class ReplayedPredictions(Predictions):
@@ -198,6 +267,22 @@ class ReplayedPredictions(Predictions):
         fits = self.targets is None or self.targets.shape[1:] == mask.shape[1:]
         kept = mask if self.without is None else np.delete(mask, self.without, axis=0)
         return kept if fits else None
+
+
+def joined_points(points: Sequence[Point]) -> Point:
+    """Points of the same shape, one's rows after another's."""
+    first = points[0]
+    per_row = [
+        f.name
+        for f in fields(first)
+        if isinstance(value := getattr(first, f.name), np.ndarray) and len(value) == len(first.w)
+    ]
+    return replace(
+        first,
+        examples=sum(p.examples for p in points),
+        finite=all(p.finite for p in points),
+        **{name: np.concatenate([getattr(p, name) for p in points]) for name in per_row},
+    )
 
 
 def weights_of(probe: Probe | None) -> np.ndarray | None:

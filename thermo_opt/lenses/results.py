@@ -40,6 +40,7 @@ SUMMARY_KEYS = (
     "alignment",
     "alignment_lower",
     "alignment_upper",
+    "split",
     "notes",
 )
 """Keys of a summary: the same in Python, in JSON and in the report; null (None) where the lens

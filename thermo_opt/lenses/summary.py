@@ -10,6 +10,7 @@ from thermo_opt import thermodynamics as td
 from thermo_opt.errors import InputError
 from thermo_opt.lenses.measurements import Measurements
 from thermo_opt.lenses.results import LensAudit, Summary
+from thermo_opt.manifold.precision import ABOVE
 
 _LEAST_ROUNDING = 1e-6
 """Relative excess of D* over D that is rounding; any larger would be a mistake worth seeing."""
@@ -88,6 +89,7 @@ def summarise(measured: Measurements, run: str, lens: str, clock: str) -> LensAu
             "alignment": point,
             "alignment_lower": low,
             "alignment_upper": high,
+            "split": None if measured.split is None else measured.split.to_dict(),
             "notes": notes,
         }
     )
@@ -107,11 +109,19 @@ def summarise(measured: Measurements, run: str, lens: str, clock: str) -> LensAu
         steps,
         summary,
         coarse,
-        td.hurst_exponent(points),
+        _exponent(points, measured.floor),
         measured.attribution,
         measured.landmarks,
         measured.start,
     )
+
+
+def _exponent(points: list[td.CoarsePoint], floor: float) -> float | None:
+    """H, or None where the shortest chords lie at the rounding floor, which looks like diffusion
+    (§4)."""
+    if points and points[0].a_mean < ABOVE * floor:
+        return None
+    return td.hurst_exponent(points)
 
 
 def _coarse_points(measured: Measurements) -> list[td.CoarsePoint]:

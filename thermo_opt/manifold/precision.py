@@ -27,7 +27,11 @@ def ulp(z: Any, dtype: str) -> Array:
 
 
 def rounding_floor(
-    outputs: Any, dtype: str, likelihood: str = "categorical", sigma2: float = 1.0
+    outputs: Any,
+    dtype: str,
+    likelihood: str = "categorical",
+    sigma2: float = 1.0,
+    kind: str | None = None,
 ) -> float:
     """a₀, the squared length (nats) that two independent roundings of the outputs feign where
     nothing moved (§4).
@@ -41,12 +45,19 @@ def rounding_floor(
         dtype: in which they were computed, a key of `FRACTION_BITS`; wider storage doesn't help.
         likelihood: the output family.
         sigma2: the Gaussian's variance.
+        kind: what outputs of classes are, see `thermo_opt.likelihoods.KINDS`.
     """
     z = np.asarray(outputs, dtype=np.float64)
     examples = int(np.prod(z.shape[:-1])) if likelihood == "categorical" else len(z)
     square = ulp(z, dtype) ** 2 / 6
     with np.errstate(over="ignore", invalid="ignore"):
-        total = float(np.sum(_fisher_diagonal(z, likelihood, sigma2) * square))
+        if kind == "probabilities":
+            other = 1 - z if likelihood == "bernoulli" else 1.0
+            total = float(np.sum(square[z > 0] / (z * other)[z > 0]))
+        else:
+            if kind == "log-probabilities" and likelihood == "bernoulli":
+                z = z - np.log(-np.expm1(z))
+            total = float(np.nansum(_fisher_diagonal(z, likelihood, sigma2) * square))
     return total / examples
 
 

@@ -1,0 +1,157 @@
+"""What rounding feigns is told from motion; what sketches estimate agrees with what they stand for;
+theory §4, §13."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional
+
+import thermo_opt as to
+from thermo_opt.manifold import embed, squared_distance
+from thermo_opt.manifold.precision import computed_dtype, rounding_floor, ulp
+from thermo_opt.manifold.sketch import relative_error, signs
+
+
+def geodesic(count, far, examples=60, classes=10):
+    """Logits (count, examples, classes) that go straight and steadily from one point to another."""
+    rng = np.random.default_rng(0)
+    u, v = np.sqrt(rng.dirichlet(np.full(classes, 3.0), size=(2, examples)))
+    angle = np.arccos((u * v).sum(1, keepdims=True))
+    t = np.linspace(0, far, count)[:, None, None]
+    path = (np.sin((1 - t) * angle) * u + np.sin(t * angle) * v) / np.sin(angle)
+    return torch.from_numpy(2 * np.log(path) + 3.0)
+
+
+def folder(path, snapshots, targets):
+    path.mkdir()
+    for k, z in enumerate(snapshots):
+        save_file(
+            {"probe/logits": z.contiguous(), "probe/targets": targets}, path / f"{k}.safetensors"
+        )
+    return path
+
+
+@pytest.mark.parametrize(("dtype", "far"), [(torch.bfloat16, 0.1), (torch.float16, 0.012)])
+def test_a_straight_path_in_half_precision_does_not_read_as_diffusion(tmp_path, dtype, far):
+    z, y = geodesic(200, far), torch.arange(60) % 10
+    exact = to.audit(folder(tmp_path / "exact", z, y))
+    assert exact.headline.hurst == pytest.approx(1, abs=0.01)
+    assert exact.summary["alignment_lower"] is not None
+    rounded = to.audit(folder(tmp_path / "rounded", z.to(dtype), y))
+    widened = to.audit(folder(tmp_path / "widened", z.to(dtype).float(), y))
+    for seen in (rounded, widened):
+        assert seen.summary["dissipation"] > 5 * exact.summary["dissipation"]
+        assert seen.headline.hurst is None
+        assert seen.summary["alignment_lower"] is None
+        name = str(dtype).removeprefix("torch.")
+        assert any(f"computed in {name}" in note for note in seen.summary["notes"])
+
+
+def test_motion_above_the_floor_is_told_in_any_precision(tmp_path):
+    z, y = geodesic(30, 1.0), torch.arange(60) % 10
+    seen = to.audit(folder(tmp_path / "run", z.to(torch.bfloat16), y))
+    assert seen.headline.hurst == pytest.approx(1, abs=0.05)
+    assert seen.summary["alignment_lower"] is not None
+    assert not any("computed in" in note for note in seen.summary["notes"])
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian", "heteroscedastic"])
+def test_the_floor_is_the_squared_length_that_two_roundings_feign(likelihood):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2000, 8, generator=generator, dtype=torch.float64)
+    for dtype in (torch.bfloat16, torch.float16):
+        shifts = [0.1 * z * torch.rand(z.shape, generator=generator) for _ in range(2)]
+        jitter = [(z + s).to(dtype).double() - s for s in shifts]  # independent roundings of z
+        p, q = (embed(x.numpy(), likelihood=likelihood) for x in jitter)
+        floor = rounding_floor(z.numpy(), str(dtype).removeprefix("torch."), likelihood)
+        assert squared_distance(p, q, likelihood) == pytest.approx(floor, rel=0.2)
+
+
+def test_the_dtype_in_which_outputs_were_computed_is_told_from_their_values():
+    z = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    for dtype in ("bfloat16", "float16", "float32"):
+        low = z.to(getattr(torch, dtype))
+        assert computed_dtype(low.float().numpy(), "float32") == dtype
+        assert computed_dtype(low.double().numpy(), "float64") == dtype
+    assert computed_dtype(z.double().numpy() / 3, "float64") == "float64"
+    assert computed_dtype(np.zeros((50, 4), np.float32), "float32") == "float32"  # proves nothing
+    assert ulp([1.0, 1.99, 2.0, 1000.0], "bfloat16").tolist() == [2**-7, 2**-7, 2**-6, 4.0]
+
+
+class Low(nn.Linear):
+    """A model whose own forward runs under autocast, as Accelerate's does."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+@pytest.mark.parametrize(("autocast", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_probes_are_taken_in_full_precision_unless_asked(tmp_path, autocast, dtype):
+    torch.manual_seed(0)
+    model = Low(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    probe = (torch.randn(8, 5), torch.arange(8) % 3)
+    with to.Recorder(
+        tmp_path / "run", model=model, optimizer=optimizer, probe=probe, probe_autocast=autocast
+    ):
+        pass
+    logits = to.load_run(tmp_path / "run").snapshots[0].load("probe/logits")
+    assert logits.dtype == dtype
+    assert model(probe[0]).dtype == torch.bfloat16
+
+
+VOCABULARY, TOKENS = 3000, (12, 10)
+
+
+def recorded(path, **options):
+    """A small language model under Adam, whose predictions are recorded or sketched."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, VOCABULARY))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    x, y = torch.randint(50, TOKENS), torch.randint(VOCABULARY, TOKENS)
+    y[:, -2:] = -100
+    with to.Recorder(path, model=model, optimizer=optimizer, probe=(x, y), **options) as recorder:
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+            loss.backward()
+            optimizer.step()
+            recorder.step(loss=loss)
+    return path
+
+
+def test_sketched_predictions_agree_with_the_whole_ones_within_their_error(tmp_path):
+    exact = to.audit(recorded(tmp_path / "whole")).summary
+    sketched = to.audit(recorded(tmp_path / "sketched", sketch=64)).summary
+    error = relative_error(64, 96)
+    assert any("sketches of 64" in note for note in sketched["notes"])
+    for key in ("loss_start", "loss_end"):
+        assert sketched[key] == pytest.approx(exact[key], rel=1e-6)
+    for key in ("dissipation", "irreducible"):
+        assert sketched[key] == pytest.approx(exact[key], rel=5 * error)
+    for key in ("length", "distance"):
+        assert sketched[key] == pytest.approx(exact[key], rel=3 * error)
+    assert sketched["least_distance"] == pytest.approx(exact["least_distance"], rel=1e-4)
+    size = {
+        name: sum(f.stat().st_size for f in (tmp_path / name / "snapshots").iterdir())
+        for name in ("whole", "sketched")
+    }
+    assert size["sketched"] < size["whole"] / 30
+    info = to.load_run(tmp_path / "sketched").info
+    assert info.sketch == {"width": 64, "seed": 0}
+
+
+def test_squared_chords_of_sketches_are_unbiased():
+    rng = np.random.default_rng(0)
+    u, v = np.sqrt(rng.dirichlet(np.full(500, 0.1), size=(2, 3000)))
+    chord = ((u - v) ** 2).sum(1).mean()
+    for width in (4, 16):
+        s = signs(500, width, seed=1)
+        np.testing.assert_allclose(s**2, 1 / width)
+        found = (((u - v) @ s) ** 2).sum(1)
+        assert found.mean() == pytest.approx(chord, rel=6 * relative_error(width, 3000))
+    assert signs(70, 3, 5)[:2].tolist() == signs(70, 3, 5)[:2].tolist()
+    assert (signs(70, 3, 5) != signs(70, 3, 6)).any()
