@@ -1,4 +1,4 @@
-"""Audits of invented runs, computed here from THEORY §3–4 in plain NumPy, to try plots, report and
+"""Audits of invented runs, computed here from theory §3–4 in plain NumPy, to try plots, report and
 command line on."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The inequalities and identities of THEORY §2-4 and §6 on random step sequences, and refusals of
+"""The inequalities and identities of theory §2-4 and §6 on random step sequences, and refusals of
 impossible input."""
 
 import numpy as np

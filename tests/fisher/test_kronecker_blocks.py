@@ -1,4 +1,4 @@
-"""Blocks against dense linear algebra: products, inverses, splits, dampings; THEORY §7."""
+"""Blocks against dense linear algebra: products, inverses, splits, dampings; theory §7."""
 
 import pytest
 import torch

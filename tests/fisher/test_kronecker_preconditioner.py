@@ -1,5 +1,5 @@
 """K-FAC as the preconditioner of a certified bracket: the root is a root, and the certificate stays
-one (THEORY §5)."""
+one (theory §5)."""
 
 import pytest
 import torch

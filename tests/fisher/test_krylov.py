@@ -1,4 +1,4 @@
-"""Krylov brackets against exact truth from factors; THEORY §5."""
+"""Krylov brackets against exact truth from factors; theory §5."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Output families against torch.distributions and their own definitions; THEORY §1, §5."""
+"""Output families against torch.distributions and their own definitions; theory §1, §5."""
 
 import pytest
 import torch

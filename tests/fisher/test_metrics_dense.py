@@ -1,4 +1,4 @@
-"""Every non-Kronecker kind against a dense float64 Fisher made by plain loops; THEORY §1, §3, §5,
+"""Every non-Kronecker kind against a dense float64 Fisher made by plain loops; theory §1, §3, §5,
 §7."""
 
 import math

@@ -1,4 +1,4 @@
-"""Brackets of χ² − min(|ρ − Sv|² + λ|v|²) against exact truth; THEORY §5."""
+"""Brackets of χ² − min(|ρ − Sv|² + λ|v|²) against exact truth; theory §5."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Distances, certificates and the frontier against mpmath, SciPy and the closed forms of THEORY §4,
+"""Distances, certificates and the frontier against mpmath, SciPy and the closed forms of theory §4,
 §5, §10."""
 
 import mpmath as mp

@@ -1,4 +1,4 @@
-"""NGD-T with exact metrics: facts of THEORY §3 and §7 against dense float64 linear algebra."""
+"""NGD-T with exact metrics: facts of theory §3 and §7 against dense float64 linear algebra."""
 
 import math
 
@@ -193,7 +193,7 @@ def _random_fisher(
 
 def test_ten_thousand_rank_deficient_fishers() -> None:
     """Finite, within budget, and the null component is the projection onto the truncated
-    eigenvectors (THEORY §7)."""
+    eigenvectors (theory §7)."""
     rng = np.random.default_rng(0)
     rule = Dissipation(0.1, eta_max=1e12)
     for case in range(10_000):

@@ -1,4 +1,4 @@
-"""The step-size rules against THEORY §7's formulas and worked example."""
+"""The step-size rules against theory §7's formulas and worked example."""
 
 import math
 

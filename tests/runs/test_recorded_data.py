@@ -66,7 +66,7 @@ def test_all_start_from_the_same_weights_and_share_the_probe():
 
 @pytest.mark.parametrize("name", DIGITS)
 def test_outputs_and_parameters_agree_on_the_dissipation(name):
-    """Σa and Σ√a (THEORY §4) from arcs between predictions, and from δᵀFδ at each step's start,
+    """Σa and Σ√a (theory §4) from arcs between predictions, and from δᵀFδ at each step's start,
     within 5 %."""
     run, model = load_run(DATA / name), digits_mlp().double()
     inputs = run.probe.inputs.double()

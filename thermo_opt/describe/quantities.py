@@ -24,7 +24,7 @@ DURATION_UNITS = {
 
 @dataclass(frozen=True)
 class Quantity:
-    """One summary key: symbol and formula (THEORY's letters), unit ("clock", "cost": the run's
+    """One summary key: symbol and formula (theory's letters), unit ("clock", "cost": the run's
     clock decides), meaning."""
 
     key: str

@@ -31,7 +31,7 @@ def told(audit: Audited) -> dict[str, Any]:
 
 def headline(summary: Summary) -> str:
     """Where the dissipation went, in one sentence; says what is unknown rather than leave it out
-    (THEORY §4)."""
+    (theory §4)."""
     total = summary["dissipation"]
     shares = _shares(summary)
     if total is not None and total > 0 and shares is not None:

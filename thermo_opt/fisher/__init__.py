@@ -1,4 +1,4 @@
-"""The Fisher metric of a model on a batch, as an operator (THEORY §1, §3, §5, §7).
+"""The Fisher metric of a model on a batch, as an operator (theory §1, §3, §5, §7).
 
     metric = thermo_opt.fisher.make("exact", model, (x, y), likelihood="categorical", damping=1e-3)
     metric.matvec(v); metric.quadratic(v); metric.solve(g); metric.dual_norm(g); metric.split(g);

@@ -4,7 +4,7 @@ outputs.
 With S = BᵀJ/√n the Fisher is F = SᵀS, and the batch's gradient is g = Sᵀρ, ρ = z/√n with z the
 whitened residuals (B z = r). Hence
 
-    Δ_λ = gᵀ(F+λI)⁻¹g = χ² − min_v (|ρ − Sv|² + λ|v|²),      χ² = |ρ|²  (THEORY §5),
+    Δ_λ = gᵀ(F+λI)⁻¹g = χ² − min_v (|ρ − Sv|² + λ|v|²),      χ² = |ρ|²  (theory §5),
 
 what a ridge regression of the residuals on S explains, which `thermo_opt.fisher.ridge` brackets. It
 knows χ², so the upper bound starts there, instead of at |g|²/λ, and stays useful when λ is far
@@ -52,7 +52,7 @@ def gradient_norm(
     `dual_norm` can be.
 
     Works in the space of outputs, where g is the image of the residuals and their χ² is known
-    (THEORY §5). ``rtol``: the relative width to stop at. ``max_iterations``, ``known``: as in
+    (theory §5). ``rtol``: the relative width to stop at. ``max_iterations``, ``known``: as in
     `gradient_brackets`. Needs targets. With λ = 0: the point gᵀF⁺g through the score matrix.
     """
     if metric.damping == 0:

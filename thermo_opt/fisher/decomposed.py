@@ -1,5 +1,5 @@
 """A Fisher known by its spectral decomposition: F = Σ_j σ_j v_j v_jᵀ, everything else the null
-space (THEORY §7)."""
+space (theory §7)."""
 
 from __future__ import annotations
 

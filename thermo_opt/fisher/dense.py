@@ -1,4 +1,4 @@
-"""The Fisher as an explicit P × P matrix, for small models and as a reference (THEORY §1)."""
+"""The Fisher as an explicit P × P matrix, for small models and as a reference (theory §1)."""
 
 from __future__ import annotations
 

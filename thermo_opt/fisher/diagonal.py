@@ -1,4 +1,4 @@
-"""The diagonal of the Fisher as a metric: F ≈ diag(mean_i Σ_m s_im²), s the score rows (THEORY
+"""The diagonal of the Fisher as a metric: F ≈ diag(mean_i Σ_m s_im²), s the score rows (theory
 §1)."""
 
 from __future__ import annotations

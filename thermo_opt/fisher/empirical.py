@@ -1,5 +1,5 @@
 """The empirical Fisher, (1/n) Σ s_i s_iᵀ with s_i = ∇ log p_θ(y_i | x_i) at the data's targets
-(THEORY §1).
+(theory §1).
 
 It is JᵀΛJ with Λ_i = r_i r_iᵀ, r_i the residual of prediction i, so it shares the exact Fisher's
 products: no per-example gradient is ever stored, and it is never the square of the batch-mean

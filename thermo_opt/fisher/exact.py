@@ -1,4 +1,4 @@
-"""The exact Fisher as a matrix-free operator: F v = (1/n) Σ J_iᵀ Λ_i J_i v (THEORY §1).
+"""The exact Fisher as a matrix-free operator: F v = (1/n) Σ J_iᵀ Λ_i J_i v (theory §1).
 
 Two ways to multiply by J, chosen by how often the same point is asked:
 
@@ -250,7 +250,7 @@ class JacobianMetric(Metric):
         """A certified bracket of gᵀF_λ⁻¹g of relative width ≤ ``rtol``, or the tightest in
         ``max_iterations`` products.
 
-        Lanczos in float64 (THEORY §5, `thermo_opt.fisher.krylov`), whatever the model's dtype,
+        Lanczos in float64 (theory §5, `thermo_opt.fisher.krylov`), whatever the model's dtype,
         because λ is often below float32's resolution of F. ``preconditioner``: a K-FAC or other
         metric M of the same damping, offering ``inverse_root`` and ``largest``; the bracket stays
         certified. With λ = 0: the point gᵀF⁺g through the score matrix.

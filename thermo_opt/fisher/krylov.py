@@ -1,5 +1,5 @@
 """Krylov certificates for Δ_λ = gᵀ(F+λI)⁻¹g and a certified solver, from products with F alone
-(THEORY §5).
+(theory §5).
 
 k steps of Lanczos on F from g give the tridiagonal T_k. Gauss quadrature, ‖g‖² e₁ᵀ(T_k+λ)⁻¹e₁, is a
 lower bound of Δ_λ; Gauss–Radau with a prescribed node at the spectrum's lower end, λ, is an upper

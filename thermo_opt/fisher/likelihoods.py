@@ -1,5 +1,5 @@
 """Output distributions p(y | f): their negative log-likelihood and Fisher matrix Λ in the outputs f
-(THEORY §1).
+(theory §1).
 
 Outputs f are (n, c) or, for sequences, (n, t, c): one *prediction* per leading index, the
 distribution's parameters along the last axis; (n,) is read as (n, 1) where a single number
@@ -82,7 +82,7 @@ class Likelihood(ABC):
 
     def chi_squared(self, f: Tensor, y: Tensor) -> Tensor:
         """rᵀΛ⁺r = |z|², leading shape: its mean bounds Δ = gᵀF⁺g from above on the same batch
-        (THEORY §5)."""
+        (theory §5)."""
         return (self.whitened(f, y) ** 2).sum(-1)
 
     @abstractmethod

@@ -1,5 +1,5 @@
 """The Fisher from the singular value decomposition of its score matrix, without ever forming F
-(THEORY §7).
+(theory §7).
 
 F = SᵀS/n with S (n·c × P), so F's eigenvalues are the squared singular values of S/√n. Working on S
 rather than on F halves the digits lost to conditioning: eigenvalues down to (machine epsilon)² of

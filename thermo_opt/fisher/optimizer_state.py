@@ -1,4 +1,4 @@
-"""The metric an Adam-like optimizer carries in its own state, without data (THEORY §9).
+"""The metric an Adam-like optimizer carries in its own state, without data (theory §9).
 
 Adam's bias-corrected averages are ``m̂ ≈ E[g_B]`` and ``v̂ ≈ E[g_B²]`` over minibatches of B
 examples. The per-example variance is about ``B(v̂ − m̂²)``, so ``F ≈ diag(B(v̂ − m̂²) + m̂²)``.
@@ -48,7 +48,7 @@ def adam_alignment(m: Sequence[Tensor], v: Sequence[Tensor]) -> float | None:
     (Σ m² · Σ m²/v)``.
 
     ``m``, ``v``: lists of Adam's averages, raw or bias-corrected: the ratio is the same. In [0, 1];
-    None for m = 0. Parameters with v = 0 have no direction and are left out of all but Σ m². THEORY
+    None for m = 0. Parameters with v = 0 have no direction and are left out of all but Σ m². theory
     §9.
     """
     cross = squares = dual = 0.0

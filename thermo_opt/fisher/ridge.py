@@ -1,5 +1,5 @@
 """Certified brackets of how much of ρ a ridge regression on S explains, from products with S and Sᵀ
-(THEORY §5).
+(theory §5).
 
     Δ_λ = χ² − min_v φ(v),      φ(v) = |ρ − Sv|² + λ|v|²,      χ² = |ρ|².
 

@@ -1,4 +1,4 @@
-"""Score rows: the matrix S whose Gram matrix is the Fisher, F = SᵀS/n (THEORY §7).
+"""Score rows: the matrix S whose Gram matrix is the Fisher, F = SᵀS/n (theory §7).
 
 A prediction contributes rows BᵀJ_i, where the columns of B (c × m) satisfy B Bᵀ = Λ_i ("exact": all
 classes, m = c), or are the residual of the data's target ("empirical", m = 1) or of m targets drawn

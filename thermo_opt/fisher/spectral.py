@@ -1,5 +1,5 @@
 """Spectral care: eigendecompositions that never raise in the middle of training, and where to
-truncate (THEORY §7)."""
+truncate (theory §7)."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def default_rtol(size: int, dtype: torch.dtype) -> float:
 
 
 def threshold(largest: float, rtol: float, atol: float = 0.0) -> float:
-    """``max(rtol·σ_max, atol)`` (THEORY §7); always positive, so that exact zeros are in the null
+    """``max(rtol·σ_max, atol)`` (theory §7); always positive, so that exact zeros are in the null
     space."""
     return max(rtol * largest, atol, torch.finfo(torch.float64).tiny)
 

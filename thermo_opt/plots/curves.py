@@ -33,7 +33,7 @@ def units(audits: list[Audited]) -> str:
 
 def loss_and_dissipation(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> Axes:
     """Loss (nats per example) above, dissipation Q spent so far (nats) below, against the training
-    step (THEORY §3)."""
+    step (theory §3)."""
     audits = series.as_list(audits)
     ax = given_or_new(ax, height=5.0)
     upper, lower = stacked(ax, "Loss and dissipation")
@@ -64,7 +64,7 @@ def loss_and_dissipation(audits: Audited | Iterable[Audited], ax: Axes | None = 
 
 
 def alignment(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> Axes:
-    """Alignment ε of each interval (THEORY §3): a band where a bracket is known, a line where a
+    """Alignment ε of each interval (theory §3): a band where a bracket is known, a line where a
     value or a lower bound is."""
     audits = series.as_list(audits)
     ax = given_or_new(ax)
@@ -102,7 +102,7 @@ def alignment(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> Ax
 
 def coarse_graining(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> Axes:
     """ℒ_m (√nats) above and Q_m (nats) below against the sampling stride in optimizer steps, log
-    axes (THEORY §4)."""
+    axes (theory §4)."""
     audits = series.as_list(audits)
     ax = given_or_new(ax, height=5.0)
     tables = [(i, audit, series.coarse_curves(audit.headline)) for i, audit in enumerate(audits)]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def decomposition_bars(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> Axes:
-    """One bar a run, Q = irreducible + detour + pacing (nats; THEORY §4), in three tints of the
+    """One bar a run, Q = irreducible + detour + pacing (nats; theory §4), in three tints of the
     run's colour."""
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Patch

@@ -74,7 +74,7 @@ def loss_and_dissipation(audits: Sequence[Audited]) -> Figure | None:
 
 def alignment(audits: Sequence[Audited]) -> Figure | None:
     """ε over steps: a band where only a bracket is known, a line where a value or a lower bound is
-    (THEORY §3, §5)."""
+    (theory §3, §5)."""
     data: list[Spec] = []
     kinds: dict[str, None] = {}
     for i, audit in enumerate(audits):
@@ -137,7 +137,7 @@ _ALIGNMENT_WORDS = {
 
 
 def coarse_graining(audits: Sequence[Audited]) -> Figure | None:
-    """ℒ_m and Q_m against the sampling stride, log axes (THEORY §4)."""
+    """ℒ_m and Q_m against the sampling stride, log axes (theory §4)."""
     data: list[Spec] = []
     exponents = []
     tables = []

@@ -17,7 +17,7 @@ from thermo_opt.report.spec import Figure, Spec, axis, label, layout, line, null
 
 
 def decomposition(audits: Sequence[Audited]) -> Figure | None:
-    """One stacked bar a run: Q = irreducible + detour + pacing (THEORY §4)."""
+    """One stacked bar a run: Q = irreducible + detour + pacing (theory §4)."""
     rows = [
         (i, audit, lens.summary)
         for i, audit in enumerate(audits)

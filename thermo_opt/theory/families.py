@@ -1,4 +1,4 @@
-"""Closed forms of the Fisher–Rao geometry of common families (THEORY §10): metric, distance,
+"""Closed forms of the Fisher–Rao geometry of common families (theory §10): metric, distance,
 geodesic, flow, coordinates.
 
 Each `Family` works in one canonical coordinate vector θ of shape (P,) and offers other coordinate

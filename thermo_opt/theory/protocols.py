@@ -1,4 +1,4 @@
-"""Minimum-work protocols of an overdamped particle in a harmonic trap (THEORY §10): closed forms,
+"""Minimum-work protocols of an overdamped particle in a harmonic trap (theory §10): closed forms,
 quadrature, simulation.
 
 The particle follows ẋ = −k(x − c) + √2 ξ (unit mobility, k_BT = 1) in V = ½k(x − c)², starting in

@@ -1,4 +1,4 @@
-"""Blocks of a block-diagonal metric, each with a cached eigendecomposition (THEORY §7).
+"""Blocks of a block-diagonal metric, each with a cached eigendecomposition (theory §7).
 
 A block acts on tensors in its own coordinates: matrices (…, out, in) for Kronecker blocks, vectors
 (…, k) for dense ones, any shape for diagonal ones. Leading dimensions are a batch of independent

@@ -1,4 +1,4 @@
-"""Statistics of Kronecker factors, with one normalisation throughout (THEORY §1).
+"""Statistics of Kronecker factors, with one normalisation throughout (theory §1).
 
 For M loss terms (examples, or predicted tokens) with gradients g of each *unaveraged* loss term,
 and a weight shared

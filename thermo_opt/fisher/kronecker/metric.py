@@ -1,4 +1,4 @@
-"""K-FAC and EKFAC as metrics computed once on a batch (THEORY §1, §7)."""
+"""K-FAC and EKFAC as metrics computed once on a batch (theory §1, §7)."""
 
 from __future__ import annotations
 

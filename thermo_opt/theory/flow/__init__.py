@@ -1,4 +1,4 @@
-"""Natural-gradient flow, geodesics and least-dissipation schedules, integrated adaptively (THEORY
+"""Natural-gradient flow, geodesics and least-dissipation schedules, integrated adaptively (theory
 §4, §6).
 
 A `Landscape` is a loss with a metric: a toy problem in closed form or a `network` with any of the

@@ -1,5 +1,5 @@
 """Least-dissipation paths: the geodesic between two points, and the best schedule along a given
-curve (THEORY §4)."""
+curve (theory §4)."""
 
 from __future__ import annotations
 

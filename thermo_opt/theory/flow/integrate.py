@@ -1,4 +1,4 @@
-"""Natural-gradient flow, or any other velocity field, integrated adaptively (THEORY §6)."""
+"""Natural-gradient flow, or any other velocity field, integrated adaptively (theory §6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Toy problems with exact Fisher, gradient, minimum and constants: where claims are checked (THEORY
+"""Toy problems with exact Fisher, gradient, minimum and constants: where claims are checked (theory
 §8, §10).
 
 Each builder returns a `Problem`. ``smoothness`` M and ``strength`` μ are the constants of §8

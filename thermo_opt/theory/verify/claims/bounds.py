@@ -1,4 +1,4 @@
-"""The speed–cost bound, its saturation, and the inequalities of finite paths (THEORY §3–5, §7)."""
+"""The speed–cost bound, its saturation, and the inequalities of finite paths (theory §3–5, §7)."""
 
 from __future__ import annotations
 

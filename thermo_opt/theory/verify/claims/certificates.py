@@ -1,4 +1,4 @@
-"""Certificates: χ² above Δ, Krylov brackets around Δ_λ, and a metric from optimizer state (THEORY
+"""Certificates: χ² above Δ, Krylov brackets around Δ_λ, and a metric from optimizer state (theory
 §5, §9)."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Convergence statements of THEORY §8, with measured M and μ, and what happens where their
+"""Convergence statements of theory §8, with measured M and μ, and what happens where their
 hypotheses fail."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Natural-gradient flow: its solution, the energy identity, and the action it alone makes zero
-(THEORY §6)."""
+(theory §6)."""
 
 from __future__ import annotations
 

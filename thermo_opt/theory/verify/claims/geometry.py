@@ -1,4 +1,4 @@
-"""Distances, geodesics, invariance, null spaces, and what the Fisher metric means (THEORY §1, §3,
+"""Distances, geodesics, invariance, null spaces, and what the Fisher metric means (theory §1, §3,
 §4, §7, §10)."""
 
 from __future__ import annotations

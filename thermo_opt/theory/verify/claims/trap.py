@@ -1,5 +1,5 @@
 """The physical case: minimum-work protocols of an overdamped trap, by quadrature and by Langevin
-simulation (THEORY §10).
+simulation (theory §10).
 """
 
 from __future__ import annotations
