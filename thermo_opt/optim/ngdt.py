@@ -26,6 +26,7 @@ from thermo_opt.optim.metrics import MetricOptions
 from thermo_opt.optim.old_keywords import translated
 from thermo_opt.optim.pass_recorder import PassRecorder
 from thermo_opt.optim.processes import Processes
+from thermo_opt.optim.sharding import is_sharded, reshard, whole, zeros_like
 from thermo_opt.optim.training_metric import Setup, StepInputs, StepLengths, UpdateRule
 
 REPORTED = (
@@ -158,6 +159,11 @@ class NGDT(Optimizer):
         self._params = [p for group in self.param_groups for p in group["params"]]
         self._fingerprint = validate.ModelFingerprint(self.model, self._params)
         pools, self._shares = validate.pools(self.param_groups)
+        if is_sharded(self.model) and not options.per_layer:
+            raise InputError(
+                "a metric of a minibatch needs whole parameters, and the model's are sharded over "
+                "processes: use metric='kfac' or 'ekfac'"
+            )
         if not options.per_layer and self._shares != [1.0]:
             raise InputError(
                 "a group's 'share' of the budget needs a block-diagonal metric: use metric='kfac' "
@@ -218,7 +224,7 @@ class NGDT(Optimizer):
             return loss
         if seen is None:
             return self._skip(loss)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
+        gradients = [zeros_like(p) if p.grad is None else whole(p.grad) for p in self._params]
         self._recorder.disarm()  # the metric runs the model too
         self.metric.update(gradients, seen, self._damping())
         lengths = self.metric.direction(gradients, self._rule())
@@ -358,6 +364,7 @@ class NGDT(Optimizer):
         own = 0.0
         if seen is not None:
             old, new = seen.again(predictions)
+            reshard(seen.module)
             before, after = (self.likelihood.outputs(f.float()) for f in (old, new))
             own = max(float(self.likelihood.kl(before, after).mean()), 0.0)
         whole, measured = self.processes.total([own, float(seen is not None)])

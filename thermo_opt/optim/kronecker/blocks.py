@@ -43,6 +43,7 @@ from thermo_opt.optim.kronecker.inverses import (
     invert,
 )
 from thermo_opt.optim.kronecker.momentum import CarriedMomentum
+from thermo_opt.optim.sharding import zeros_like
 
 if TYPE_CHECKING:
     from thermo_opt.optim.metrics import KFAC
@@ -87,7 +88,7 @@ class ParameterBlock(ABC):
         """Of tensors aligned with the optimizer's list, those of the block, in its coordinates."""
         return self.coordinates.gather(
             [
-                torch.zeros_like(p) if i is None else tensors[i]
+                zeros_like(p) if i is None else tensors[i]
                 for i, p in zip(self.places, self.params, strict=True)
             ]
         )

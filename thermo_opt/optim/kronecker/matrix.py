@@ -79,7 +79,9 @@ class MatrixBlock(LayerBlock):
             return None
         if side.diagonal_A or side.diagonal_G:
             return None
-        parts = self.coordinates.scatter(self.params[0].new_empty(out, inputs))
+        like = self.params[0]
+        matrix = torch.empty(out, inputs, dtype=like.dtype, device=like.device)
+        parts = self.coordinates.scatter(matrix)
         if any(part._base is None for part in parts):
             return None  # a rule whose parameters are no views of its matrix
         return type(self), type(rule), self.shape, side.bias, side.limit, len(self.params)

@@ -28,6 +28,7 @@ from thermo_opt.optim.kronecker.cholesky import all_finite
 from thermo_opt.optim.kronecker.inverses import BlockInverse, invert
 from thermo_opt.optim.kronecker.layout import BlockLayout
 from thermo_opt.optim.kronecker.refresh import LEAST, RefreshSchedule, default_damping
+from thermo_opt.optim.sharding import own_part, part_like, whole
 from thermo_opt.optim.training_metric import (
     Setup,
     StepInputs,
@@ -117,7 +118,8 @@ class KroneckerMetric(TrainingMetric):
         terms = seen.terms / seen.scale**2
         if self.options.fisher_type == "mc" and seen.last is not None and self._turn:
             terms = self._sample(seen.last)
-        found = self._captured(gradients, terms)
+        everywhere = self.setup.processes.total([terms])[0]
+        found = self._captured(gradients, terms, everywhere)
         self.setup.processes.average([t for _, captured in found for t in captured])
         refreshed: list[ParameterBlock] = []
         for block, captured in found:
@@ -127,7 +129,7 @@ class KroneckerMetric(TrainingMetric):
             else:
                 block.discard()
                 self.failures += 1
-        refreshed += self._replace_uncalled([block for block, _ in found], gradients, terms)
+        refreshed += self._replace_uncalled([block for block, _ in found], gradients, everywhere)
         if damping is not None:
             self.damping = damping
         elif refreshed:
@@ -139,18 +141,21 @@ class KroneckerMetric(TrainingMetric):
         self._report = dict(zip(REPORTED, reported, strict=True))
 
     def _captured(
-        self, gradients: Sequence[Tensor], terms: float
+        self, gradients: Sequence[Tensor], terms: float, everywhere: float
     ) -> list[tuple[ParameterBlock, list[Tensor]]]:
         """The blocks whose turn it was and that saw something, on this process or another, with
-        what they captured; none where no prediction took part in the loss."""
+        what they captured; none where no prediction took part in the loss. ``terms``: of this
+        process; ``everywhere``: of all."""
         turn = [self.blocks[i] for i in self._turn]
         found: list[tuple[ParameterBlock, list[Tensor]]] = []
         if not terms:
             self.discard()
-        for block in turn if terms else []:
-            if isinstance(block, UnruledBlock):
+        for block in turn if everywhere else []:
+            if isinstance(block, UnruledBlock):  # of gradients that average over all processes
                 block.see(block.gather(gradients))
-            captured = block.captured(terms)
+                captured = block.captured(everywhere)
+            else:
+                captured = block.captured(terms)
             if captured is not None:
                 found.append((block, captured))
         if self.setup.processes.count > 1:
@@ -282,7 +287,7 @@ class KroneckerMetric(TrainingMetric):
         if not any(rates):
             return None
         return block.coordinates.gather(
-            [rate * p.detach() for rate, p in zip(rates, block.params, strict=True)]
+            [rate * whole(p.detach()) for rate, p in zip(rates, block.params, strict=True)]
         )
 
     def apply(self, sizes: Sequence[float], null_size: float) -> None:
@@ -291,8 +296,9 @@ class KroneckerMetric(TrainingMetric):
 
         def move(p: Tensor, along: Tensor, size: float) -> None:
             params, directions = moves.setdefault(size, ([], []))
-            params.append(p)
-            directions.append(along if along.dtype == p.dtype else along.to(p.dtype))
+            part = part_like(along, p)
+            params.append(own_part(p))
+            directions.append(part if part.dtype == p.dtype else part.to(p.dtype))
 
         for block, null in self._moved:
             parts = block.scattered_momentum()
@@ -304,7 +310,7 @@ class KroneckerMetric(TrainingMetric):
                     continue
                 size = sizes[pools[i]] * rule.weights[i]
                 if rule.decay[i]:
-                    p.mul_(1 - size * rule.decay[i])
+                    own_part(p).mul_(1 - size * rule.decay[i])
                 move(p, part, size)
                 if lost is not None:
                     move(p, lost, null_size * rule.weights[i])
