@@ -9,6 +9,7 @@ from thermo_opt.errors import InputError
 
 COMMANDS = {
     "study": "a study: NGD-T beside AdamW, SGD, SOAP and Muon on one task",
+    "evidence": "every method tuned alike over its own knobs, beside none tuned, at every step",
     "table": "the studies' ratios to AdamW in one table",
     "ablate": "what each part of NGD-T contributes; its default damping",
     "alignment": "alignment of optimizers' steps with the natural gradient, at the same points",

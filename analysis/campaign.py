@@ -226,7 +226,7 @@ def campaign(kind: str, count: int, seed: int, names: list[str]) -> list[dict[st
                 limit = drawn.randrange(largest) if kind == "full" else None
                 status = interrupted(subject, folder, after, limit)
                 midway += status != 0 or size(folder) < size(reference)
-                begun = (folder / "run" / "run.json").is_file()
+                begun = any((folder / "run").glob("snapshots/*.safetensors"))
                 if kind == "full" and name == "recorder" and status != 0 and begun:
                     wrongs.append("the training ended with the disk")
                 elif wrong := told(subject, folder, reference):

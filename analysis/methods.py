@@ -53,6 +53,7 @@ METHODS = {
     for method in (
         Method("NGD-T", "NGDT", {}, {"budget": BUDGETS}),
         Method("NGD-T EKFAC", "NGDT", {"metric": "ekfac"}, {"budget": BUDGETS}),
+        Method("K-FAC, KL clip", "NGDT", {"calibration": None}, {"budget": [1e-3, 3e-3, 0.01]}),
         Method(
             "AdamW",
             "AdamW",
@@ -65,7 +66,9 @@ METHODS = {
         Method("Shampoo", "analysis.methods:shampoo", {}, {"lr": [0.03, 0.1, 0.3]}),
     )
 }
-WEIGHT_DECAY = {name: 5e-4 if name.startswith(("NGD-T", "SGD")) else 0.05 for name in METHODS}
+WEIGHT_DECAY = {
+    name: 5e-4 if name.startswith(("NGD-T", "K-FAC", "SGD")) else 0.05 for name in METHODS
+}
 """Used at full scale only, where regularisation decides the final accuracy; in each family's own
 unit, not tuned."""
 
