@@ -16,6 +16,7 @@ COMMANDS = {
     "bench": "speed and memory of a step, an audit, a front, Fisher products",
     "figures": "the README's two pictures",
     "campaign": "kills and full disks at random moments, with counts",
+    "fuzz": "damaged run folders of every layout, read one after the other, with counts",
     "installs": "the lowest and newest allowed dependencies; the wheel outside the checkout",
     "readme": "the tables of analysis/README.md from the CSVs",
 }
