@@ -221,10 +221,11 @@ def checked_weights(weights: Any, leading: Sequence[int]) -> Any:
 
 def look_like_probabilities(likelihood: str, outputs: Any) -> bool:
     """Whether outputs of classes are probabilities rather than logits: rows ≥ 0 that sum to 1, or
-    all within [0, 1].
+    all within [0, 1] and near both ends.
 
-    ``outputs``: floating-point, with their `parameters_last`. Single logits may all lie within [0,
-    1] by chance, so sixteen of them that differ are asked for.
+    ``outputs``: floating-point, with their `parameters_last`. The single logits of an untrained
+    network often all lie within [0, 1], about their common bias; logits that reach both ends of it
+    and never pass them don't, so sixteen such outputs are asked for.
     """
     if likelihood not in ("categorical", "bernoulli") or not _size(outputs.shape):
         return False
@@ -233,7 +234,7 @@ def look_like_probabilities(likelihood: str, outputs: Any) -> bool:
         return False
     if likelihood == "categorical":
         return bool((abs(outputs.sum(-1) - 1) < ROUNDED).all())
-    return _size(outputs.shape) >= 16 and low < float(outputs.max()) <= 1
+    return _size(outputs.shape) >= 16 and low < 0.1 and 0.9 < float(outputs.max()) <= 1
 
 
 def refuse_probabilities(likelihood: str, outputs: Any) -> None:

@@ -167,9 +167,11 @@ def test_what_looks_like_probabilities():
     assert look_like_probabilities("categorical", p)
     assert not look_like_probabilities("categorical", z)
     assert not look_like_probabilities("categorical", np.abs(z))
-    assert look_like_probabilities("bernoulli", 1 / (1 + np.exp(-z)))
+    assert look_like_probabilities("bernoulli", 1 / (1 + np.exp(-5 * z)))
     assert not look_like_probabilities("bernoulli", z)
     assert not look_like_probabilities("bernoulli", np.zeros_like(z))
+    untrained = 0.4 + 0.1 * np.tanh(z)  # logits about the bias of a network's last layer
+    assert not look_like_probabilities("bernoulli", untrained)
     assert not look_like_probabilities("gaussian", p)
 
 
