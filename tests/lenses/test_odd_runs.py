@@ -100,7 +100,11 @@ def test_outputs_that_are_no_class_logits(tmp_path, outputs):
 @pytest.mark.parametrize("likelihood", ["categorical", "bernoulli"])
 def test_probabilities_are_refused_until_they_are_said_to_be_such(tmp_path, likelihood):
     generator = torch.Generator().manual_seed(0)
-    z = list(3 * torch.randn(5, 6, 4, generator=generator).cumsum(0))
+    steps = (
+        torch.randn(5, 6, 4, generator=generator)
+        * torch.tensor([2, 0.5, 0.5, 0.5, 0.5])[:, None, None]
+    )
+    z = list(steps.cumsum(0))
     y = TARGETS if likelihood == "categorical" else torch.randint(2, (6, 4), generator=generator)
     p = [x.softmax(-1) if likelihood == "categorical" else x.sigmoid() for x in z]
     expected = to.audit(write(tmp_path / "z", z, y, likelihood=likelihood)).summary
