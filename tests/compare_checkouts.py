@@ -228,7 +228,7 @@ def train(model: nn.Module, opt: Any, chosen: dict[str, Any], first: int, last: 
         if step < first:
             continue
         torch.manual_seed(step)
-        opt.zero_grad()
+        opt.zero_grad(set_to_none=False)  # a layer that was skipped has a gradient of 0
         for x_part, y_part in zip(x.chunk(parts), y.chunk(parts), strict=True):
             x_part = x_part.to(dtype) if x_part.is_floating_point() else x_part
             with torch.autocast("cpu", torch.bfloat16, enabled=options.get("autocast", False)):

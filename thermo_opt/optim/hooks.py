@@ -43,11 +43,17 @@ def after_forward(module: nn.Module, method: Callable[..., None]) -> RemovableHa
 
 def on_gradient(output: Any, receive: Callable[[Tensor], None]) -> bool:
     """Call ``receive(g)`` when backward reaches this output; False when it takes no part in
-    autograd."""
+    autograd.
+
+    Not for derivatives that are differentiated again (gradient penalties, the residuals of a
+    differential equation): they are part of a loss, not its gradient.
+    """
     if not (isinstance(output, Tensor) and output.requires_grad):
         return False
 
     def hook(g: Tensor) -> None:
+        if torch.is_grad_enabled():
+            return
         with torch.no_grad():
             receive(g)
 
@@ -80,7 +86,7 @@ class _SourceHook:
 
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
         g = gradients[self.place]
-        if g is not None:
+        if g is not None and not torch.is_grad_enabled():
             with torch.no_grad():
                 self.receive(self.number, g)
 

@@ -14,6 +14,7 @@ from thermo_opt import fisher
 from thermo_opt.errors import InputError
 from thermo_opt.fisher.metric import dot
 from thermo_opt.optim.training_metric import (
+    Gradients,
     Setup,
     StepInputs,
     StepLengths,
@@ -31,30 +32,44 @@ class MinibatchMetric(TrainingMetric):
     def __init__(
         self, kind: str, setup: Setup, eta_null: float | None, options: Mapping[str, Any]
     ) -> None:
-        trainable = [p for p in setup.model.parameters() if p.requires_grad]
-        if {id(p) for p in trainable} != {id(p) for p in setup.params}:
-            raise InputError(
-                f"metric={kind!r} covers all trainable parameters of the model, but the optimizer "
-                "was given only some of them; freeze the others with requires_grad_(False), or use "
-                "metric='kfac'"
-            )
-        order = {id(p): i for i, p in enumerate(setup.params)}
-        self._order = [order[id(p)] for p in trainable]
-        self.kind, self.setup, self.options = kind, setup, dict(options)
+        self.kind, self.options = kind, dict(options)
         self.eta_null = eta_null or 0.0
         self.metric: fisher.Metric | None = None
         self.damping: float | None = None
         self._splits = eta_null is not None
         self._momentum: list[Tensor] | None = None
+        self._order: list[int] = []
+        self.rebuild(setup)
         self._direction: list[Tensor] = []
         self._null: list[Tensor] | None = None
         self._weights: list[float] = []
+
+    def rebuild(self, setup: Setup) -> None:
+        trainable = [p for p in setup.model.parameters() if p.requires_grad]
+        if {id(p) for p in trainable} != {id(p) for p in setup.params if p.requires_grad}:
+            raise InputError(
+                f"metric={self.kind!r} covers all trainable parameters of the model, but the "
+                "optimizer was given only some of them; freeze the others with "
+                "requires_grad_(False), or use metric='kfac'"
+            )
+        if self._momentum is not None:
+            known = {id(self.setup.params[i]): k for k, i in enumerate(self._order)}
+            old = self._momentum
+            self._momentum = [
+                old[known[id(p)]] if id(p) in known else torch.zeros_like(p) for p in trainable
+            ]
+        order = {id(p): i for i, p in enumerate(setup.params)}
+        self._order = [order[id(p)] for p in trainable]
+        self.setup: Setup = setup
 
     @property
     def hooked(self) -> bool:
         return True
 
-    def update(self, gradients: Sequence[Tensor], seen: StepInputs, damping: float | None) -> None:
+    def update(self, gradients: Gradients, seen: StepInputs, damping: float | None) -> None:
+        self.metric = None
+        if not all(bool(torch.isfinite(g).all()) for g in gradients if g is not None):
+            return
         if seen.last is None or seen.last.module is not self.setup.model:
             raise InputError(
                 f"metric={self.kind!r} needs the model's inputs, but no forward pass of the model "
@@ -70,13 +85,13 @@ class MinibatchMetric(TrainingMetric):
             made = fisher.make(self.kind, model, batch, likelihood, self.damping, **self.options)
         self.metric = made
 
-    def direction(self, gradients: Sequence[Tensor], rule: UpdateRule) -> StepLengths:
-        metric = self.metric
-        assert metric is not None  # `update` comes first
-        g = [gradients[i] for i in self._order]
-        self._null = None
-        if not all(bool(torch.isfinite(t).all()) for t in g):
+    def direction(self, gradients: Gradients, rule: UpdateRule) -> StepLengths:
+        metric, self._null = self.metric, None
+        if metric is None:
             return StepLengths.unknown()
+        params = [self.setup.params[i] for i in self._order]
+        found = [gradients[i] for i in self._order]
+        g = [torch.zeros_like(p) if t is None else t for t, p in zip(found, params, strict=True)]
         if self._splits:
             g_range, self._null = metric.split(g)
             u = metric.solve(g_range)
@@ -87,10 +102,12 @@ class MinibatchMetric(TrainingMetric):
             return StepLengths.unknown()
         if rule.momentum:
             old = self._momentum or [torch.zeros_like(t) for t in u]
-            self._momentum = u = [rule.momentum * m + t for m, t in zip(old, u, strict=True)]
-        self._weights = [rule.weights[i] for i in self._order]
+            u = [rule.momentum * m + t for m, t in zip(old, u, strict=True)]
+            self._momentum = [m if t is None else b for m, t, b in zip(old, found, u, strict=True)]
+        self._weights = [
+            0.0 if t is None else rule.weights[i] for t, i in zip(found, self._order, strict=True)
+        ]
         decay = [rule.decay[i] for i in self._order]
-        params = [self.setup.params[i] for i in self._order]
         self._direction = [
             w * (t + rate * p.detach() if rate else t)
             for t, p, rate, w in zip(u, params, decay, self._weights, strict=True)
@@ -117,7 +134,7 @@ class MinibatchMetric(TrainingMetric):
         momentum = state["momentum"]
         self._momentum = None
         if momentum is not None:
-            self._momentum = [
-                t.to(device=self.setup.params[i].device).clone()
-                for t, i in zip(momentum, self._order, strict=True)
-            ]
+            pairs = [(t, self.setup.params[i]) for t, i in zip(momentum, self._order, strict=True)]
+            if any(t.shape != p.shape for t, p in pairs):
+                raise InputError("the saved optimizer state is of another model: other shapes")
+            self._momentum = [t.to(device=p.device, dtype=p.dtype).clone() for t, p in pairs]

@@ -156,35 +156,12 @@ class NGDT(Optimizer):
         groups = validate.groups(self.model, params)
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "share": None}
         super().__init__(groups, defaults)
-        self._params = [p for group in self.param_groups for p in group["params"]]
-        self._fingerprint = validate.ModelFingerprint(self.model, self._params)
-        pools, self._shares = validate.pools(self.param_groups)
-        if is_sharded(self.model) and not options.per_layer:
-            raise InputError(
-                "a metric of a minibatch needs whole parameters, and the model's are sharded over "
-                "processes: use metric='kfac' or 'ekfac'"
-            )
-        if not options.per_layer and self._shares != [1.0]:
-            raise InputError(
-                "a group's 'share' of the budget needs a block-diagonal metric: use metric='kfac' "
-                "or 'ekfac'"
-            )
         self.likelihood = named_likelihood(likelihood, sigma2)
+        self.options = options
         self.regulator = named(regulator, budget, eta_max)
         self.damping = damping
         self.processes = Processes(model, process_group)
-        numbers = [k for k, group in enumerate(self.param_groups) for _ in group["params"]]
-        self.metric = options.attach(
-            Setup(
-                self.model,
-                self._params,
-                numbers,
-                pools,
-                self.likelihood,
-                self.processes,
-                bool(self.compiled),
-            )
-        )
+        self.metric = options.attach(self._setup())
         if calibrated == "auto":
             calibrated = Calibration() if options.approximate else None
         self.calibration: Calibration | None = copy.copy(calibrated)
@@ -193,9 +170,41 @@ class NGDT(Optimizer):
         self.skipped = 0
         self.last_step: dict[str, float | None] = {}
         self._mark()
-        self._recorder = PassRecorder(self.model)
+        self._recorder = PassRecorder(self.model, self._params, self.metric.discard)
         self._closed = False
         self._arm()
+
+    def _setup(self) -> Setup:
+        """What the metric is to cover, from the parameter groups as they are now."""
+        self._params = [p for group in self.param_groups for p in group["params"]]
+        self._trained = [p.requires_grad for p in self._params]
+        self._fingerprint = validate.ModelFingerprint(self.model, self._params)
+        pools, self._shares = validate.pools(self.param_groups)
+        if is_sharded(self.model) and not self.options.per_layer:
+            raise InputError(
+                "a metric of a minibatch needs whole parameters, and the model's are sharded over "
+                "processes: use metric='kfac' or 'ekfac'"
+            )
+        if not self.options.per_layer and self._shares != [1.0]:
+            raise InputError(
+                "a group's 'share' of the budget needs a block-diagonal metric: use metric='kfac' "
+                "or 'ekfac'"
+            )
+        numbers = [k for k, group in enumerate(self.param_groups) for _ in group["params"]]
+        return Setup(
+            self.model,
+            self._params,
+            numbers,
+            pools,
+            self.likelihood,
+            self.processes,
+            bool(self.compiled),
+        )
+
+    def _rebuild(self) -> None:
+        """Cover the parameters that there are now: frozen, unfrozen, or added."""
+        self.metric.rebuild(self._setup())
+        self._recorder.params = self._params
 
     # ---- the step
 
@@ -216,6 +225,13 @@ class NGDT(Optimizer):
             InputError: when the model was changed since construction, or when backward did not come
                 through predictions that it returned. No weight has moved then.
         """
+        try:
+            return self._step(closure)
+        except BaseException:
+            self._recover()
+            raise
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = self._evaluated(closure)
         self.processes.meet(self._recorder.parallel)
         seen, nothing = self._agreed(loss)
@@ -224,7 +240,9 @@ class NGDT(Optimizer):
             return loss
         if seen is None:
             return self._skip(loss)
-        gradients = [zeros_like(p) if p.grad is None else whole(p.grad) for p in self._params]
+        gradients = [None if p.grad is None else whole(p.grad) for p in self._params]
+        if all(g is None for g in gradients):  # of this process alone: it follows the others
+            gradients = [zeros_like(p) for p in self._params]
         self._recorder.disarm()  # the metric runs the model too
         self.metric.update(gradients, seen, self._damping())
         lengths = self.metric.direction(gradients, self._rule())
@@ -268,6 +286,8 @@ class NGDT(Optimizer):
         if self._closed:
             raise InputError("this NGDT was closed: make a new one to go on training")
         self._fingerprint.check()
+        if self._trained != [p.requires_grad for p in self._params]:
+            self._rebuild()
         passes = self._recorder.used()
         validate.gradients([p.grad for p in self._params])
         scale = self._loss_scale()
@@ -399,10 +419,17 @@ class NGDT(Optimizer):
                 "last_step['skipped']); if there are many, lower the budget or check the data",
                 stacklevel=3,
             )
-        unknown = dict.fromkeys((*REPORTED, *self.metric.diagnostics()))
-        self.last_step = {**unknown, "skipped": float(self.skipped), "predicted": 0.0}
+        known = (*REPORTED, *self.metric.diagnostics(), *self.last_step)
+        self.last_step = {**dict.fromkeys(known), "skipped": float(self.skipped), "predicted": 0.0}
         self._arm()
         return loss
+
+    def _recover(self) -> None:
+        """Forget the passes of a step that raised, so that the next one is not theirs too."""
+        self.metric.discard()
+        self._recorder.clear()
+        if not self._closed:
+            self._arm()
 
     def _arm(self) -> None:
         """Prepare for the passes of the coming step."""
@@ -422,6 +449,29 @@ class NGDT(Optimizer):
     def _mark(self) -> None:
         """An entry in torch's ``state``: tools that find it empty take a step to fill it."""
         self.state[self._params[0]] = {}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, and with them the passes that made them."""
+        super().zero_grad(set_to_none)
+        self._recorder.forget_used()
+        self.metric.discard()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more of the model's parameters; the new ones move from the second step on, when
+        their curvature has been seen."""
+        if "metric" not in vars(self):  # torch's constructor adds the first groups
+            super().add_param_group(param_group)
+            return
+        (group,) = validate.groups(self.model, [param_group], trained=False)
+        super().add_param_group(group)
+        self._rebuild()
+        self._arm()
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise InputError(
+            "an NGDT can't be copied or pickled, because its hooks belong to one model: make a new "
+            "one for the other model and load this one's state_dict() into it"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """torch's dictionary with one more entry, "ngdt": step count, calibration, running factors
@@ -444,15 +494,29 @@ class NGDT(Optimizer):
         """Restore what `state_dict` gave, in this version or an earlier one.
 
         Raises:
-            InputError: when the state is not NGDT's, or of another metric or model.
+            InputError: when the state is not NGDT's, or of another metric or model, or damaged; the
+                optimizer is then as it was.
         """
-        own = state.current(state_dict, self.metric.kind)
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        self._mark()
-        self.steps, self.skipped = int(own["steps"]), int(own["skipped"])
-        if self.calibration is not None and own["calibration"] is not None:
-            self.calibration.load_state_dict(own["calibration"])
-        self.metric.load_state_dict(own["curvature"])
+        metric, calibration = dict(vars(self.metric)), copy.copy(self.calibration)
+        before = self.steps, self.skipped
+        try:
+            own = state.current(state_dict, self.metric.kind)
+            self.metric.load_state_dict(own["curvature"])
+            if self.calibration is not None and own["calibration"] is not None:
+                self.calibration.load_state_dict(own["calibration"])
+            self.steps, self.skipped = int(own["steps"]), int(own["skipped"])
+            super().load_state_dict(state.groups(state_dict, super().state_dict()))
+            self._mark()
+        except Exception as error:
+            vars(self.metric).clear()
+            vars(self.metric).update(metric)
+            self.calibration = calibration
+            self.steps, self.skipped = before
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"the saved optimizer state is damaged ({type(error).__name__}: {error})"
+            ) from None
         self._arm()
 
     def close(self) -> None:

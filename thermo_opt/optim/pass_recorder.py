@@ -7,6 +7,7 @@ every module is watched, and the outermost calls that returned predictions are k
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,11 +29,19 @@ class PassRecorder:
         model: the module that the optimizer was given.
         target: the module whose passes are recorded, once found: the model, or its one part that
             is called.
+        params: parameters; once the gradients of all of them are gone, the passes that made them
+            are forgotten, and ``on_abandoned`` is called.
         parallel: the DistributedDataParallel inside whose forward the last pass ran, if any.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Sequence[nn.Parameter] = (),
+        on_abandoned: Callable[[], None] = lambda: None,
+    ) -> None:
         self.model = model
+        self.params, self.on_abandoned = params, on_abandoned
         self.target: nn.Module | None = None
         self.parallel: DistributedDataParallel | None = None
         self.counting = True
@@ -58,6 +67,10 @@ class PassRecorder:
             handle.remove()
         self._handles = []
 
+    def forget_used(self) -> None:
+        """Forget the passes that took part in a backward pass."""
+        self._passes = [seen for seen in self._passes if not seen.used]
+
     def clear(self) -> None:
         """Forget all passes."""
         self._passes, self._open = [], []
@@ -66,6 +79,10 @@ class PassRecorder:
         """A training pass begins."""
         if _recomputing():
             return
+        backward = not self._open and any(seen.used for seen in self._passes)
+        if backward and all(p.grad is None for p in self.params):  # none of the coming step
+            self.forget_used()
+            self.on_abandoned()
         draws = torch.random.get_rng_state() if mixes_examples(module) else None
         self._open.append((module, len(self._passes), draws))
 

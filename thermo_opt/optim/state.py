@@ -43,6 +43,22 @@ def whole(torch_state: dict[str, Any], own: dict[str, Any], params: int) -> dict
     return {**torch_state, "state": state, "ngdt": own}
 
 
+def groups(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, Any]:
+    """torch's part of a saved state with the numbers of one's own parameters.
+
+    Raises:
+        InputError: when it has another number of parameter groups.
+    """
+    theirs, own = saved["param_groups"], mine["param_groups"]
+    if len(theirs) != len(own):
+        raise InputError(
+            f"the saved optimizer state has {len(theirs)} parameter groups, this optimizer has "
+            f"{len(own)}"
+        )
+    pairs = zip(theirs, own, strict=True)
+    return {"state": {}, "param_groups": [{**a, "params": b["params"]} for a, b in pairs]}
+
+
 def current(state: Mapping[str, Any], metric: str) -> dict[str, Any]:
     """The entry "ngdt" of a state in today's form.
 
@@ -57,6 +73,9 @@ def current(state: Mapping[str, Any], metric: str) -> dict[str, Any]:
         raise InputError(
             "this optimizer state has no entry 'ngdt': it was saved by another optimizer"
         )
+    missing = {"metric", "steps", "skipped", "calibration"} - set(own)
+    if missing:
+        raise InputError(f"the saved optimizer state lacks {', '.join(sorted(missing))}")
     if own["metric"] != metric:
         raise InputError(
             f"the saved state is of metric={own['metric']!r}, this optimizer has {metric!r}"

@@ -19,6 +19,9 @@ from thermo_opt.fisher.likelihoods import Likelihood
 from thermo_opt.optim.forward_pass import ForwardPass
 from thermo_opt.optim.processes import Processes
 
+Gradients = Sequence[Tensor | None]
+"""One gradient per parameter of the optimizer; None for one that took no part in the loss."""
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -117,18 +120,23 @@ class TrainingMetric(ABC):
         return
 
     @abstractmethod
-    def update(self, gradients: Sequence[Tensor], seen: StepInputs, damping: float | None) -> None:
+    def rebuild(self, setup: Setup) -> None:
+        """Cover the parameters that train now; what is known of the others is kept."""
+
+    @abstractmethod
+    def update(self, gradients: Gradients, seen: StepInputs, damping: float | None) -> None:
         """Bring the metric up to date with what this step's passes showed.
 
         Args:
-            gradients: of the mean loss, one per parameter.
+            gradients: of the mean loss, one per parameter; None for one that took no part.
             seen: the passes.
             damping: λ, or None for the metric's own choice.
         """
 
     @abstractmethod
-    def direction(self, gradients: Sequence[Tensor], rule: UpdateRule) -> StepLengths:
-        """Compute the update v, which stays inside, and its lengths.
+    def direction(self, gradients: Gradients, rule: UpdateRule) -> StepLengths:
+        """Compute the update v, which stays inside, and its lengths. A parameter without a gradient
+        is not moved, neither by momentum nor by weight decay.
 
         If any gradient is not finite, nothing is changed; the lengths then aren't finite either.
         """

@@ -81,8 +81,11 @@ def model(module: nn.Module) -> None:
             raise InputError(f"parameter {name!r} is complex; NGDT trains real parameters only")
 
 
-def groups(module: nn.Module, params: Iterable[Any] | None) -> list[dict[str, Any]]:
-    """Parameter groups from what the user gave, restricted to parameters that require grad."""
+def groups(
+    module: nn.Module, params: Iterable[Any] | None, trained: bool = True
+) -> list[dict[str, Any]]:
+    """Parameter groups from what the user gave; frozen parameters stay in them, and move once they
+    are unfrozen. With ``trained``, some must train now."""
     owned = {id(p): name for name, p in module.named_parameters()}
     given = list(module.parameters() if params is None else params)
     found = (
@@ -100,10 +103,10 @@ def groups(module: nn.Module, params: Iterable[Any] | None) -> list[dict[str, An
                     "model; "
                     "give the module that owns it as (part of) the model"
                 )
-        group["params"] = [p for p in members if p.requires_grad]
-        if group["params"]:
+        group["params"] = members
+        if members:
             kept.append(group)
-    if not kept:
+    if trained and not any(p.requires_grad for group in kept for p in group["params"]):
         raise InputError("none of the given params requires grad: there is nothing to train")
     return kept
 

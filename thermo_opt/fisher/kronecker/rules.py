@@ -40,9 +40,9 @@ class Rule:
         return [(k, p) for k in self.names if (p := own.get(k)) is not None and p.requires_grad]
 
     def covers(self, module: Module, name: str) -> bool:
-        """Whether parameter ``name`` of the module is present and trainable."""
+        """Whether parameter ``name`` of the module is present, trainable, and the rule's."""
         p = module._parameters.get(name)
-        return p is not None and p.requires_grad
+        return name in self.names and p is not None and p.requires_grad
 
 
 class KroneckerRule(Rule):
@@ -209,6 +209,34 @@ class EmbeddingRule(KroneckerRule):
         return 1, dim, vocabulary
 
 
+class ConvTransposeRule(KroneckerRule):
+    """``ConvTranspose1d``/``2d``/``3d`` without groups: the transpose of a convolution.
+
+    Positions are the *input* pixels; the output-gradient samples are the patches of g that each of
+    them reaches. The matrix is (kernel… × out channels, in channels). The bias, which is added per
+    output pixel, is not in it and keeps its diagonal.
+    """
+
+    names = ("weight",)
+
+    def inputs(self, module: Module, x: Tensor) -> Tensor:
+        return x.flatten(2).mT
+
+    def gradients(self, module: Module, x: Tensor, g: Tensor) -> Tensor:
+        return patches(module, g)
+
+    def weight_matrix(self, module: Module, weight: Tensor) -> Tensor:
+        return weight.movedim(1, -1).flatten(1).mT
+
+    def weight_tensor(self, module: Module, matrix: Tensor) -> Tensor:
+        channels, out, *kernel = module.weight.shape
+        return matrix.mT.reshape(channels, *kernel, out).movedim(-1, 1)
+
+    def shape(self, module: Module) -> tuple[int, int, int]:
+        channels = module.weight.shape[0]
+        return 1, module.weight[0].numel(), channels
+
+
 @dataclass(frozen=True)
 class ScaleRule(Rule):
     """Scale and shift of a normalisation layer, or any elementwise affine map ``y = γ x̂ + β``.
@@ -252,22 +280,77 @@ class ScaleRule(Rule):
         position ("expand")."""
         parts = []
         for name, _ in self.parameters(module):
-            sample = g * normalised if name == "weight" else g
+            sample = g if name == "bias" else g * normalised
             if self.axes == "channel":
                 sample = sample.flatten(2) if sample.dim() > 2 else sample.unsqueeze(-1)
                 sample = sample.sum(-1) if setting == "reduce" else sample.mT.flatten(0, 1)
             else:
-                width = math.prod(module.weight.shape)
+                width = self.parameters(module)[0][1].numel()
                 sample = sample.reshape(sample.shape[0], -1, width)
                 sample = sample.sum(1) if setting == "reduce" else sample.flatten(0, 1)
             parts.append(sample)
         return torch.cat(parts, dim=-1)
 
 
+@dataclass(frozen=True)
+class LastAxisScale(ScaleRule):
+    """A scale over the last axis and nothing else: ``y = (c + γ) x̂`` with x̂ = x/rms(x) (RMSNorm by
+    any name), or x̂ = x (layer scale).
+
+    ``scale``: the parameter's name. ``eps``: of the root mean square; None: x is not normalised.
+    """
+
+    axes: str = "last"
+    scale: str = "weight"
+    eps: float | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The one parameter."""
+        return (self.scale,)
+
+    def normalised(self, module: Module, x: Tensor) -> Tensor:
+        if self.eps is None:
+            return x
+        return F.rms_norm(x, [x.shape[-1]], None, self.eps)
+
+
+def last_axis_scale(module: Module) -> LastAxisScale | None:
+    """The rule of a module that does what `LastAxisScale` says, found out by calling its forward on
+    one small tensor; None for every other module."""
+    own = [(name, p) for name, p in module._parameters.items() if p is not None]
+    if len(own) != 1 or module._modules or own[0][1].dim() != 1 or own[0][1].is_meta:
+        return None
+    ((name, p),) = own
+    if len(p) < 2 or not p.is_floating_point():
+        return None
+    places = torch.arange(3 * len(p), device=p.device).view(3, -1)
+    x = (places.sin() + 0.5).to(p.dtype)  # with a mean, unlike what LayerNorm leaves
+    try:
+        with torch.no_grad():
+            y = type(module).forward(module, x)
+    except Exception:  # another kind of module
+        return None
+    if not isinstance(y, Tensor) or y.shape != x.shape or not bool(y.any()):
+        return None
+    found = [getattr(module, k, None) for k in ("variance_epsilon", "eps", "epsilon", "norm_eps")]
+    known = [e for e in found if isinstance(e, float)]
+    close = 1e-2 if p.dtype.itemsize < 4 else 1e-4
+    for eps in (*known, 1e-6, 1e-5, None):
+        rule = LastAxisScale(scale=name, eps=eps)
+        x_hat = rule.normalised(module, x)
+        for offset in (0.0, 1.0):
+            wanted = (offset + p.detach()) * x_hat
+            if float((y - wanted).norm()) <= close * float(wanted.norm()):
+                return rule
+    return None
+
+
 class _Shared:
     linear = LinearRule()
     transposed = TransposedLinearRule()
     conv = ConvRule()
+    transposed_conv = ConvTransposeRule()
     embedding = EmbeddingRule()
     last = ScaleRule("last")
     channel = ScaleRule("channel")
@@ -279,6 +362,9 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.Conv1d: _Shared.conv,
     nn.Conv2d: _Shared.conv,
     nn.Conv3d: _Shared.conv,
+    nn.ConvTranspose1d: _Shared.transposed_conv,
+    nn.ConvTranspose2d: _Shared.transposed_conv,
+    nn.ConvTranspose3d: _Shared.transposed_conv,
     nn.Embedding: _Shared.embedding,
     nn.LayerNorm: _Shared.last,
     nn.RMSNorm: _Shared.last,
@@ -304,11 +390,14 @@ def rule_for(module: Module) -> Rule | None:
     for parent in kind.__mro__:
         rule = RULES.get(parent)
         if rule is not None:
-            return rule if kind.forward is parent.forward else None
+            if kind.forward is not parent.forward:
+                break
+            grouped = rule is _Shared.transposed_conv and module.groups > 1
+            return None if grouped else rule
     # GPT-2's Conv1D, recognised without importing transformers.
     if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
         return _Shared.transposed
-    return None
+    return last_axis_scale(module)
 
 
 def patches(module: Module, x: Tensor, mean: bool = False) -> Tensor:

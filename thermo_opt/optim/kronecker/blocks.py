@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from thermo_opt.errors import InputError
 from thermo_opt.fisher.kronecker import DenseBlock, Factor
 from thermo_opt.fisher.kronecker.coordinates import (
     Coordinates,
@@ -22,7 +23,7 @@ from thermo_opt.fisher.kronecker.coordinates import (
     ScaleChannels,
     ScaleVector,
 )
-from thermo_opt.fisher.kronecker.factors import working
+from thermo_opt.fisher.kronecker.factors import working, working_dtype
 from thermo_opt.fisher.kronecker.layers import KroneckerLayer, ScaleLayer
 from thermo_opt.fisher.spectral import default_rtol
 from thermo_opt.optim.kronecker.capture import (
@@ -84,14 +85,27 @@ class ParameterBlock(ABC):
         """How many layers of the model the block stands for."""
         return 1
 
-    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Of tensors aligned with the optimizer's list, those of the block, in its coordinates."""
+    def own(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """Of tensors aligned with the optimizer's list, those of the block that there are."""
+        found = [tensors[i] for i in self.places if i is not None]
+        return [t for t in found if t is not None]
+
+    def gather(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Of tensors aligned with the optimizer's list, those of the block, in its coordinates;
+        zero for those that are missing."""
+        found = [None if i is None else tensors[i] for i in self.places]
         return self.coordinates.gather(
-            [
-                zeros_like(p) if i is None else tensors[i]
-                for i, p in zip(self.places, self.params, strict=True)
-            ]
+            [zeros_like(p) if t is None else t for t, p in zip(found, self.params, strict=True)]
         )
+
+    def mask(self, tensors: Sequence[Tensor | None]) -> Tensor | None:
+        """1 where the block has a tensor, 0 where it is missing; None where none is."""
+        found = [None if i is None else tensors[i] for i in self.places]
+        given = [i is None or t is not None for i, t in zip(self.places, found, strict=True)]
+        if all(given):
+            return None
+        pairs = zip(self.params, given, strict=True)
+        return working(self.coordinates.gather([zeros_like(p) + float(x) for p, x in pairs]))
 
     def scattered_momentum(self) -> list[Tensor]:
         """The momentum as tensors of the parameters' shapes: views, made once, where it can be."""
@@ -171,7 +185,11 @@ class ParameterBlock(ABC):
         for average, saved in zip(self.averages(), state["running"], strict=True):
             average.load_state_dict(saved, like)
         b = state["momentum"]
-        b = None if b is None else b.to(device=like.device).clone()
+        if b is not None:
+            b = b.to(device=like.device, dtype=working_dtype(like.dtype)).clone()
+            zero = self.coordinates.gather([zeros_like(p) for p in self.params])
+            if b.shape != zero.shape:
+                raise InputError(_other(self.name))
         squared, crossed, decayed = (float(x) for x in state["lengths"])
         self.momentum = CarriedMomentum(b, squared, crossed, decayed)
         self.inverse = None
@@ -179,6 +197,26 @@ class ParameterBlock(ABC):
             self.refresh(float(state["damping"]))
             invert(self.damped)
             self.finish(lambda tensors: None)
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse factors that don't belong to these parameters."""
+        if self.inverse is None:
+            return
+        zero = working(self.coordinates.gather([zeros_like(p) for p in self.params]))
+        try:
+            fits = self.inverse.solve(zero).shape == zero.shape
+        except RuntimeError:  # torch's: the shapes don't match
+            fits = False
+        if not fits:
+            raise InputError(_other(self.name))
+
+
+def _other(name: str) -> str:
+    return (
+        f"the saved optimizer state is of another model: what it holds for {name!r} has other "
+        "shapes"
+    )
 
 
 class UnruledBlock(ParameterBlock):
@@ -267,7 +305,7 @@ class NormBlock(LayerBlock):
         if not self.dense or self.options.spectral:
             return None
         eps = getattr(first.module, "eps", None)
-        return NormBlock, type(first.module), eps, tuple(first.sizes)
+        return NormBlock, type(first.module), first.rule, eps, tuple(first.sizes)
 
     def merge(self, blocks: Sequence[LayerBlock]) -> NormBlock:
         own = [block for block in blocks if isinstance(block, NormBlock)]
@@ -298,7 +336,7 @@ class NormBlock(LayerBlock):
         rule, module = layer.rule, layer.module
         x, rows = stacked(captures)
         if rule.axes == "last":
-            shape = module.weight.shape
+            shape = layer.parameters[0].shape
             x, g = (t.flatten(0, -2).unflatten(-1, shape) for t in (x, rows))
             expanded = rule.rows(module, rule.normalised(module, x), g, "expand")
             rows = expanded.view(*rows.shape[:-1], -1)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thermo_opt.fisher.kronecker.factors import working
+from thermo_opt.fisher.kronecker.factors import working, working_dtype
 
 FORGET = 4
 """Weight of the n-th observation is 4/(n + 4) until it drops to 1 − decay, so that early, quickly
@@ -93,9 +93,10 @@ class RunningAverage:
         return {"count": self.count, "value": list(self.value)}
 
     def load_state_dict(self, state: dict[str, Any], like: Tensor) -> None:
-        """Restore what `state_dict` gave, on the device of ``like``."""
+        """Restore what `state_dict` gave, on the device and in the precision of ``like``."""
         self.count = int(state["count"])
-        self.value = [t.to(device=like.device).clone() for t in state["value"]]
+        to = {"device": like.device, "dtype": working_dtype(like.dtype)}
+        self.value = [t.to(**to).clone() for t in state["value"]]
 
 
 def stack_averages(averages: Sequence[RunningAverage]) -> list[Tensor]:

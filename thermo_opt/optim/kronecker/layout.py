@@ -91,11 +91,36 @@ class BlockLayout:
             block.places = [self._place.get(id(p)) for p in block.params]
         self.blocks = [block for block in blocks if any(i is not None for i in block.places)]
 
+    def adopt(self, old: BlockLayout) -> None:
+        """Take over the old layout's blocks whose parameters still share a block, stacks too."""
+        self.decided, self.limit, self._stacks = old.decided, old.limit, []
+        if old.decided:
+            self._cut(old.limit)
+        blocks = list(self.blocks)
+        for block in old.blocks:
+            own = {id(p) for p in block.params}
+            parts = [
+                b
+                for b in blocks
+                if type(b) is type(block) and own.issuperset(id(p) for p in b.params)
+            ]
+            if parts and {id(p) for b in parts for p in b.params} == own:
+                blocks = [block if b is parts[0] else b for b in blocks if b not in parts[1:]]
+                names = next((n for n in old._stacks if ", ".join(n) == block.name), None)
+                self._stacks += [names] if names else []
+        self._put(blocks)
+
     def warn_of_unruled(self, stacklevel: int) -> None:
         """Name, once, the modules without a layer rule."""
         if self.unruled:
+            kinds: dict[str, list[str]] = {}
+            for name, kind in self.unruled:
+                kinds.setdefault(kind, []).append(name or "the model itself")
             named = ", ".join(
-                f"{name or 'the model itself'} ({kind})" for name, kind in self.unruled
+                f"{names[0]} ({kind})"
+                if len(names) == 1
+                else f"{len(names)} modules {kind} ({names[0]}, …)"
+                for kind, names in kinds.items()
             )
             warnings.warn(
                 f"no layer rule for {named}: a diagonal metric is used for their own parameters "

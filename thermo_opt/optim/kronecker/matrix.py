@@ -263,7 +263,8 @@ class MatrixBlock(LayerBlock):
             like = self.params[0]
             for factor in (self._basis.A, self._basis.G):
                 if not factor.diagonal:
-                    values, basis = (t.to(device=like.device).clone() for t in next(saved))
+                    to = {"device": like.device, "dtype": factor.matrix.dtype}
+                    values, basis = (t.to(**to).clone() for t in next(saved))
                     factor.update(factor.matrix, Spectrum(values, basis))
             self.finish(lambda tensors: None)
 

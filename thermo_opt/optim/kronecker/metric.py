@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from thermo_opt.optim.kronecker.layout import BlockLayout
 from thermo_opt.optim.kronecker.refresh import LEAST, RefreshSchedule, default_damping
 from thermo_opt.optim.sharding import own_part, part_like, whole
 from thermo_opt.optim.training_metric import (
+    Gradients,
     Setup,
     StepInputs,
     StepLengths,
@@ -66,15 +67,22 @@ class KroneckerMetric(TrainingMetric):
         self.damping = LEAST
         self._hooks: list[tuple[_LayerCalls, RemovableHandle]] = []
         self._step, self._urgent = 0, False
-        self._turn: list[int] = []
+        self._turn: list[ParameterBlock] = []
         self._moved: list[tuple[ParameterBlock, Tensor | None]] = []
         self._rule = UpdateRule(0.0, [], [])
+        self._still: set[int] = set()
         self._report: dict[str, float | None] = dict.fromkeys(REPORTED)
 
     @property
     def blocks(self) -> list[ParameterBlock]:
         """The blocks, in the order in which they take turns."""
         return self.layout.blocks
+
+    def rebuild(self, setup: Setup) -> None:
+        layout = BlockLayout(setup, self.options)
+        layout.adopt(self.layout)
+        self.setup, self.layout = setup, layout
+        self._turn = [block for block in self._turn if block in self.blocks]
 
     # ---- before the passes
 
@@ -88,18 +96,18 @@ class KroneckerMetric(TrainingMetric):
         if self.options.fisher_type == "empirical":
             self._attach()
 
-    def _due(self, step: int) -> list[int]:
-        """Numbers of the blocks whose turn it is; one without curvature always has its turn."""
+    def _due(self, step: int) -> list[ParameterBlock]:
+        """The blocks whose turn it is; one without curvature always has its turn."""
         count = len(self.blocks)
         return [
-            i
+            block
             for i, block in enumerate(self.blocks)
             if self._urgent or block.inverse is None or self.schedule.due(step, i, count)
         ]
 
     def _attach(self) -> None:
         self._detach()
-        for block in (self.blocks[i] for i in self._turn):
+        for block in self._turn:
             if isinstance(block, LayerBlock):
                 for place, layer in enumerate(block.layers):
                     call = _LayerCalls(block, place, self._step)
@@ -112,7 +120,7 @@ class KroneckerMetric(TrainingMetric):
 
     # ---- from captures to inverses
 
-    def update(self, gradients: Sequence[Tensor], seen: StepInputs, damping: float | None) -> None:
+    def update(self, gradients: Gradients, seen: StepInputs, damping: float | None) -> None:
         start = time.perf_counter()
         self._detach()
         terms = seen.terms / seen.scale**2
@@ -141,25 +149,25 @@ class KroneckerMetric(TrainingMetric):
         self._report = dict(zip(REPORTED, reported, strict=True))
 
     def _captured(
-        self, gradients: Sequence[Tensor], terms: float, everywhere: float
+        self, gradients: Gradients, terms: float, everywhere: float
     ) -> list[tuple[ParameterBlock, list[Tensor]]]:
         """The blocks whose turn it was and that saw something, on this process or another, with
         what they captured; none where no prediction took part in the loss. ``terms``: of this
         process; ``everywhere``: of all."""
-        turn = [self.blocks[i] for i in self._turn]
         found: list[tuple[ParameterBlock, list[Tensor]]] = []
         if not terms:
             self.discard()
-        for block in turn if everywhere else []:
+        for block in self._turn if everywhere else []:
             if isinstance(block, UnruledBlock):  # of gradients that average over all processes
-                block.see(block.gather(gradients))
+                if block.own(gradients):
+                    block.see(block.gather(gradients))
                 captured = block.captured(everywhere)
             else:
                 captured = block.captured(terms)
             if captured is not None:
                 found.append((block, captured))
         if self.setup.processes.count > 1:
-            found = agreed(self.setup.processes, turn, found)
+            found = agreed(self.setup.processes, self._turn, found)
         return self.layout.decide(found) if found and not self.layout.decided else found
 
     def _sample(self, forward: ForwardPass) -> float:
@@ -176,17 +184,19 @@ class KroneckerMetric(TrainingMetric):
         return float(nll.numel())
 
     def _replace_uncalled(
-        self, seen: Sequence[ParameterBlock], gradients: Sequence[Tensor], terms: float
+        self, seen: Sequence[ParameterBlock], gradients: Gradients, terms: float
     ) -> list[UnruledBlock]:
         """Give a layer whose parameters have gradients although it was never called a diagonal
         metric; returns the new blocks."""
         lost = []
         for block in self.blocks:
-            if block.inverse is not None or block in seen or isinstance(block, UnruledBlock):
+            if block not in self._turn or block in seen or isinstance(block, UnruledBlock):
+                continue
+            if block.inverse is not None:
                 continue
             if any(average.count for average in block.averages()):
                 continue
-            own = [gradients[j] for j in block.places if j is not None]
+            own = block.own(gradients)
             if any(bool(g.any()) for g in own) and all_finite(*own):
                 lost.append(block.name)
         if not lost:
@@ -236,41 +246,47 @@ class KroneckerMetric(TrainingMetric):
 
     # ---- the step
 
-    def direction(self, gradients: Sequence[Tensor], rule: UpdateRule) -> StepLengths:
-        self._rule = rule
+    def direction(self, gradients: Gradients, rule: UpdateRule) -> StepLengths:
+        self._rule, self._still = rule, {i for i, g in enumerate(gradients) if g is None}
         mu = rule.momentum
-        active: list[tuple[ParameterBlock, BlockInverse, Tensor, Tensor | None, Tensor | None]] = []
+        active: list[_Active] = []
         products: list[Tensor] = []
         for block in self.blocks:
+            own = block.own(gradients)
+            if not own:
+                continue
             if block.inverse is None:
-                if not all_finite(*(gradients[i] for i in block.places if i is not None)):
+                if not all_finite(*own):
                     return StepLengths.unknown()
                 continue
             w = self._decay_of(block)
             block.momentum.begin(block.inverse, w)
             g, null = self._split(block.inverse, block.gather(gradients))
             products += block.momentum.inner_products(g, w, mu)
-            active.append((block, block.inverse, g, null, w))
+            active.append(_Active(block, block.inverse, g, null, w, block.mask(gradients)))
         before = _floats(products)
         if not all(map(math.isfinite, before)):  # some gradient is not: momentum stays untouched
             return StepLengths.unknown()
-        after = _floats([block.momentum.accumulate(inv, g, mu) for block, inv, g, _, _ in active])
+        after = _floats(
+            [one.block.momentum.accumulate(one.inverse, one.g, mu, one.mask) for one in active]
+        )
         if not all(map(math.isfinite, after)):  # an overflow: this momentum is of no more use
-            for block, *_ in active:
-                block.momentum.vector = None
+            for one in active:
+                one.block.momentum.vector = None
             return StepLengths.unknown()
         pools = max(self.setup.pools) + 1
         lengths = StepLengths(*([0.0] * pools for _ in range(3)))
-        for k, (block, inverse, _, _, w) in enumerate(active):
-            own = block.momentum.finish(
-                inverse, w, mu, (before[2 * k], before[2 * k + 1]), after[k]
+        for k, one in enumerate(active):
+            along, across = before[2 * k : 2 * k + 2]
+            of_block = one.block.momentum.finish(
+                one.inverse, one.w, mu, (along, across), after[k], one.mask
             )
-            first = next(i for i in block.places if i is not None)
+            first = next(i for i in one.block.places if i is not None)
             pool, weight = self.setup.pools[first], rule.weights[first]
-            lengths.a[pool] += weight * weight * own.a
-            lengths.delta[pool] += own.delta
-            lengths.decrease[pool] += weight * own.decrease
-        self._moved = [(block, null) for block, _, _, null, _ in active]
+            lengths.a[pool] += weight * weight * of_block.a
+            lengths.delta[pool] += of_block.delta
+            lengths.decrease[pool] += weight * of_block.decrease
+        self._moved = [(one.block, one.null) for one in active]
         return lengths
 
     def _split(self, inverse: BlockInverse, g: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -283,7 +299,9 @@ class KroneckerMetric(TrainingMetric):
 
     def _decay_of(self, block: ParameterBlock) -> Tensor | None:
         """w, the weight-decay direction of a block, or None where nothing decays."""
-        rates = [0.0 if i is None else self._rule.decay[i] for i in block.places]
+        rates = [
+            0.0 if i is None or i in self._still else self._rule.decay[i] for i in block.places
+        ]
         if not any(rates):
             return None
         return block.coordinates.gather(
@@ -306,7 +324,7 @@ class KroneckerMetric(TrainingMetric):
             if null is not None and null_size:
                 nulls = block.coordinates.scatter(null)
             for p, i, part, lost in zip(block.params, block.places, parts, nulls, strict=True):
-                if i is None:
+                if i is None or i in self._still:
                     continue
                 size = sizes[pools[i]] * rule.weights[i]
                 if rule.decay[i]:
@@ -341,6 +359,7 @@ class KroneckerMetric(TrainingMetric):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.layout = BlockLayout(self.setup, self.options)
         self.layout.load_state_dict(state)
         names = {block.name for block in self.blocks}
         if names != set(state["blocks"]):
@@ -354,6 +373,17 @@ class KroneckerMetric(TrainingMetric):
         self.failures, self.damping = int(state["failures"]), float(state["damping"])
 
 
+class _Active(NamedTuple):
+    """A block in one step: its inverse, gradient, null part, weight-decay direction and mask."""
+
+    block: ParameterBlock
+    inverse: BlockInverse
+    g: Tensor
+    null: Tensor | None
+    w: Tensor | None
+    mask: Tensor | None
+
+
 class _LayerCalls:
     """What one layer's hook calls: capture the layer's input and the gradient at its output."""
 
@@ -364,6 +394,9 @@ class _LayerCalls:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """The layer has been called in a training pass."""
+        layer = self.block.layers[self.place]
+        if [name for name, _ in layer.rule.parameters(module)] != [name for name, _ in layer.own]:
+            return  # frozen or unfrozen since: the next step rebuilds the block
         x = (args[0] if args else kwargs["input"]).detach()
         on_gradient(output, lambda g: self.block.capture(self.place, x, g, self.offset))
 

@@ -63,13 +63,19 @@ class CarriedMomentum:
         across = flat.new_zeros(()) if w is None else torch.dot(flat, w.reshape(-1).to(flat.dtype))
         return [torch.dot(flat, along), across]
 
-    def accumulate(self, inverse: BlockInverse, g: Tensor, mu: float) -> Tensor:
-        """b ← μ b + F_λ⁻¹g; returns gᵀb."""
+    def accumulate(
+        self, inverse: BlockInverse, g: Tensor, mu: float, mask: Tensor | None = None
+    ) -> Tensor:
+        """b ← μ b + F_λ⁻¹g, only where ``mask`` is 1; returns gᵀb."""
+        old = None if mask is None or self.vector is None else self.vector.clone()
         if self._fresh or self.vector is None:
             self.vector = inverse.solve(g)
             self.squared = self.crossed = 0.0
         else:
             inverse.accumulate(self.vector, mu, g)
+        if mask is not None:
+            kept = torch.zeros_like(self.vector) if old is None else old
+            self.vector = torch.where(mask > 0, self.vector, kept)
         return torch.dot(g.reshape(-1), self.vector.reshape(-1))
 
     def finish(
@@ -79,13 +85,23 @@ class CarriedMomentum:
         mu: float,
         products: tuple[float, float],
         after: float,
+        mask: Tensor | None = None,
     ) -> BlockLengths:
         """The lengths of v = b + w, from the numbers of `inner_products` before and ``after``
-        `accumulate`."""
+        `accumulate`.
+
+        With a ``mask``, v is 0 where it is; its length then costs a product with F_λ.
+        """
         along, across = products
         if self._fresh:
             along = 0.0
         delta = max(after - mu * along, 0.0)
+        if mask is not None and self.vector is not None:
+            v = self.vector * mask
+            v = v if w is None else v + w
+            a = float(torch.dot(v.reshape(-1), inverse.matvec(v).reshape(-1)))
+            self.stale = True
+            return BlockLengths(max(a, 0.0), delta, after + across)
         self.squared = max(mu * mu * self.squared + 2 * mu * along + delta, 0.0)
         if w is None:
             self.crossed = self.decayed = 0.0
