@@ -1,0 +1,96 @@
+"""NGD-T on many losses: a few steps lower them, or the refusal says what to change."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import thermo_opt as to
+
+X = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+Y = X[:, :4].argmax(1)
+ONES = (X[:, :4] > 0).float()
+REAL = X[:, :4] + 0.1 * X[:, 2:6]
+COUNTS = ONES * 3
+TEACHER = (3 * X[:, :4]).softmax(1)
+
+LOSSES = {
+    "cross-entropy": lambda f: F.cross_entropy(f, Y),
+    "cross-entropy, class weights": lambda f: F.cross_entropy(f, Y, torch.tensor([1, 2, 1, 2.0])),
+    "cross-entropy, label smoothing": lambda f: F.cross_entropy(f, Y, label_smoothing=0.1),
+    "cross-entropy, soft targets": lambda f: F.cross_entropy(f, TEACHER),
+    "cross-entropy, some labels ignored": lambda f: F.cross_entropy(f, Y.where(Y > 0, -100)),
+    "cross-entropy × ½": lambda f: 0.5 * F.cross_entropy(f, Y),
+    "nll_loss of log_softmax": lambda f: F.nll_loss(f.log_softmax(1), Y),
+    "distillation, KL": lambda f: F.kl_div(f.log_softmax(1), TEACHER, reduction="batchmean"),
+    "focal": lambda f: ((1 - _right(f)) ** 2 * F.cross_entropy(f, Y, reduction="none")).mean(),
+    "with a penalty on the outputs": lambda f: F.cross_entropy(f, Y) + 1e-2 * f.square().mean(),
+    "entropy bonus": lambda f: F.cross_entropy(f, Y) - 1e-2 * _entropy(f),
+    "policy gradient, advantages": lambda f: (
+        F.cross_entropy(f, Y, reduction="none") * (1 + 0.5 * X[:, 0].sign())
+    ).mean(),
+    "weights per example": lambda f: (
+        F.cross_entropy(f, Y, reduction="none") * torch.linspace(0.5, 1.5, 32)
+    ).mean(),
+    "binary cross-entropy": (
+        lambda f: F.binary_cross_entropy_with_logits(f, ONES, reduction="none").sum(1).mean(),
+        {"likelihood": "bernoulli"},
+    ),
+    "squared error": (
+        lambda f: 0.5 * (f - REAL).square().sum(1).mean(),
+        {"likelihood": "gaussian"},
+    ),
+    "Poisson": (
+        lambda f: F.poisson_nll_loss(f, COUNTS, reduction="none").sum(1).mean(),
+        {"likelihood": "poisson"},
+    ),
+}
+
+
+def _right(f):
+    return f.softmax(1).gather(1, Y[:, None])[:, 0]
+
+
+def _entropy(f):
+    return -(f.softmax(1) * f.log_softmax(1)).sum(1).mean()
+
+
+def made():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_few_steps_lower(name):
+    found = LOSSES[name]
+    loss, options = found if isinstance(found, tuple) else (found, {})
+    model = made()
+    before = loss(model(X)).item()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = to.NGDT(model, **options)
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss(model(X)).backward()
+            optimizer.step()
+    assert loss(model(X)).item() < before
+    assert 0 < optimizer.last_step["realised"] < 2 * 0.03
+
+
+REFUSED = {
+    "a sum over the batch": (lambda f: F.cross_entropy(f, Y, reduction="sum"), "reduction='mean'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_before_a_weight_moves(name):
+    loss, says = REFUSED[name]
+    model = made()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = to.NGDT(model)
+    loss(model(X)).backward()
+    with pytest.raises(to.InputError, match=says):
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
