@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from thermo_opt.audits import Audit
-from thermo_opt.lenses import Landmarks, LensAudit
+from thermo_opt.lenses import SUMMARY_KEYS, Landmarks, LensAudit
 
 EXAMPLES, CLASSES = 30, 5
 
@@ -34,7 +34,7 @@ def make_audit(
     *,
     noise: float = 0.5,
     snapshots: int = 41,
-    every: int = 5,
+    every: int = 1,
     seed: int = 0,
     parameters: bool = False,
     outputs: bool = True,
@@ -79,7 +79,7 @@ def _outputs(run: str, u: np.ndarray, every: int, clock: str) -> LensAudit:
     steps = _steps(a, every, loss)
     steps["alignment_lower"] = 0.3 * np.tanh(steps["d"] / steps["a"])
     distance = float(np.sqrt(arcs(u[[0, -1]])[0]))
-    summary = _summary(run, "outputs", a, steps, distance, every, clock)
+    summary = _summary(run, "outputs", a, distance, every, clock)
     summary |= {
         "least_distance": 0.8 * distance,
         "loss_start": float(loss[0]),
@@ -87,6 +87,11 @@ def _outputs(run: str, u: np.ndarray, every: int, clock: str) -> LensAudit:
     }
     summary |= {
         "alignment_lower": 0.12,
+        "alignment_upper": 1.0,
+        "downhill_lower": 0.12,
+        "downhill_upper": 1.0,
+        "uphill_lower": 0.0,
+        "uphill_upper": 0.0,
         "notes": ["alignment: a certified lower bound; the outputs lens has no gradients"],
     }
     rows = []
@@ -125,6 +130,8 @@ def _parameters(outputs: LensAudit) -> LensAudit:
         "alignment": 0.35,
         "alignment_lower": 0.31,
         "alignment_upper": 0.39,
+        "downhill_lower": 0.31,
+        "downhill_upper": 0.39,
         "distance": None,
         "least_distance": None,
     }
@@ -134,24 +141,31 @@ def _parameters(outputs: LensAudit) -> LensAudit:
 
 def _state(run: str, u: np.ndarray, every: int, clock: str) -> LensAudit:
     a = arcs(u)
-    steps = _steps(a, every, np.full(len(u), np.nan))
-    steps["alignment_lower"] = steps["alignment_upper"] = np.linspace(0.6, 0.4, len(steps))
-    summary = _summary(
-        run, "optimizer-state", a, steps, float(np.sqrt(arcs(u[[0, -1]])[0])), every, clock
+    own = np.linspace(0.6, 0.4, len(a))
+    steps = _steps(a, every, np.full(len(u), np.nan))[
+        ["step", "step_end", "tau", "loss", "loss_end"]
+    ]
+    steps = steps.assign(
+        adam_alignment_lower=own - 0.1,
+        adam_alignment_upper=own,
+        adam_share_lower=a / a.sum(),
+        adam_share_upper=a / a.sum(),
     )
-    unknown = (
-        "dissipation",
-        "length",
-        "distance",
-        "irreducible",
-        "detour",
-        "pacing",
-        "loss_start",
-        "loss_end",
-    )
-    summary |= dict.fromkeys(unknown)
-    summary |= {"alignment": 0.5, "alignment_lower": 0.5, "alignment_upper": 0.5}
-    summary["notes"] = ["dissipation: batch size unknown"]
+    summary = dict.fromkeys(SUMMARY_KEYS) | {
+        key: value
+        for key, value in _summary(run, "optimizer-state", a, 1.0, every, clock).items()
+        if key in ("run", "lens", "clock", "step_unit", "first_step", "last_step", "stride")
+        or key in ("every_step", "steps", "duration")
+    }
+    summary |= {
+        "adam_alignment_lower": 0.4,
+        "adam_alignment_upper": 0.5,
+        "adam_straightness_lower": 0.3,
+        "adam_straightness_upper": 0.6,
+        "adam_steadiness_lower": 0.8,
+        "adam_steadiness_upper": 0.9,
+        "notes": ["batch size unknown"],
+    }
     return LensAudit(
         "optimizer-state",
         steps,
@@ -181,16 +195,20 @@ def _steps(a: np.ndarray, every: int, loss: np.ndarray) -> pd.DataFrame:
 
 
 def _summary(
-    run: str, lens: str, a: np.ndarray, steps: pd.DataFrame, distance: float, every: int, clock: str
+    run: str, lens: str, a: np.ndarray, distance: float, every: int, clock: str
 ) -> dict[str, Any]:
     duration = float(every * len(a))
     q, length = float((a / (2 * every)).sum()), float(np.sqrt(a).sum())
-    return {
+    return dict.fromkeys(SUMMARY_KEYS) | {
         "run": run,
         "lens": lens,
         "clock": clock,
+        "step_unit": "step",
+        "first_step": 0,
+        "last_step": every * len(a),
         "stride": float(every),
-        "steps": len(steps),
+        "every_step": every == 1,
+        "steps": len(a),
         "duration": duration,
         "loss_start": None,
         "loss_end": None,

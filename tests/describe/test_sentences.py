@@ -12,19 +12,33 @@ from hypothesis import strategies as st
 
 from tests.synthetic_audits import make_audit
 from thermo_opt.describe.quantities import QUANTITIES, cost_unit, number, percent
+from thermo_opt.describe.ranking import ranking
 from thermo_opt.describe.sentences import (
+    alignment,
     blind_spots,
     brief,
+    closest,
     comparison,
     explanation,
     headline,
-    told,
 )
-from thermo_opt.lenses import SUMMARY_KEYS
+from thermo_opt.describe.standing import STANDING, standing, with_standing
+from thermo_opt.lenses import LENSES, SUMMARY_KEYS
 
 
 def _summary(**known: Any) -> dict[str, Any]:
-    return dict.fromkeys(SUMMARY_KEYS) | {"clock": "step", "notes": []} | known
+    facts = {
+        "lens": "outputs",
+        "clock": "step",
+        "step_unit": "step",
+        "first_step": 0,
+        "last_step": 10,
+        "stride": 1.0,
+        "every_step": True,
+        "steps": 10,
+        "notes": [],
+    }
+    return dict.fromkeys(SUMMARY_KEYS) | facts | known
 
 
 KNOWN = _summary(
@@ -36,21 +50,43 @@ KNOWN = _summary(
     duration=10.0,
     efficiency=0.12,
 )
+SPARSE = KNOWN | {"every_step": False, "stride": 5.0, "steps": 2}
+
+
+def spoken(said: list[str] | str) -> str:
+    return (said if isinstance(said, str) else " ".join(said)).replace("\u00a0", " ")
 
 
 def test_headline_says_where_it_went() -> None:
-    said = headline(KNOWN).replace("\u00a0", " ")
-    assert said == (
-        "Of the 3.10 nats this run dissipated, 12 % was unavoidable; 60 % went into detours and 28 "
-        "% into uneven pacing."
+    assert spoken(headline(KNOWN)) == (
+        "Of the 3.10 nats that this run dissipated, 12 % was unavoidable; 60 % went into detours "
+        "and 28 % into uneven pacing."
     )
 
 
+def test_seen_sparsely_every_number_is_said_as_the_bound_it_is() -> None:
+    said = spoken(headline(SPARSE))
+    assert "at least 3.10 nats, seen every 5 steps" in said
+    assert "at most 12 % of it was unavoidable" in said
+    assert "at least 1.86 went into detours" in said
+    assert "pacing" not in said  # it has no side
+    assert "at most 6.5 % of what this run paid" in spoken(explanation(SPARSE))
+
+
+def test_epochs_are_called_epochs() -> None:
+    assert "every 2 epochs" in headline(SPARSE | {"step_unit": "epoch", "stride": 2.0, "steps": 5})
+
+
+def test_what_came_before_the_first_snapshot_is_not_claimed() -> None:
+    assert "From step 500 on" in headline(SPARSE | {"first_step": 500, "last_step": 510})
+    assert "from step 500 on" in headline(KNOWN | {"first_step": 500, "last_step": 510})
+
+
 def test_explanation_gives_both_floors() -> None:
-    said = " ".join(explanation(KNOWN)).replace("\u00a0", " ")
-    assert "would have cost 0.372 nats" in said
+    said = spoken(explanation(KNOWN))
+    assert "costs 0.372 nats" in said
     assert "can pay less than 0.200 nats, 6.5 % of what this run paid" in said  # D*²/2T = 4/20
-    assert "0.372 nats; no method reaches this loss in this time for less than 0.200" in " ".join(
+    assert "0.372 nats; no method reaches this loss in this time for less than 0.200" in spoken(
         brief(KNOWN)
     )
 
@@ -59,9 +95,10 @@ def test_explanation_gives_both_floors() -> None:
     ("known", "words"),
     [
         ({}, "not known through this lens"),
-        ({"dissipation": 0.0}, "dissipated nothing"),
+        ({"dissipation": 0.0}, "its predictions never moved"),
+        ({"dissipation": 0.0, "every_step": False}, "were the same in all snapshots"),
         ({"dissipation": 2.0}, "how much of it was unavoidable is not known"),
-        ({"efficiency": 0.25}, "its size in nats is not known"),
+        ({"dissipation": 2.0, "every_step": False}, "at least 2 nats"),
     ],
 )
 def test_unknowns_are_said(known: dict[str, Any], words: str) -> None:
@@ -69,47 +106,101 @@ def test_unknowns_are_said(known: dict[str, Any], words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "lower", "upper", "words"),
+    ("shares", "words"),
     [
         (
-            0.35,
-            0.31,
-            0.39,
-            "35 % of the dissipation lay along the natural gradient (certified between 31 % and 39 "
-            "%)",
+            (0.31, 0.39, 0.0, 0.0),
+            "31 % to 39 % of the dissipation lay along the natural gradient; the rest bought no "
+            "first-order decrease",
         ),
-        (0.5, 0.5, 0.5, "50 % of the dissipation lay along the natural gradient;"),
-        (None, 0.12, None, "At least 12 %"),
-        (None, 0.12, 1.0, "At least 12 %"),
-        (-0.3, -0.4, -0.2, "against the natural gradient"),
+        ((0.31, 0.39, 0.04, 0.05), "downhill, and 4.0 % to 5.0 % uphill; the rest"),
+        (
+            (0.5, 0.5, 0.5, 0.5),
+            "50 % of the dissipation lay along the natural gradient downhill, and 50 % uphill",
+        ),
+        ((0.12, 1.0, 0.0, 0.0), "At least 12 % of the dissipation lay along the natural gradient"),
+        ((0.12, 0.7, 0.06, 0.3), "downhill, and at least 6.0 % uphill."),
     ],
 )
-def test_alignment_in_words(
-    value: float | None, lower: float, upper: float | None, words: str
+def test_shares_are_said_with_what_went_uphill_apart(
+    shares: tuple[float, float, float, float], words: str
 ) -> None:
-    summary = _summary(alignment=value, alignment_lower=lower, alignment_upper=upper)
-    assert words in " ".join(explanation(summary)).replace("\u00a0", " ")
+    keys = ("downhill_lower", "downhill_upper", "uphill_lower", "uphill_upper")
+    known = dict(zip(keys, shares, strict=True))
+    assert words in spoken(alignment(_summary(**known)))
 
 
-def test_a_lower_bound_below_zero_says_nothing() -> None:
-    assert explanation(_summary(alignment_lower=-0.1, alignment_upper=1.0)) == []
+def test_a_lower_bound_of_zero_says_nothing() -> None:
+    assert alignment(_summary(downhill_lower=0.0, downhill_upper=1.0)) == []
 
 
-def test_the_closest_look_at_alignment_is_told() -> None:
+def test_examples_that_hold_the_bound_are_named_and_the_rest_is_said_as_what_it_is() -> None:
+    known = _summary(downhill_lower=4e-4, downhill_upper=1.0, uphill_lower=0.0, uphill_upper=0.0)
+    said = spoken(alignment(known | {"held_by": [17], "alignment_lower_rest": 0.98}))
+    assert "One example of the probe (number 17" in said
+    assert "on the probe without it, the mean alignment is at least 98 %" in said
+
+
+def test_adams_metric_is_called_by_its_name_and_claims_nothing_in_nats() -> None:
+    audit = make_audit("adam", outputs=False, state=True)
+    said = spoken(headline(audit.summary))
+    assert "Adam’s own metric, which is not the Fisher metric" in said
+    assert "straight to 30 % to 60 %" in said
+    assert "unavoidable" not in said
+    assert "lay along" not in spoken(explanation(closest(audit)))
+
+
+def test_the_closest_look_at_alignment_is_told_with_how_much_it_saw() -> None:
     audit = make_audit("adam", parameters=True)
-    assert told(audit)["alignment"] == audit.lenses["parameters"].summary["alignment"]
-    assert told(audit)["dissipation"] == audit.summary["dissipation"]
+    assert closest(audit)["alignment"] == audit.lenses["parameters"].summary["alignment"]
+    assert closest(audit)["dissipation"] == audit.summary["dissipation"]
     glimpse = replace(audit.lenses["parameters"], steps=audit.lenses["parameters"].steps.iloc[::10])
     audit.lenses["parameters"] = glimpse
-    assert told(audit) == audit.summary
+    assert closest(audit)["alignment_lower"] == audit.summary["alignment_lower"]
+    audit.lenses["outputs"].summary["alignment_lower"] = None
+    said = spoken(explanation(closest(audit)))
+    assert f"In the {len(glimpse.steps)} intervals looked at, 31 % to 39 %" in said
 
 
-def test_comparison_names_best_and_worst() -> None:
+def test_a_ranking_shows_the_losses() -> None:
     audits = [make_audit("smooth", noise=0.1), make_audit("rough", noise=2)]
-    said = comparison([(audit.run, audit.headline) for audit in audits])
+    said = comparison(audits)
     assert said is not None
-    assert re.search(r"most efficient of these 2 runs is smooth: .* least efficient is rough", said)
-    assert comparison([(audits[0].run, audits[0].headline)]) is None
+    assert re.search(r"most efficient is smooth: .* ended at loss .* efficient is rough: .*", said)
+    assert comparison(audits[:1]) is None
+
+
+def test_a_run_that_went_nowhere_is_never_crowned() -> None:
+    audits = [make_audit(name, noise=noise) for name, noise in (("a", 0.1), ("b", 1), ("c", 2))]
+    still = audits[0].lenses["outputs"].summary
+    still |= {"loss_end": still["loss_start"] - 1e-3, "efficiency": 0.999}
+    ranked = ranking(audits)
+    assert (ranked.order, ranked.hardly) == ([1, 2], [0])
+    assert "Not ranked, since their loss hardly fell: a." in str(comparison(audits))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"every": 5},
+        {"clock": "wall"},
+        {"snapshots": 21},
+    ],
+)
+def test_runs_that_were_not_seen_alike_are_not_ranked(other: dict[str, Any]) -> None:
+    audits = [make_audit("one"), make_audit("two", **other)]
+    assert comparison(audits) is None
+    assert "not ranked" in str(ranking(audits).obstacle)
+
+
+def test_every_quantity_has_a_standing_in_the_lenses_that_know_it() -> None:
+    facts = {"clock", "stride", "first_step", "last_step", "steps", "held_by", "lens"}
+    keys = {q.key for q in QUANTITIES} - facts
+    assert keys == set().union(*(STANDING[lens] for lens in LENSES))
+    assert standing(KNOWN, "efficiency") == "exact"
+    assert standing(SPARSE, "efficiency") == "at most"
+    assert standing(SPARSE, "alignment") == "unknown"
+    assert with_standing(SPARSE, "dissipation") == "≥ 3.10"
 
 
 def test_blind_spots_are_said_once() -> None:
@@ -119,7 +210,9 @@ def test_blind_spots_are_said_once() -> None:
 
 
 def test_every_numeric_summary_key_is_described() -> None:
-    assert {q.key for q in QUANTITIES} | {"run", "notes"} == set(SUMMARY_KEYS)
+    assert {q.key for q in QUANTITIES} | {"run", "notes", "step_unit", "every_step"} == set(
+        SUMMARY_KEYS
+    )
     assert cost_unit("step") == "nats"
     assert cost_unit("examples") == "nats per example seen"
 

@@ -25,7 +25,7 @@ def flat(snapshot, group):
 
 
 def straightforward(run, batch_size, indices):
-    """Summary of the lens from dense float64 vectors, step by step as §9 writes it."""
+    """What the lens says, from dense float64 vectors, step by step as §9 writes it."""
     shots = [run.snapshots[i] for i in indices]
     theta = np.stack([flat(s, "params") for s in shots])
     delta = np.diff(theta, axis=0)
@@ -33,54 +33,85 @@ def straightforward(run, batch_size, indices):
     t = np.array([s.step for s in shots[1:]])[:, None]
     m = np.stack([flat(s, "exp_avg") for s in shots[1:]]) / (1 - b1**t)
     v = np.stack([flat(s, "exp_avg_sq") for s in shots[1:]]) / (1 - b2**t)
-    metric = v if batch_size is None else batch_size * np.maximum(v - m**2, 0) + m**2
+    metric = batch_size * np.maximum(v - m**2, 0) + m**2
     a, d = np.sum(metric * delta**2, axis=1), -np.sum(m * delta, axis=1)
     dual = np.sum(np.divide(m**2, metric, out=np.zeros_like(m), where=metric > 0), axis=1)
     tau = np.diff([s.step for s in shots]).astype(float)
     q = a / (2 * tau)
-    geodesic = np.linalg.norm(np.sum(np.sqrt(metric) * delta, axis=0))
-    epsilon = d * np.abs(d) / (a * dual)
+    straight = np.linalg.norm(np.sum(np.sqrt(metric) * delta, axis=0))
     length, time = np.sum(np.sqrt(a)), tau.sum()
     return {
-        "dissipation": q.sum(),
-        "length": length,
-        "distance": geodesic,
-        "irreducible": geodesic**2 / (2 * time),
-        "detour": (length**2 - geodesic**2) / (2 * time),
-        "pacing": q.sum() - length**2 / (2 * time),
-        "straightness": geodesic**2 / length**2,
-        "steadiness": length**2 / (2 * q.sum() * time),
-        "efficiency": geodesic**2 / (2 * q.sum() * time),
-        "alignment": np.average(epsilon, weights=q),
+        "adam_straightness": straight**2 / length**2,
+        "adam_steadiness": length**2 / (2 * q.sum() * time),
+        "adam_alignment": np.average(d * np.abs(d) / (a * dual), weights=q),
     }
 
 
 @pytest.mark.parametrize("stride", [1, 4])
-def test_every_summary_key_against_dense_float64(adam_run, stride):
+def test_its_numbers_against_dense_float64(adam_run, stride):
     run = to.load_run(adam_run)
-    indices = sorted({*range(0, 38, stride), 37})
-    expected = straightforward(run, 20, indices)
-    got = to.audit(run, lens="optimizer-state", stride=stride)
+    expected = straightforward(run, 20, sorted({*range(0, 38, stride), 37}))
+    got = to.audit(run, lens="optimizer-state", stride=stride).summary
+    if stride > 1:  # alignment is of a step
+        expected.pop("adam_alignment")
+        assert got["adam_alignment_lower"] is got["adam_alignment_upper"] is None
     for key, value in expected.items():
-        assert got.summary[key] == pytest.approx(value, rel=1e-6), key
-    assert got.summary["distance"] <= got.summary["length"]
-    assert got.summary["least_distance"] is None
+        assert got[f"{key}_lower"] == got[f"{key}_upper"] == pytest.approx(value, rel=1e-6), key
 
 
-def test_without_a_batch_size_only_ratios_are_known(adam_run, tmp_path, make_run):
-    path = make_run(tmp_path / "unknown", batch_size=None)
-    run = to.load_run(path)
-    expected = straightforward(run, None, range(38))
+FISHER_KEYS = [
+    "dissipation",
+    "length",
+    "distance",
+    "least_distance",
+    "irreducible",
+    "detour",
+    "pacing",
+    "straightness",
+    "steadiness",
+    "efficiency",
+    "alignment",
+    "alignment_lower",
+    "alignment_upper",
+    "downhill_lower",
+    "uphill_upper",
+]
+
+
+def test_it_says_nothing_under_the_names_of_the_fisher_metric(adam_run):
+    audit = to.audit(adam_run, lens="optimizer-state")
+    assert {audit.summary[key] for key in FISHER_KEYS} == {None}
+    assert not {"a", "d", "delta_lower", "dissipation", "alignment_lower"} & set(audit.steps)
+    assert audit.steps["adam_share_lower"].sum() == pytest.approx(1)
+
+
+def test_without_a_batch_size_it_gives_a_range_over_plausible_ones(tmp_path, make_run):
+    run = to.load_run(make_run(tmp_path / "unknown", batch_size=None))
+    each = [straightforward(run, size, range(38)) for size in (1, 32, 1024, 32768)]
     s = to.audit(run, lens="optimizer-state").summary
-    for key in ("straightness", "steadiness", "efficiency", "alignment"):
-        assert s[key] == pytest.approx(expected[key], rel=1e-6), key
-    for key in ("dissipation", "length", "distance", "irreducible", "detour", "pacing"):
-        assert s[key] is None, key
-    assert any("batch size unknown" in note for note in s["notes"])
-    known = to.audit(run, lens="optimizer-state", batch_size=20).summary
-    assert known["dissipation"] == pytest.approx(
-        to.audit(adam_run, lens="optimizer-state").summary["dissipation"]
-    )
+    for key in each[0]:
+        assert s[f"{key}_lower"] == pytest.approx(min(e[key] for e in each), rel=1e-6)
+        assert s[f"{key}_upper"] == pytest.approx(max(e[key] for e in each), rel=1e-6)
+    assert any("batch size unknown" in note and "tokens" in note for note in s["notes"])
+    true = to.audit(run, lens="optimizer-state", batch_size=20).summary
+    for key in each[0]:
+        assert s[f"{key}_lower"] - 0.01 <= true[f"{key}_lower"] <= s[f"{key}_upper"] + 0.01
+
+
+def test_beside_a_probe_it_says_how_far_it_is_off(adam_run, small_model):
+    audit = to.audit(adam_run, model=small_model())
+    note = next(n for n in audit.lenses["optimizer-state"].summary["notes"] if "is off" in n)
+    assert f"where the probe says {audit.summary['straightness']:.2g}" in note
+    assert "where the certified bracket on the probe is" in note
+
+
+def test_recorded_clipping_and_accumulation_are_said(tmp_path, make_run):
+    path = make_run(tmp_path / "clipped")
+    header = json.loads((path / "run.json").read_text())
+    header["notes"] = {"gradient_clip_val": 1.0, "accumulate_grad_batches": 4}
+    (path / "run.json").write_text(json.dumps(header))
+    notes = to.audit(path, lens="optimizer-state").summary["notes"]
+    assert any("gradient_clip_val = 1.0, accumulate_grad_batches = 4" in note for note in notes)
 
 
 @settings(max_examples=40)

@@ -118,8 +118,12 @@ def test_stride_sees_only_every_mth_snapshot_and_the_last(adam_run):
     index = [*range(0, 37, 5), 37]
     got = to.audit(run, lens="outputs", stride=5).summary
     for key, value in straightforward(z[index], y, np.diff(index).astype(float)).items():
-        assert got[key] == pytest.approx(value, rel=1e-6), key
+        if "alignment" in key:  # it is of a step
+            assert got[key] is None
+        else:
+            assert got[key] == pytest.approx(value, rel=1e-6), key
     assert got["stride"] == 5
+    assert not got["every_step"]
 
 
 def test_coarse_curves_match_their_own_strided_audits(adam_run):
@@ -336,8 +340,41 @@ def test_rounding_is_no_motion_with_a_direction(tmp_path):
     assert s["alignment_lower"] is None
 
 
-def test_a_single_interval_is_perfectly_steady(tmp_path):
+def test_a_single_interval_has_no_efficiency(tmp_path):
     z = np.random.default_rng(0).normal(size=(2, 50, 3))
     s = to.audit(write_run(tmp_path / "two", z, np.zeros(50))).summary
-    assert s["pacing"] == 0
-    assert s["steadiness"] == 1
+    assert {s[key] for key in ("detour", "pacing", "straightness", "efficiency")} == {None}
+    assert s["irreducible"] == pytest.approx(s["dissipation"])
+    assert any("one interval only" in note for note in s["notes"])
+
+
+def test_the_examples_that_hold_chi_squared_are_named_and_the_rest_is_bounded(tmp_path):
+    rng = np.random.default_rng(1)
+    y = rng.integers(0, 4, 300)
+    truth = np.where(np.arange(300) == 41, (y + 1) % 4, y)  # example 41 carries a wrong label
+    z = np.linspace(5, 12, 25)[:, None, None] * np.eye(4)[truth]
+    path = write_run(tmp_path / "one-wrong", z, y)
+    s = to.audit(path, lens="outputs").summary
+    assert s["held_by"] == [41]
+    assert s["alignment_lower"] < 0.1 < 0.9 < s["alignment_lower_rest"]
+    others = np.delete(np.arange(300), 41)
+    alone = to.audit(write_run(tmp_path / "rest", z[:, others], y[others]), lens="outputs").summary
+    assert s["alignment_lower_rest"] == pytest.approx(alone["alignment_lower"], rel=1e-9)
+    assert alone["held_by"] is None
+
+
+def test_an_infinite_loss_is_not_called_standing_still(tmp_path):
+    z = np.cumsum(np.random.default_rng(2).normal(size=(6, 30, 3)), axis=0)
+    z[2, 4, 1] = -np.inf
+    s = to.audit(write_run(tmp_path / "infinite", z, np.ones(30)), lens="outputs").summary
+    assert any("the loss is infinite" in note for note in s["notes"])
+    assert not any("nothing moved" in note for note in s["notes"])
+
+
+def test_what_came_before_the_first_snapshot_is_said_to_be_unseen(adam_run):
+    run = to.load_run(adam_run)
+    run.snapshots = run.snapshots[7:]
+    for lens in ("outputs", "optimizer-state"):
+        s = to.audit(run, lens=lens).summary
+        assert s["first_step"] == 7
+        assert any("the first snapshot is step 7" in note for note in s["notes"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from numbers import Integral
 from os import PathLike
 from typing import Any, Literal
@@ -10,11 +11,12 @@ from typing import Any, Literal
 import numpy as np
 
 from thermo_opt import arguments, likelihoods
+from thermo_opt.audits.consistency import consistent
 from thermo_opt.audits.results import Audit
 from thermo_opt.errors import InputError
 from thermo_opt.lenses import optimizer_state, outputs, parameters
-from thermo_opt.lenses.inputs import LensInputs, Progress, Unsupported
-from thermo_opt.lenses.measurements import Measurements
+from thermo_opt.lenses.inputs import LensInputs, Progress, Unsupported, recorded_settings
+from thermo_opt.lenses.measurements import AdamMeasurements, Measurements
 from thermo_opt.lenses.results import LENSES, LensAudit
 from thermo_opt.lenses.summary import summarise
 from thermo_opt.runs import Run, load_run
@@ -23,7 +25,7 @@ from thermo_opt.runs.probe import as_probe
 _SAMPLED_INTERVALS = 32
 """Intervals the parameter lens looks at when nobody asked for it by name."""
 
-_MEASURE: dict[str, Callable[[LensInputs], Measurements]] = {
+_MEASURE: dict[str, Callable[[LensInputs], Measurements | AdamMeasurements]] = {
     "outputs": outputs.measure,
     "parameters": parameters.measure,
     "optimizer-state": optimizer_state.measure,
@@ -119,16 +121,37 @@ def audit(
         given_sigma2=sigma2,
         given_kind=kind,
     )
+    return _audit(inputs, wanted, required=lens is not None)
+
+
+def at_steps(audit: Audit, steps: Sequence[int]) -> Audit:
+    """The same run audited again at fewer snapshots, those of these step numbers.
+
+    The parameter lens, dear and of single steps, is left out.
+    """
+    assert audit.inputs is not None
+    position = {snapshot.step: i for i, snapshot in enumerate(audit.inputs.run.snapshots)}
+    inputs = replace(audit.inputs, indices=[position[step] for step in steps], intervals=None)
+    again = _audit(inputs, [name for name in audit.lenses if name != "parameters"], required=True)
+    return replace(again, run=audit.run, inputs=audit.inputs).named(audit.run)
+
+
+def _audit(inputs: LensInputs, wanted: Sequence[str], required: bool) -> Audit:
+    """Look through these lenses; those that can't are said in ``missing``, or refused where
+    ``required``."""
+    run = inputs.run
+    unit = getattr(run.info, "step_unit", "step")
     lenses: dict[str, LensAudit] = {}
     missing: dict[str, str] = {}
     for name in wanted:
         try:
-            lenses[name] = summarise(_MEASURE[name](inputs), run.name, name, clock)
-            lenses[name].summary["notes"] += run.remarks
+            found = summarise(_MEASURE[name](inputs), run.name, name, inputs.clock, unit)
+            found.summary["notes"] += run.remarks
             if name != "optimizer-state" and inputs.probe is not None:
-                lenses[name].summary["notes"] += inputs.probe.remarks
+                found.summary["notes"] += inputs.probe.remarks
+            lenses[name] = found
         except Unsupported as reason:
-            if lens is not None:
+            if required:
                 raise InputError(
                     f"{run.path}: the {name} lens can't look at this run: {reason}"
                 ) from None
@@ -139,11 +162,13 @@ def audit(
     return Audit(
         run=run.name,
         path=str(run.path),
-        lenses=lenses,
+        lenses=consistent(lenses),
         missing=missing,
         curve=run.steps,
         optimizer=run.info.optimizer,
         probe=None if inputs.probe is None else inputs.probe.fingerprint,
+        settings=recorded_settings(run),
+        inputs=inputs,
     )
 
 

@@ -1,34 +1,110 @@
-"""Several audits in one table."""
+"""Several audits in one table, at the snapshots that all of them have."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import pandas as pd
 
 from thermo_opt import arguments
+from thermo_opt.audits.auditor import at_steps
 from thermo_opt.audits.results import Audit
+from thermo_opt.describe.ranking import on_one_probe, ranking, snapshots_of
 from thermo_opt.errors import InputError
 from thermo_opt.lenses.results import LENSES, SUMMARY_KEYS
 
+_LEAST_COMMON = 3
+"""Snapshots in common below which there is one interval only, and no efficiency."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Audits made comparable.
+
+    Attributes:
+        audits: Ranked ones first, the most efficient first; at common snapshots where there are.
+        table: One row per run and lens, columns `SUMMARY_KEYS` and ``probe``.
+        notes: Sentences: to which snapshots runs were coarsened, or why there is no ranking.
+    """
+
+    audits: list[Audit]
+    table: pd.DataFrame
+    notes: list[str]
+
 
 def compare(audits: Sequence[Audit]) -> pd.DataFrame:
-    """One row a run and lens, columns `SUMMARY_KEYS` and ``probe``: lens by lens, the most
-    efficient run first.
+    """Several audits in one table: lens by lens, the most efficient run first where they may be
+    ranked.
 
-    Ratios compare across any runs; quantities in nats only between rows that share a ``probe`` (its
-    fingerprint). Raises InputError without audits.
+    Runs are compared at the snapshots that all of them have: one recorded more often is audited
+    again at those, since what is seen less often looks more efficient (§4). Quantities in nats
+    compare between rows that share a ``probe`` (its fingerprint) only.
+
+    Args:
+        audits: What `audit` returns.
+
+    Returns:
+        One row per run and lens, columns `SUMMARY_KEYS` and ``probe``; ``table.attrs["notes"]``
+        holds sentences on what was done to make the runs comparable, or why they are not ranked.
+
+    Raises:
+        InputError: Without audits.
     """
+    return comparison(audits).table
+
+
+def comparison(audits: Sequence[Audit]) -> Comparison:
+    """As `compare`, with the audits at common snapshots."""
     audits = arguments.listed("audits", audits, Audit, "give a list of what to.audit returns")
     if not audits:
         raise InputError("nothing to compare: give at least one audit")
-    rows = [{**summary, "probe": audit.probe} for audit in audits for summary in audit.summaries]
+    audits, notes = _at_common_snapshots(list(audits))
+    ranked = ranking(audits)
+    if ranked.obstacle is not None:
+        notes.append(ranked.obstacle)
+    first = [*ranked.order, *ranked.hardly]
+    order = [*first, *(i for i in range(len(audits)) if i not in first)]
+    audits = [audits[i] for i in order]
+    rows = [
+        {**audit.lenses[lens].summary, "probe": audit.probe}
+        for lens in LENSES
+        for audit in audits
+        if lens in audit.lenses
+    ]
     table = pd.DataFrame(rows, columns=[*SUMMARY_KEYS, "probe"])
-    order = table["lens"].map({lens: i for i, lens in enumerate(LENSES)})
-    efficiency = pd.to_numeric(table["efficiency"])
-    return (
-        table.assign(_lens=order, _efficiency=efficiency)
-        .sort_values(["_lens", "_efficiency"], ascending=[True, False], kind="stable")
-        .drop(columns=["_lens", "_efficiency"])
-        .reset_index(drop=True)
+    table.attrs["notes"] = list(notes)
+    return Comparison(audits, table, notes)
+
+
+def _at_common_snapshots(audits: list[Audit]) -> tuple[list[Audit], list[str]]:
+    """The audits at the snapshots they share, where they don't share all and share enough."""
+    together = on_one_probe(audits)
+    if len(together) < len(audits):
+        some, notes = _at_common_snapshots([audits[i] for i in together])
+        for i, audit in zip(together, some, strict=True):
+            audits[i] = audit
+        return audits, notes
+    taken = [snapshots_of(audit) for audit in audits]
+    same_kind = len({(a.summary["clock"], a.summary["step_unit"]) for a in audits}) == 1
+    if len(set(taken)) == 1 or not same_kind:
+        return audits, []
+    common = sorted(set(taken[0]).intersection(*taken[1:]))
+    if len(common) < _LEAST_COMMON or any(audit.inputs is None for audit in audits):
+        return audits, []
+    coarsened = [
+        audit if list(steps) == common else at_steps(audit, common)
+        for audit, steps in zip(audits, taken, strict=True)
+    ]
+    names = [audit.run for audit, steps in zip(audits, taken, strict=True) if list(steps) != common]
+    unit = audits[0].summary["step_unit"]
+    gaps = {end - start for start, end in pairwise(common)}
+    every = (
+        f"every {gaps.pop()} {unit}s" if len(gaps) == 1 else f"at {len(common)} {unit}s, unevenly"
     )
+    return coarsened, [
+        f"Compared at the snapshots that all runs have, {every} from {common[0]} to {common[-1]}: "
+        f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''} "
+        "recorded others too, which are left out here."
+    ]

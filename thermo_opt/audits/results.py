@@ -3,24 +3,31 @@ look."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from thermo_opt.lenses.inputs import LensInputs
 from thermo_opt.lenses.results import LENSES, LensAudit, summaries_json
 
 
 @dataclass(frozen=True)
 class Audit:
-    """A run's audit: every lens its record supports (``lenses``) and why the others could not look
-    (``missing``).
+    """A run's audit: every lens its record supports, and why the others could not look.
 
-    ``steps`` and ``summary`` are those of the headline lens (the first of `LENSES` present).
-    ``curve``: the recorded training curve, one row a logged step (index ``step``). ``optimizer``,
-    ``probe`` (the probe's fingerprint) and ``path`` identify the run.
+    Attributes:
+        run: The run's name.
+        path: Where it lies.
+        lenses: `LensAudit` by name, those that could look.
+        missing: Why the others could not, by name.
+        curve: The recorded training curve, one row per logged step (index ``step``).
+        optimizer: Its name, where the record tells.
+        probe: The probe's fingerprint.
+        settings: What the record says of how the run was trained: learning rate, batch size, …
+        inputs: What the lenses were given, so that the run can be audited at fewer snapshots.
     """
 
     run: str
@@ -30,6 +37,8 @@ class Audit:
     curve: pd.DataFrame = field(default_factory=pd.DataFrame)
     optimizer: str | None = None
     probe: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    inputs: LensInputs | None = field(default=None, repr=False, compare=False)
 
     @property
     def headline(self) -> LensAudit:
@@ -48,12 +57,21 @@ class Audit:
 
     @property
     def summaries(self) -> list[dict[str, Any]]:
-        """One summary a lens, headline first."""
+        """One summary per lens, headline first."""
         return [self.lenses[name].summary for name in LENSES if name in self.lenses]
 
+    def named(self, run: str) -> Audit:
+        """The same audit under another name."""
+        lenses = {}
+        for name, lens in self.lenses.items():
+            summary = type(lens.summary)(lens.summary)
+            summary["run"] = run
+            lenses[name] = replace(lens, summary=summary)
+        return replace(self, run=run, lenses=lenses)
+
     def to_json(self, path: str | PathLike[str] | None = None) -> str:
-        """The summaries as ``{"runs": [...]}``, the object the command line prints; also written to
-        ``path`` if given."""
+        """The object that the command line prints (`summaries_json`); also written to ``path`` if
+        given."""
         text = summaries_json([self])
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")

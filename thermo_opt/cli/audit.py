@@ -15,6 +15,7 @@ from thermo_opt.cli.options import (
     Json,
     Key,
     Kind,
+    Label,
     Lens,
     Likelihood,
     Model,
@@ -24,12 +25,16 @@ from thermo_opt.cli.options import (
     Sigma2,
     Steps,
     Stride,
+    setting,
 )
 from thermo_opt.cli.pages import check_page
 from thermo_opt.errors import InputError
 
 if TYPE_CHECKING:
     from thermo_opt.audits import Audit
+
+LeftOut = tuple[str, str]
+"""A run that could not be audited, and why."""
 
 
 def audit(
@@ -53,7 +58,7 @@ def audit(
     """Audit a recorded run: what its path dissipated, how much was unavoidable, where the rest
     went."""
     check_page(html, "--html")
-    audits = _audits(
+    audits, _ = _audits(
         [run],
         {"format": format, "key": key},
         _options(
@@ -84,17 +89,19 @@ def compare(
     likelihood: Likelihood = None,
     sigma2: Sigma2 = None,
     kind: Kind = None,
+    label: Label = None,
 ) -> None:
-    """Audit several runs and compare them, the most efficient first."""
+    """Audit several runs and compare them at the snapshots that all have, the most efficient
+    first. A run that can't be read is left out with a sentence."""
     check_page(html, "--html")
-    audits = _audits(
+    audits, left_out = _audits(
         runs,
         {"format": format, "key": key},
         _options(
             lens, clock, stride, model, probe, batch_size, steps, jobs, likelihood, sigma2, kind
         ),
     )
-    print_compared(audits, json, html)
+    print_compared([labelled(audit, label or []) for audit in audits], json, html, left_out)
 
 
 def _options(
@@ -138,34 +145,58 @@ def _slice(text: str) -> slice:
     return slice(*parts)
 
 
-def _audits(paths: Sequence[Path], reading: dict[str, Any], options: dict[str, Any]) -> list[Audit]:
+def _audits(
+    paths: Sequence[Path], reading: dict[str, Any], options: dict[str, Any]
+) -> tuple[list[Audit], list[LeftOut]]:
+    """The runs' audits, and (run, reason) of those among several that can't be audited."""
     from thermo_opt.audits import audit
     from thermo_opt.cli.terminal import Bars
     from thermo_opt.runs import load_run
 
-    audits = []
-    runs = [load_run(path, **reading) for path in paths]
+    audits: list[Audit] = []
+    left_out: list[LeftOut] = []
     with Bars() as bars:
-        for run in runs:
-            bars.named(run.name)
-            audits.append(audit(run, progress=bars, **options))
-    return audits
+        for path in paths:
+            try:
+                run = load_run(path, **reading)
+                bars.named(run.name)
+                audits.append(audit(run, progress=bars, **options))
+            except InputError as error:
+                if len(paths) == 1:
+                    raise
+                left_out.append((str(path), str(error)))
+    if left_out and len(audits) < 2:  # what is left is nothing to compare
+        raise InputError(left_out[0][1])
+    return audits, left_out
 
 
-def print_compared(audits: list[Audit], json: bool, html: Path | None) -> None:
-    """Print several audits in one table, or their JSON, and write their report page."""
-    from thermo_opt.audits import compare
+def print_compared(
+    audits: list[Audit], json: bool, html: Path | None, left_out: Sequence[LeftOut] = ()
+) -> None:
+    """Print several audits at their common snapshots, say which runs were left out, and write the
+    page if one is wanted."""
+    from thermo_opt.audits import comparison
     from thermo_opt.cli import terminal
 
-    table = compare(audits)
-    order = {run: position for position, run in reversed(list(enumerate(table["run"])))}
-    audits = sorted(audits, key=lambda audit: order[audit.run])
+    compared = comparison.comparison(audits)
+    for run, reason in left_out:
+        terminal.warn(f"left out: {reason if run in reason else f'{run}: {reason}'}")
     if not json:
-        terminal.print_comparison(audits, table)
-    _finish(audits, json, html)
+        terminal.print_comparison(compared.audits, compared.table)
+    _finish(compared.audits, json, html, left_out)
 
 
-def _finish(audits: list[Audit], json: bool, html: Path | None) -> None:
+def labelled(audit: Audit, keys: Sequence[str]) -> Audit:
+    """The audit under a name that carries these recorded settings, as ``run (lr 0.1)``."""
+    if not keys:
+        return audit
+    said = ", ".join(f"{key} {setting(audit.run, audit.settings, key)}" for key in keys)
+    return audit.named(f"{audit.run} ({said})")
+
+
+def _finish(
+    audits: list[Audit], json: bool, html: Path | None, left_out: Sequence[LeftOut] = ()
+) -> None:
     from thermo_opt.cli import terminal
     from thermo_opt.lenses import summaries_json
 
@@ -176,4 +207,4 @@ def _finish(audits: list[Audit], json: bool, html: Path | None) -> None:
         if not json:
             terminal.say(f"\nReport: {written.resolve()}")
     if json:
-        terminal.print_json(summaries_json(audits))
+        terminal.print_json(summaries_json(audits, left_out))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from thermo_opt.errors import InputError
 
 RunPath = Annotated[
     Path,
@@ -47,7 +50,20 @@ Key = Annotated[
 ]
 Format = Annotated[str | None, typer.Option(help="Layout of the run, where its files don't tell.")]
 BatchSize = Annotated[
-    int | None, typer.Option(help="Examples in a minibatch; the optimizer-state lens needs it.")
+    int | None,
+    typer.Option(
+        help=(
+            "Loss terms of one optimizer step: examples, or in a language model tokens, counted "
+            "over accumulated batches and all devices; for the optimizer-state lens."
+        )
+    ),
+]
+Label = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Recorded setting to name runs by, as lr or batch_size; may be repeated.",
+        metavar="SETTING",
+    ),
 ]
 Likelihood = Annotated[
     str | None,
@@ -71,3 +87,12 @@ Steps = Annotated[
 ]
 Jobs = Annotated[int, typer.Option(help="Processes.")]
 Output = Annotated[Path, typer.Option(help="Where to write the report page.")]
+
+
+def setting(run: str, settings: Mapping[str, Any], key: str) -> str:
+    """A run's recorded setting as text; InputError naming those it has."""
+    if key not in settings:
+        known = ", ".join(sorted(settings)) or "none"
+        raise InputError(f"{run}: its record has no setting {key!r}: use one of {known}")
+    value = settings[key]
+    return f"{value:g}" if isinstance(value, float) else str(value)

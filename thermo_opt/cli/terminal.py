@@ -21,20 +21,24 @@ from rich.text import Text
 
 from thermo_opt.describe import sentences as words
 from thermo_opt.describe.quantities import QUANTITIES, number, percent, unit
+from thermo_opt.describe.standing import standing, with_standing
 from thermo_opt.errors import printable
 from thermo_opt.lenses.results import Audited
 
 _SPARE = (
-    "bound",
-    "loss_end",
-    "steadiness",
     "least_distance",
-    "straightness",
     "distance",
     "ε",
     "length",
+    "adam steadiness",
+    "adam straightness",
+    "dissipation",
+    "span",
+    "stride",
 )
 """Columns of a comparison that a narrow terminal does without, the first of them first."""
+_NAME = 14
+"""Letters of a run's name on a line, at least."""
 _WIDEST = 1000
 """Columns of text that no comparison needs."""
 _PATIENCE = 0.8
@@ -99,7 +103,7 @@ def print_audit(audit: Audited) -> None:
         title.append(f"  {printable(audit.optimizer)}", style="dim not bold")
     console.print(title)
     console.print(
-        plain(" ".join([words.headline(audit.summary), *words.explanation(words.told(audit))]))
+        plain(" ".join([words.headline(audit.summary), *words.explanation(words.closest(audit))]))
     )
     table = _table()
     table.add_column("")
@@ -107,25 +111,24 @@ def print_audit(audit: Audited) -> None:
     for summary in audit.summaries:
         table.add_column(summary["lens"], justify="right")
     for quantity in QUANTITIES:
-        values = (
-            [summary[quantity.key] for summary in audit.summaries] if quantity.key != "lens" else []
-        )
-        if any(value is not None for value in values):
+        if quantity.key == "lens" or quantity.key.endswith("_upper"):
+            continue
+        if any(summary[quantity.key] is not None for summary in audit.summaries):
             clock = audit.summary["clock"]
             notation = " ".join(
                 part for part in (quantity.symbol, unit(quantity.unit, clock)) if part
             )
-            table.add_row(quantity.name, notation, *(number(value) for value in values))
+            cells = (_value(summary, quantity.key) for summary in audit.summaries)
+            table.add_row(_name(quantity.name), notation.removesuffix(" ≥"), *cells)
     console.print()
     console.print(table)
     _print_blind_spots(console, [audit])
 
 
 def print_comparison(audits: Sequence[Audited], table: pd.DataFrame) -> None:
-    """Several runs: one table a lens, the most efficient run first, then the comparison in
-    words."""
+    """Several runs: one table per lens, ranked runs first, then the comparison in words."""
     console = Console(highlight=False)
-    said = words.comparison([(audit.run, audit.headline) for audit in audits])
+    said = [*table.attrs.get("notes", []), words.comparison(audits)]
     for lens, rows in table.groupby("lens", sort=False):
         console.print(plain(f"{lens} lens: {words.LENS_WORDS[str(lens)]}", style="bold"))
         console.print(
@@ -134,8 +137,9 @@ def print_comparison(audits: Sequence[Audited], table: pd.DataFrame) -> None:
             )
         )
         console.print()
-    if said:
-        console.print(plain(said))
+    for sentence in said:
+        if sentence:
+            console.print(plain(sentence))
     _print_blind_spots(console, audits)
 
 
@@ -157,6 +161,11 @@ def plain(text: str, style: str = "") -> Text:
     return Text(printable(text, keep="\n"), style=style)
 
 
+def warn(text: str) -> None:
+    """A line on stderr."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(plain(f"thermo-opt: {text}"))
+
+
 def say(text: str) -> None:
     """A line on stdout, as it is."""
     Console(highlight=False, soft_wrap=True).print(plain(text))
@@ -165,45 +174,63 @@ def say(text: str) -> None:
 def _comparison_table(rows: list[dict[str, Any]], console: Console) -> Table:
     rows = [{key: None if _missing(value) else value for key, value in row.items()} for row in rows]
     for row in rows:
-        known = row["dissipation"] is not None and row["duration"] is not None
-        row["bound"] = math.sqrt(2 * row["dissipation"] * row["duration"]) if known else None
+        row["span"] = f"{row['first_step']}–{row['last_step']}"
+        row["losses"] = f"{number(row['loss_start'])} → {number(row['loss_end'])}"
         row["ε"] = _range(row["alignment_lower"], row["alignment_upper"])
-    if any(row["least_distance"] is not None for row in rows):
-        columns = {"loss_end": "L(T)", "dissipation": "Q", "least_distance": "D*", "distance": "D"}
-        columns |= {"length": "ℒ", "bound": "√(2QT)"}
-    else:
-        columns = {
-            "dissipation": "Q",
-            "length": "ℒ",
-            "straightness": "straight",
-            "steadiness": "steady",
-            "ε": "ε",
-        }
+        for key in ("alignment", "straightness", "steadiness"):
+            row[f"adam {key}"] = _range(row[f"adam_{key}_lower"], row[f"adam_{key}_upper"])
+    columns = {
+        "span": "steps",
+        "stride": "stride",
+        "losses": "loss",
+        "dissipation": "Q",
+        "least_distance": "D*",
+        "distance": "D",
+        "length": "ℒ",
+        "ε": "ε",
+        "adam alignment": "Adam’s ε",
+        "adam straightness": "straight",
+        "adam steadiness": "steady",
+        "efficiency": "effic.",
+    }
     columns = {
         key: name for key, name in columns.items() if any(row[key] is not None for row in rows)
     }
-    table = _filled(rows, columns)
+    folded = [row | {"run": row["run"][:_NAME]} for row in rows]
+    wide = console.options.update(max_width=_WIDEST)
     for key in _SPARE:  # on a narrow terminal, whole columns fewer rather than all of them cut
-        if (
-            Measurement.get(console, console.options.update(max_width=_WIDEST), table).minimum
-            <= console.width
-        ):
+        if Measurement.get(console, wide, _filled(folded, columns)).maximum <= console.width:
             break
         columns.pop(key, None)
-        table = _filled(rows, columns)
-    return table
+    return _filled(rows, columns)
 
 
 def _filled(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> Table:
     table = _table()
-    table.add_column("run", overflow="fold", min_width=20)
+    table.add_column("run", overflow="fold", min_width=_NAME)
     for name in columns.values():
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("effic.", justify="right", no_wrap=True)
     for row in rows:
-        efficiency = "–" if row["efficiency"] is None else percent(row["efficiency"])
-        table.add_row(plain(row["run"]), *(number(row[key]) for key in columns), efficiency)
+        table.add_row(plain(row["run"]), *(_cell(row, key) for key in columns))
     return table
+
+
+def _name(name: str) -> str:
+    """A bracket's name: its two ends share a row."""
+    return name.removesuffix(", at least").replace(", at least", "")
+
+
+def _value(summary: Mapping[str, Any], key: str) -> str:
+    upper = key.removesuffix("_lower") + "_upper"
+    if not key.endswith("_lower") or upper not in summary:
+        return with_standing(summary, key)
+    return _range(summary[key], summary[upper]) or "–"
+
+
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    if key == "efficiency" and row[key] is not None:
+        return ("≤ " if standing(row, key) == "at most" else "") + percent(row[key])
+    return with_standing(row, key) if key in ("dissipation", "length") else number(row[key])
 
 
 def _range(lower: float | None, upper: float | None) -> str | None:

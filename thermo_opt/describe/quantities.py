@@ -53,6 +53,14 @@ QUANTITIES = (
     Quantity(
         "stride", "", "Stride", "steps", "Optimizer steps between audited snapshots (their median)."
     ),
+    Quantity(
+        "first_step",
+        "",
+        "First snapshot",
+        "",
+        "Where the audit begins; what came before is not seen.",
+    ),
+    Quantity("last_step", "", "Last snapshot", "", "Where the audit ends."),
     Quantity("steps", "", "Intervals", "", "Audited intervals: pairs of successive snapshots."),
     Quantity("duration", "T", "Duration", "clock", "Time the run took, on its clock.", "T = Σ τ"),
     Quantity(
@@ -121,7 +129,7 @@ QUANTITIES = (
         "ℒ",
         "Length",
         "length",
-        "How far the run really went, step by step.",
+        "How far the run went, from snapshot to snapshot.",
         "ℒ = Σ √a ≤ √(2QT)",
     ),
     Quantity(
@@ -148,24 +156,70 @@ QUANTITIES = (
         "ε",
         "Alignment",
         "ratio",
-        "The share of the dissipation that lay along the natural gradient, with a minus sign where "
-        "steps went uphill. "
-        "The rest bought no first-order decrease of the loss.",
+        "The signed squared cosine, in the Fisher metric, between an optimizer step and the "
+        "natural gradient, as a mean over steps weighted by their dissipation. Steps uphill count "
+        "negative, so it is no share.",
         "ε = d|d| / aΔ, from −1 to 1",
     ),
     Quantity(
-        "alignment_lower",
-        "ε ≥",
-        "Alignment, at least",
-        "ratio",
-        "Certified lower end of the alignment.",
+        "alignment_lower", "ε ≥", "Alignment, at least", "ratio", "Certified lower end of the mean."
     ),
     Quantity(
-        "alignment_upper",
-        "ε ≤",
-        "Alignment, at most",
+        "alignment_upper", "ε ≤", "Alignment, at most", "ratio", "Certified upper end of the mean."
+    ),
+    Quantity(
+        "downhill_lower",
+        "",
+        "Downhill, at least",
         "ratio",
-        "Certified upper end of the alignment.",
+        "Certified least share of the dissipation that lay along the natural gradient, downhill.",
+    ),
+    Quantity("downhill_upper", "", "Downhill, at most", "ratio", "Its upper end."),
+    Quantity(
+        "uphill_lower",
+        "",
+        "Uphill, at least",
+        "ratio",
+        "The same of steps that were predicted to raise the loss.",
+    ),
+    Quantity("uphill_upper", "", "Uphill, at most", "ratio", "Its upper end."),
+    Quantity(
+        "held_by",
+        "",
+        "Held down by",
+        "examples",
+        "Positions of the few probe examples (often mislabelled ones) whose surprise makes up most "
+        "of χ², and so holds the alignment’s lower end down.",
+    ),
+    Quantity(
+        "alignment_lower_rest",
+        "ε ≥",
+        "Without them, at least",
+        "ratio",
+        "Certified lower end of the alignment on the probe without those examples: a statement on "
+        "the others, none on the whole probe.",
+    ),
+    Quantity(
+        "displacement_alignment",
+        "",
+        "Displacement’s alignment",
+        "ratio",
+        "Squared cosine between the net displacement over several steps and the natural gradient "
+        "at its start. Not certified, and no statement on the steps in between.",
+        "d|d| / aΔ of a displacement",
+    ),
+    *(
+        Quantity(f"adam_{key}_{end}", "", f"Adam’s {key}, at {word}", "ratio", meaning)
+        for key, meaning in (
+            (
+                "alignment",
+                "Squared cosine of a step and −m̂ in the metric of Adam’s own moments, which is "
+                "not the Fisher metric.",
+            ),
+            ("straightness", "As straightness, in the metric of Adam’s moments."),
+            ("steadiness", "As steadiness, in the metric of Adam’s moments."),
+        )
+        for end, word in (("lower", "least"), ("upper", "most"))
     ),
 )
 
@@ -192,7 +246,7 @@ def unit(quantity_unit: str, clock: str) -> str:
         return DURATION_UNITS.get(clock, clock)
     if quantity_unit == "cost":
         return cost_unit(clock)
-    return {"length": "√nats", "ratio": ""}.get(quantity_unit, quantity_unit)
+    return {"length": "√nats", "ratio": "", "examples": ""}.get(quantity_unit, quantity_unit)
 
 
 def cost_unit(clock: str) -> str:
@@ -207,6 +261,8 @@ def number(value: Any, digits: int = 3) -> str:
         return "–"
     if isinstance(value, str):
         return value
+    if isinstance(value, list | tuple):
+        return ", ".join(number(member) for member in value) or "–"
     value = float(value)
     if value != value or value in (float("inf"), float("-inf")):
         return "–"

@@ -6,9 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from thermo_opt.describe.quantities import cost_unit, number, percent
-from thermo_opt.lenses.results import Audited, LensAudit
+from thermo_opt.describe.ranking import ranking
+from thermo_opt.lenses.results import Audited
 
 Summary = Mapping[str, Any]
+
+_NARROW = 0.1
+"""Width up to which a bracket is said whole; of a wider one, the lower end."""
+_WORTH_SAYING = 0.005
+"""Share of the dissipation below which going uphill isn't mentioned."""
 
 LENS_WORDS = {
     "outputs": "recorded predictions",
@@ -17,46 +23,85 @@ LENS_WORDS = {
 }
 
 
-def told(audit: Audited) -> dict[str, Any]:
-    """The summary that sentences are made from: the headline lens's, with the parameter lens's
-    alignment if it saw all."""
-    summary = audit.summary
+ALIGNMENT_KEYS = (
+    "alignment",
+    "alignment_lower",
+    "alignment_upper",
+    "downhill_lower",
+    "downhill_upper",
+    "uphill_lower",
+    "uphill_upper",
+    "held_by",
+    "alignment_lower_rest",
+    "displacement_alignment",
+)
+
+
+def closest(audit: Audited) -> dict[str, Any]:
+    """The summary that sentences are made from: the headline lens's, with the alignment of the
+    lens that knows it best.
+
+    ``alignment_intervals`` is the number of intervals that the parameter lens looked at, where its
+    alignment is told and it did not look at all; else None.
+    """
+    summary = dict(audit.summary) | {"alignment_intervals": None}
     closer = audit.lenses.get("parameters")
-    if closer is None or len(closer.steps) < len(audit.steps):
+    if closer is None or summary["lens"] == "parameters":
         return summary
-    return summary | {
-        key: closer.summary[key] for key in ("alignment", "alignment_lower", "alignment_upper")
-    }
+    some = len(closer.steps) < len(audit.steps)
+    if some and summary["alignment_lower"] is not None:
+        return summary
+    known = {key: closer.summary[key] for key in ALIGNMENT_KEYS}
+    return summary | known | {"alignment_intervals": len(closer.steps) if some else None}
+
+
+def seen_every(summary: Summary) -> str:
+    """How often a run was seen, in words."""
+    stride, unit = summary["stride"], summary["step_unit"]
+    span = summary["last_step"] - summary["first_step"]
+    about = "" if span == stride * summary["steps"] else "about "
+    return f"every {unit}" if stride == 1 else f"{about}every {number(stride)} {unit}s"
 
 
 def headline(summary: Summary) -> str:
     """Where the dissipation went, in one sentence; says what is unknown rather than leave it out
     (theory §4)."""
+    if summary["lens"] == "optimizer-state":
+        return _adam(summary)
     total = summary["dissipation"]
-    shares = _shares(summary)
-    if total is not None and total > 0 and shares is not None:
-        amount = f"{number(total)} {cost_unit(summary['clock'])}"
-        return (
-            f"Of the {amount} this run dissipated, {shares[0]} was unavoidable; "
-            f"{shares[1]} went into detours and {shares[2]} into uneven pacing."
-        )
+    if total is None:
+        return "What this run dissipated, in nats, is not known through this lens."
+    since = (
+        f"From {summary['step_unit']} {summary['first_step']} on, this"
+        if (summary["first_step"] > 0)
+        else "This"
+    )
+    amount = f"{number(total)} {cost_unit(summary['clock'])}"
     if total == 0:
-        return "This run dissipated nothing: its predictions never moved."
-    if total is not None:
+        where = "never moved" if summary["every_step"] else "were the same in all snapshots"
+        return f"{since} run dissipated nothing that is seen: its predictions {where}."
+    if not summary["every_step"]:
+        said = f"{since} run dissipated at least {amount}, seen {seen_every(summary)}"
+        if summary["efficiency"] is None:
+            return f"{said}; how much of it was unavoidable is not known."
         return (
-            f"This run dissipated {number(total)} {cost_unit(summary['clock'])}; "
-            "how much of it was unavoidable is not known through this lens."
+            f"{said}; at most {percent(summary['efficiency'])} of it was unavoidable, and at least "
+            f"{number(summary['detour'])} went into detours."
         )
-    if summary["efficiency"] is not None:
+    shares = _shares(summary)
+    if shares is None:
         return (
-            f"Of this run’s dissipation, {percent(summary['efficiency'])} was unavoidable; "
-            "its size in nats is not known through this lens."
+            f"{since} run dissipated {amount}; how much of it was unavoidable is not known through "
+            "this lens."
         )
-    return "What this run dissipated, in nats, is not known through this lens."
+    return (
+        f"Of the {amount} that {since[0].lower()}{since[1:]} run dissipated, {shares[0]} was "
+        f"unavoidable; {shares[1]} went into detours and {shares[2]} into uneven pacing."
+    )
 
 
 def explanation(summary: Summary) -> list[str]:
-    """Up to three more sentences: the straight path's cost, the universal frontier's, and the
+    """Up to four more sentences: the straight path's cost, the least possible one, and the
     alignment."""
     said = []
     unit = cost_unit(summary["clock"])
@@ -64,30 +109,17 @@ def explanation(summary: Summary) -> list[str]:
     if irreducible is not None and total:
         said.append(
             "A straight path between the same first and last predictions, walked at constant speed "
-            "in the same time, "
-            f"would have cost {number(irreducible)} {unit}."
+            f"in the same time, costs {number(irreducible)} {unit}."
         )
     least_distance, duration = summary["least_distance"], summary["duration"]
     if least_distance is not None and duration and total:
         least = least_distance**2 / (2 * duration)
+        most = "" if summary["every_step"] else "at most "
         said.append(
             "To reach the same loss in that time, no optimizer and no network can pay less than "
-            f"{number(least)} "
-            f"{unit}, {percent(least / total)} of what this run paid."
+            f"{number(least)} {unit}, {most}{percent(least / total)} of what this run paid."
         )
-    if (
-        irreducible is None
-        and summary["straightness"] is not None
-        and summary["steadiness"] is not None
-    ):
-        said.append(
-            f"Its path was {percent(summary['straightness'])} straight and "
-            f"{percent(summary['steadiness'])} steady."
-        )
-    alignment = _alignment(summary)
-    if alignment:
-        said.append(alignment)
-    return said
+    return said + alignment(summary)
 
 
 def brief(summary: Summary) -> list[str]:
@@ -104,27 +136,74 @@ def brief(summary: Summary) -> list[str]:
                 f"{number(least_distance**2 / (2 * duration))}"
             )
         said.append(sentence + ".")
-    alignment = _alignment(summary)
-    return [*said, alignment] if alignment else said
+    return said + alignment(summary)
 
 
-def comparison(lenses: Sequence[tuple[str, LensAudit]]) -> str | None:
-    """One sentence on several runs of known efficiency: which wasted least, which most; None for
-    fewer than two."""
-    known = [
-        (name, lens.summary["efficiency"])
-        for name, lens in lenses
-        if lens.summary["efficiency"] is not None
-    ]
-    if len(known) < 2:
+def alignment(summary: Summary) -> list[str]:
+    """What is known of the alignment, in sentences: shares of |ε|, uphill apart (§3)."""
+    said = []
+    low, high = summary["downhill_lower"], summary["downhill_upper"]
+    up_low, up_high = summary["uphill_lower"], summary["uphill_upper"]
+    some = summary.get("alignment_intervals")
+    where = f"in the {some} intervals looked at, " if some else ""
+    of_what = f"{where}{{}} of the dissipation lay along the natural gradient"
+    if summary["alignment_upper"] is not None and summary["alignment_upper"] < 0:
+        said.append(
+            f"{where}on the whole its steps went against the natural gradient: the loss was "
+            "predicted to rise."
+        )
+    elif low is not None and high is not None and high - low <= _NARROW:
+        sentence = of_what.format(_range(low, high))
+        if up_high is not None and up_high >= _WORTH_SAYING:
+            sentence += f" downhill, and {_range(up_low, up_high)} uphill"
+        said.append(f"{sentence}; the rest bought no first-order decrease of the loss.")
+    elif low is not None and low > 0:
+        sentence = of_what.format(f"at least {percent(low)}") + ", downhill"
+        if up_low is not None and up_low >= _WORTH_SAYING:
+            sentence += f", and at least {percent(up_low)} uphill"
+        said.append(sentence + ".")
+    if summary["held_by"] and summary["alignment_lower_rest"] is not None:
+        held = summary["held_by"]
+        names = ", ".join(map(str, held[:5])) + (f" and {len(held) - 5} more" * (len(held) > 5))
+        count = "one example" if len(held) == 1 else f"{len(held)} examples"
+        said.append(
+            f"{count} of the probe (number {names}, counted from 0; a wrong label?) "
+            f"{'holds' if len(held) == 1 else 'hold'} this lower end down: on the probe without "
+            f"{'it' if len(held) == 1 else 'them'}, the mean alignment is at least "
+            f"{percent(max(summary['alignment_lower_rest'], 0.0))}."
+        )
+    if summary["displacement_alignment"] is not None:
+        said.append(
+            f"Over the {number(summary['stride'])} {summary['step_unit']}s between two snapshots, "
+            "the squared cosine of the net displacement with the natural gradient at its start is "
+            f"about {number(summary['displacement_alignment'], 2)}: no statement on the steps in "
+            "between."
+        )
+    return [sentence[0].upper() + sentence[1:] for sentence in said]
+
+
+def comparison(audits: Sequence[Audited]) -> str | None:
+    """The most and the least efficient of several runs, with their losses; None where they can't
+    be ranked (`ranking`)."""
+    ranked = ranking(audits)
+    if ranked.obstacle is not None or not ranked.order:
         return None
-    best = max(known, key=lambda item: item[1])
-    worst = min(known, key=lambda item: item[1])
-    return (
-        f"The most efficient of these {len(known)} runs is {best[0]}: {percent(best[1])} of what "
-        "it dissipated was "
-        f"unavoidable. The least efficient is {worst[0]}, with {percent(worst[1])}."
+    best, worst = (audits[ranked.order[k]] for k in (0, -1))
+    at_most = "" if best.summary["every_step"] else "at most "
+    said = (
+        f"Of the {len(ranked.order)} runs, seen {seen_every(best.summary)}, the most efficient is "
+        f"{best.run}: {at_most}{percent(best.summary['efficiency'])} of what it dissipated was "
+        f"unavoidable, and it ended at loss {number(best.summary['loss_end'])}. The least "
+        f"efficient is {worst.run}: {at_most}{percent(worst.summary['efficiency'])}, at loss "
+        f"{number(worst.summary['loss_end'])}. A path can be efficient and lead to a worse loss."
     )
+    if ranked.hardly:
+        names = ", ".join(audits[i].run for i in ranked.hardly)
+        said += f" Not ranked, since their loss hardly fell: {names}."
+    if ranked.elsewhere:
+        names = ", ".join(audits[i].run for i in ranked.elsewhere)
+        said += f" Not ranked, since recorded on another probe: {names}."
+    return said
 
 
 def blind_spots(audits: Sequence[Audited]) -> list[tuple[str, str, str]]:
@@ -154,36 +233,34 @@ def _notes(notes: Any) -> list[str]:
     return [str(note) for note in notes]
 
 
+def _adam(summary: Summary) -> str:
+    """What the optimizer-state lens says, in its own words (§9)."""
+    parts = [
+        f"{words} {_range(summary[f'adam_{key}_lower'], summary[f'adam_{key}_upper'])}"
+        for key, words in (
+            ("straightness", "the path was straight to"),
+            ("steadiness", "steady to"),
+            ("alignment", "and its steps’ alignment was"),
+        )
+        if summary[f"adam_{key}_lower"] is not None
+    ]
+    if not parts:
+        return "What this run dissipated is not known through this lens."
+    return (
+        f"In Adam’s own metric, which is not the Fisher metric, {', '.join(parts)}; what the run "
+        "dissipated, in nats, is not known without a probe."
+    )
+
+
+def _range(low: float, high: float) -> str:
+    """A bracket in words; one number where both ends read alike."""
+    first, last = percent(low), percent(high)
+    return first if first == last else f"{first} to {last}"
+
+
 def _shares(summary: Summary) -> tuple[str, str, str] | None:
     values = [summary[key] for key in ("irreducible", "detour", "pacing")]
     if any(value is None for value in values) or not summary["dissipation"]:
         return None
     first, second, third = (percent(value / summary["dissipation"]) for value in values)
     return first, second, third
-
-
-def _alignment(summary: Summary) -> str | None:
-    value, lower, upper = (
-        summary["alignment"],
-        summary["alignment_lower"],
-        summary["alignment_upper"],
-    )
-    if upper is not None and upper < 0:
-        return (
-            "On the whole its steps went against the natural gradient: the loss was "
-            "predicted to rise."
-        )
-    if value is None:  # the bracket is wide: its lower end is what is worth saying
-        said = lower is not None and lower > 0
-        return (
-            f"At least {percent(lower)} of the dissipation lay along the natural gradient."
-            if said
-            else None
-        )
-    between = ""
-    if lower is not None and upper is not None and upper - lower > 0.005:
-        between = f" (certified between {percent(lower)} and {percent(upper)})"
-    return (
-        f"{percent(value)} of the dissipation lay along the natural gradient{between}; "
-        "the rest bought no first-order decrease of the loss."
-    )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -199,3 +199,16 @@ class LensInputs:
     def advance(self, description: str, total: int) -> Callable[[int], None] | None:
         """Start a progress bar if the user asked for any."""
         return None if self.progress is None else self.progress(description, total)
+
+
+def recorded_settings(run: Run) -> dict[str, str | int | float]:
+    """What the record says of how a run was trained, by name: its optimizer, batch size, learning
+    rate and the like; only single numbers and words."""
+    info = run.info
+    found: dict[str, Any] = {**info.notes, **info.settings}
+    found |= {"optimizer": info.optimizer, "batch_size": info.batch_size}
+    return {
+        str(key): value
+        for key, value in found.items()
+        if isinstance(value, str | int | float) and value == value
+    }

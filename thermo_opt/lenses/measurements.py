@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,18 +13,36 @@ from thermo_opt.lenses.results import Landmarks
 from thermo_opt.manifold.initial import InitialPredictions
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Measurements:
-    """What a lens measured of a run; input of `summarise`. Arrays over K audited intervals; losses
-    in nats.
+    """What a lens measured of K intervals in the Fisher metric; losses and lengths in nats.
 
-    ``step``, ``step_end``, ``tau``, ``a``, ``d``; ``delta_lower``/``delta_upper`` bracket Δ;
-    ``loss``/``loss_end`` at each interval's ends; ``distance`` D and ``least_distance`` D* (None
-    when unknown). ``nats`` False when the metric's scale is unknown: ratios are reported,
-    quantities in nats are not. ``a_alignment``: a in Δ's metric, where it isn't ``a``'s. ``path``
-    False when the intervals don't follow one another: then there is no path to sum over. ``chords``
-    (see `path.PathScalars`) makes the coarse curves. ``floor``: the rounding floor a₀ of a step
-    (§4); ``split``: noise apart from drift (§11).
+    Attributes:
+        step: (K,) step number at each interval's start; ``step_end`` at its end.
+        step_end: (K,) see ``step``.
+        tau: (K,) durations on the audit's clock.
+        a: (K,) squared lengths.
+        d: (K,) first-order decreases of the loss, NaN where unknown.
+        delta_lower: (K,) lower ends of Δ.
+        delta_upper: (K,) upper ends of Δ.
+        loss: (K,) loss at each interval's start; ``loss_end`` at its end.
+        loss_end: (K,) see ``loss``.
+        distance: D, None where unknown.
+        least_distance: D*, None where unknown.
+        a_alignment: a in Δ's metric, where it isn't ``a``'s.
+        path: Whether the intervals follow one another: else there is no path to sum over.
+        bounded: Whether sums over coarser snapshots bound those over finer ones (exact arcs do, a
+            quadratic form does not).
+        notes: What the lens could not see, in sentences.
+        chords: Per stride the chords of the coarse curves (`path.PathScalars`).
+        landmarks: Predictions kept for the trajectory map.
+        start: The first predictions, as far as D* needs them.
+        attribution: Dissipation by parameter, one row per interval.
+        held_by: Examples that hold most of χ², whose absence would raise the alignment's lower end.
+        rest: (a, d, χ²) of the probe without these examples, each (K,).
+        extra: Further columns.
+        floor: The rounding floor a₀ of an interval (§4).
+        split: Noise apart from drift (§11).
     """
 
     step: np.ndarray
@@ -38,13 +57,48 @@ class Measurements:
     distance: float | None
     least_distance: float | None = None
     a_alignment: np.ndarray | None = None
-    nats: bool = True
     path: bool = True
+    bounded: bool = True
     notes: list[str] = field(default_factory=list)
     chords: dict[int, list[tuple[int, int, float]]] = field(default_factory=dict)
     landmarks: Landmarks | None = None
     start: InitialPredictions | None = None
     attribution: pd.DataFrame | None = None
+    held_by: list[int] = field(default_factory=list)
+    rest: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
     extra: dict[str, np.ndarray] = field(default_factory=dict)
     floor: float = 0.0
     split: Split | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamPath:
+    """K intervals in the metric of Adam's moments for one batch size; no quantity is in nats (§9).
+
+    Attributes:
+        batch_size: B, loss terms per optimizer step.
+        a: (K,) squared lengths.
+        d: (K,) −m̂·δ.
+        delta: (K,) m̂ᵀF⁻¹m̂.
+        distance: Length of the straight line beside the developed path.
+    """
+
+    batch_size: int
+    a: np.ndarray
+    d: np.ndarray
+    delta: np.ndarray
+    distance: float
+
+
+@dataclass(kw_only=True)
+class AdamMeasurements:
+    """What the optimizer-state lens measured; ``paths`` holds one `AdamPath` per batch size that
+    may be the run's, the other attributes are those of `Measurements`."""
+
+    step: np.ndarray
+    step_end: np.ndarray
+    tau: np.ndarray
+    loss: np.ndarray
+    loss_end: np.ndarray
+    paths: Sequence[AdamPath]
+    notes: list[str] = field(default_factory=list)

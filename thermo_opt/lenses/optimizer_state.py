@@ -1,10 +1,11 @@
 """The optimizer-state lens: Adam's moments as a diagonal metric, so that weights and state alone
 suffice (§9).
 
-The moments recorded after a step contain the gradient it used and scaled it: they are that step's
-metric. The metric being diagonal, the path can be developed coordinate by coordinate, ``u = Σ_k
-√F_k ∘ δ_k``; the straight line beside a path of length ``ℒ = Σ √a_k`` is then ``D = |u| ≤ ℒ``. It
-needs one array the size of the weights, whatever the run's length.
+Not a stand-in for the Fisher: what it says is said of Adam's own metric, in no unit. The moments
+recorded after a step contain the gradient it used and scaled it: they are that step's metric. The
+metric being diagonal, the path can be developed coordinate by coordinate, ``u = Σ_k √F_k ∘ δ_k``;
+the straight line beside a path of length ``ℒ = Σ √a_k`` is then ``D = |u| ≤ ℒ``. It needs one array
+the size of the weights, whatever the run's length.
 """
 
 from __future__ import annotations
@@ -20,19 +21,26 @@ from torch import Tensor
 from thermo_opt.errors import InputError
 from thermo_opt.fisher.optimizer_state import CHUNK, Step, StepScalars, path_scalars, total
 from thermo_opt.lenses.inputs import LensInputs, Unsupported
-from thermo_opt.lenses.measurements import Measurements
+from thermo_opt.lenses.measurements import AdamMeasurements, AdamPath
+from thermo_opt.runs import Run
 from thermo_opt.runs.run import Snapshot
 
+PLAUSIBLE_BATCH_SIZES = (1, 32, 1024, 32768)
+"""Loss terms per optimizer step between which the lens gives a range when nobody says."""
 _TOGETHER = 8
 """Snapshots walked through at a time, so that the path comes from memory once for all of them."""
 
 
-def measure(inputs: LensInputs) -> Measurements:
-    """Scalars of each interval in the metric of the moments at its end; nats only where the batch
-    size is known.
+def measure(inputs: LensInputs) -> AdamMeasurements:
+    """Scalars of each interval in the metric of Adam's moments at its end, once for each batch
+    size that may be the run's (§9).
 
-    Raises Unsupported when weights or moments are missing. Cost: one read of the snapshots, one
-    array of memory.
+    Cost: one read of the snapshots and one array of the weights' size where the batch size is
+    known; `PLAUSIBLE_BATCH_SIZES` of them where it isn't.
+
+    Raises:
+        Unsupported: When weights or moments are missing.
+        InputError: When the first interval is not finite.
     """
     run, notes = inputs.run, []
     snapshots = [run.snapshots[i] for i in inputs.indices]
@@ -57,63 +65,84 @@ def measure(inputs: LensInputs) -> Measurements:
             f"{len(still)} parameters without moments (frozen, or not in the optimizer) are not "
             f"seen: {still[0]} …"
         )
+    sizes = PLAUSIBLE_BATCH_SIZES if inputs.batch_size is None else (inputs.batch_size,)
     if inputs.batch_size is None:
         notes.append(
-            "batch size unknown: quantities in nats are not available (give --batch-size), their "
-            "ratios are"
+            "batch size unknown: each range spans the values at batch sizes of "
+            f"{', '.join(map(str, sizes[:-1]))} and {sizes[-1]} (give --batch-size: the loss terms "
+            "of an optimizer step, which are tokens in a language model)"
         )
-    advance = inputs.advance("optimizer-state lens", len(snapshots) - 1)
-    found, distance = _developed_path(snapshots, start, inputs.batch_size, advance)
-    if len(found) < len(snapshots) - 1:
-        bad = snapshots[len(found) + 1]
-        if not found:
-            raise InputError(
-                f"{bad.path}: weights or moments are NaN or infinite at step {bad.step}, the first "
-                "interval of the "
-                "run: there is no path to audit"
+    else:
+        notes.append(
+            f"the metric takes {inputs.batch_size} loss terms per optimizer step (in a language "
+            "model these are tokens, not sequences)"
+        )
+    advance = inputs.advance("optimizer-state lens", len(sizes) * (len(snapshots) - 1))
+    paths: list[AdamPath] = []
+    for size in sizes:
+        found, distance = _developed_path(snapshots, start, size, advance)
+        if len(found) < len(snapshots) - 1:
+            bad = snapshots[len(found) + 1]
+            if not found:
+                raise InputError(
+                    f"{bad.path}: weights or moments are NaN or infinite at step {bad.step}, the "
+                    "first interval of the run: there is no path to audit"
+                )
+            notes.append(
+                f"weights or moments are NaN or infinite from step {bad.step}: only what precedes "
+                "was audited"
             )
-        notes.append(
-            f"weights or moments are NaN or infinite from step {bad.step}: only what precedes was "
-            "audited"
+            snapshots = snapshots[: len(found) + 1]
+            found, distance = _developed_path(snapshots, start, size, None)
+        a, d, delta, null = (
+            np.array([getattr(s, key) for s in found])
+            for key in ("a", "d", "delta", "null_decrease")
         )
-        found, distance = _developed_path(
-            snapshots[: len(found) + 1], start, inputs.batch_size, None
+        length = float(np.sqrt(a).sum())
+        # D equals ℒ on a straight path but for float32 rounding
+        paths.append(
+            AdamPath(batch_size=size, a=a, d=d - null, delta=delta, distance=min(distance, length))
         )
-    steps = np.array([s.step for s in snapshots[: len(found) + 1]])
+    steps = np.array([s.step for s in snapshots])
     loss = inputs.training_loss(steps)
-    a, d, delta, null = (
-        np.array([getattr(s, key) for s in found]) for key in ("a", "d", "delta", "null_decrease")
-    )
     notes.append(
-        "the metric is diagonal and the gradient Adam's running mean; losses are training losses"
+        "this is Adam's own metric, not the Fisher's: its gradient is a running mean, it is "
+        "diagonal, and its numbers compare with no other lens's; losses are training losses"
     )
-    if np.mean([s.delta for s in found]) > 0.5 * sum(t.numel() for t in start.values()):
-        notes.append(
-            "gradients hardly vary between batches (m̂² ≈ v̂): their moments say little about the "
-            "Fisher"
-        )
-    length = float(np.sqrt(a).sum())
-    return Measurements(
+    if (entering := _entering_moments(run)) is not None:
+        notes.append(entering)
+    return AdamMeasurements(
         step=steps[:-1],
         step_end=steps[1:],
         tau=inputs.tau(steps),
-        a=a,
-        d=d - null,
-        delta_lower=delta,
-        delta_upper=delta,
         loss=loss[:-1],
         loss_end=loss[1:],
-        distance=min(distance, length),  # equal on a straight path, but for float32 rounding
-        nats=inputs.batch_size is not None,
+        paths=paths,
         notes=notes,
-        extra={"null_decrease": null},
+    )
+
+
+def _entering_moments(run: Run) -> str | None:
+    """A note on recorded settings that change what Adam's second moment estimates."""
+    told = [
+        f"{key} = {value}"
+        for key, value in {**run.info.notes, **run.info.settings}.items()
+        if any(word in str(key).lower() for word in ("clip", "max_grad_norm", "accum", "smoothing"))
+        and isinstance(value, int | float | str)
+        and value not in (0, 0.0, "", False)
+    ]
+    if not told:
+        return None
+    return (
+        f"the record says {', '.join(told)}: clipping, gradient accumulation and label smoothing "
+        "enter the second moment, and with it this metric"
     )
 
 
 def _developed_path(
     snapshots: Sequence[Snapshot],
     start: dict[str, Tensor],
-    batch_size: int | None,
+    batch_size: int,
     advance: Callable[[int], None] | None,
 ) -> tuple[list[StepScalars], float]:
     """Scalars of each interval up to the first that isn't finite, and the norm D of the path
@@ -146,7 +175,7 @@ def _squared(path: Tensor) -> float:
 def _steps(
     group: Sequence[Snapshot],
     developed: dict[str, Tensor],
-    batch_size: int | None,
+    batch_size: int,
     pool: ThreadPoolExecutor,
 ) -> list[StepScalars]:
     """Scalars of the steps between the snapshots of a group; develops the path."""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from thermo_opt.errors import InputError
@@ -26,25 +28,37 @@ from thermo_opt.runs.replicas import read_replicas
 
 _LANDMARKS = 48
 """Predictions kept for the trajectory map."""
+_FEW, _MOST = 0.01, 0.5
+"""Share of the probe's examples that counts as a few (at least one), and share of χ² that counts
+as most of it."""
+_NAMED = 10
+"""Examples of which at least twice as many must be there for one of them to be a rarity."""
 _RESOLUTION = 1e-29
 """Squared distances below this are rounding of the embedded predictions: such a motion has no
 direction."""
 
 
 def measure(inputs: LensInputs) -> Measurements:
-    """Scalars of the path the predictions took: a exact, d to first order, Δ between Cauchy-Schwarz
-    and χ².
+    """Scalars of the path that the predictions took: a exact, d to first order, Δ ≤ χ² (§4, §5).
 
     Uses the recorded predictions, or replays them when the user gave a probe of their own or none
-    were recorded. Stops at the first non-finite prediction and says so. Raises Unsupported when
-    there is nothing to look at.
+    were recorded. Stops at the first non-finite prediction and says so. Cost: one embedding per
+    snapshot, O(n c), and once more where a few examples hold most of χ².
+
+    Raises:
+        Unsupported: When there is nothing to look at.
+        InputError: When fewer than two snapshots are finite.
     """
     source, notes = _predictions(inputs)
-    advance = inputs.advance("outputs lens", len(inputs.indices))
     found = path_scalars(
-        source, inputs.indices, landmarks=_LANDMARKS, jobs=inputs.jobs, advance=advance
+        source,
+        inputs.indices,
+        landmarks=_LANDMARKS,
+        jobs=inputs.jobs,
+        advance=inputs.advance("outputs lens", len(inputs.indices)),
     )
-    audited = np.array([source.steps[i] for i in inputs.indices[: len(found.loss)]])
+    indices = inputs.indices[: len(found.loss)]
+    audited = np.array([source.steps[i] for i in indices])
     if found.stopped is not None:
         if len(audited) < 2:
             raise InputError(
@@ -55,12 +69,12 @@ def measure(inputs: LensInputs) -> Measurements:
             f"predictions are NaN or infinite from step {found.stopped}: only what precedes was "
             "audited"
         )
-    first, last = source.point(inputs.indices[0]), source.point(inputs.indices[len(audited) - 1])
+    first, last = source.point(indices[0]), source.point(indices[-1])
     start = InitialPredictions.of(first, source.likelihood, source.sigma2)
     end_loss = last.mean_loss
     least = None
     if end_loss is None:
-        notes.append("the probe has no targets: loss, frontier and alignment are unknown")
+        notes.append("the probe has no targets: loss, least distance and alignment are unknown")
     elif start is None:
         notes.append(
             f"the least distance is unknown for {source.likelihood} outputs, whose loss has no "
@@ -68,23 +82,22 @@ def measure(inputs: LensInputs) -> Measurements:
         )
     elif not np.isfinite(end_loss):
         notes.append(
-            "the loss at the end is infinite (a target has probability 0): its frontier is unknown"
+            "the loss at the end is infinite (a target has probability 0): the least distance to "
+            "it is unknown"
         )
     else:
         least = start.least_distance(end_loss)
         if first.soft is not None:
             notes.append("the least distance is a lower bound: targets are soft")
-    a, d, chi2 = (np.array(x) for x in (found.a, found.d, found.chi2))
-    if end_loss is not None:
+    a, chi2 = np.array(found.a), np.array(found.chi2)
+    if end_loss is not None and bool(np.all(np.diff(audited) == 1)):
         notes.append(
             "alignment is certified only from below (Δ ≤ χ²): the parameter lens brackets it from "
             "both sides"
         )
-    audited_indices = inputs.indices[: len(found.loss)]
-    floor, dtype = floors(source, audited_indices)
+    floor, dtype = floors(source, indices)
     notes += rounding_notes(a, floor, dtype)
-    told = np.isfinite(d) & (a > _RESOLUTION) & (a >= ABOVE * floor)
-    d = np.where(told, d, np.nan)
+    d = np.where(a >= ABOVE * floor, _directed(found.a, found.d), np.nan)
     distance = float(np.sqrt(squared_distance(first, last, source.likelihood)))
     split = None
     if isinstance(source, RecordedPredictions):
@@ -99,6 +112,13 @@ def measure(inputs: LensInputs) -> Measurements:
         momentum = inputs.run.info.settings.get("momentum") or 0.0
         memory = 1 / (1 - momentum) if isinstance(momentum, float) and 0 <= momentum < 1 else 10.0
         split = measure_split(source, read_replicas(inputs.run.path), found.chords, audited, memory)
+    held_by = (
+        np.empty(0, dtype=int) if first.sketched else _holding(found.chi2_shares, source.targets)
+    )
+    rest = None
+    if len(held_by):
+        others = path_scalars(source.leaving_out(held_by), indices, strides=(), jobs=inputs.jobs)
+        rest = (np.array(others.a), _directed(others.a, others.d), np.array(others.chi2))
     return Measurements(
         step=audited[:-1],
         step_end=audited[1:],
@@ -117,7 +137,35 @@ def measure(inputs: LensInputs) -> Measurements:
         start=start,
         floor=float(np.median(floor)) if len(floor) else 0.0,
         split=split,
+        held_by=held_by.tolist(),
+        rest=rest,
     )
+
+
+def _directed(a: Sequence[float], d: Sequence[float]) -> np.ndarray:
+    """d, unknown where the motion is rounding or the loss infinite."""
+    return np.where(np.isfinite(d) & (np.array(a) > _RESOLUTION), d, np.nan)
+
+
+def _holding(shares: np.ndarray | None, targets: np.ndarray | None) -> np.ndarray:
+    """The few examples (of the probe's first axis) that hold most of χ² over the run; none where
+    it is spread."""
+    if shares is None or targets is None:
+        return np.empty(0, dtype=int)
+    count = len(targets)
+    if len(shares) != count:  # several counted positions per example
+        owner = np.arange(targets.size) // (targets.size // count)
+        owner = owner[(targets != -100).reshape(-1)]
+        if len(owner) != len(shares):
+            return np.empty(0, dtype=int)
+        shares = np.bincount(owner, shares, count)
+    few = max(1, int(_FEW * count))
+    worst = np.argsort(-shares, kind="stable")[:few]
+    total = shares.sum()
+    if count < 2 * _NAMED or not total > 0 or shares[worst].sum() < _MOST * total:
+        return np.empty(0, dtype=int)
+    enough = int(np.searchsorted(np.cumsum(shares[worst]), _MOST * total)) + 1
+    return np.sort(worst[:enough])
 
 
 def _predictions(inputs: LensInputs) -> tuple[Predictions, list[str]]:

@@ -256,6 +256,8 @@ def measure(lens_inputs: LensInputs) -> Measurements:
             "steps too long for a point metric (length below the distance): decomposition left to "
             "the outputs lens"
         )
+    if (moving := _moving_buffers(run, lens_inputs.indices)) is not None:
+        notes.append(moving)
     notes.append(
         "null-space decrease is zero: on the probe the gradient lies in the range of F, since "
         "every target's probability is positive"
@@ -276,10 +278,42 @@ def measure(lens_inputs: LensInputs) -> Measurements:
         distance=distance,
         least_distance=start.least_distance(seen[-1].loss_end) if path and start else None,
         path=path,
+        bounded=False,
         a_alignment=np.maximum([s.a_damped for s in seen], 0.0),
         notes=notes,
         attribution=pd.DataFrame(share, columns=names),
         extra={"kl_realised": np.array([s.kl for s in seen]), "null_decrease": np.zeros(len(seen))},
+    )
+
+
+def _moving_buffers(run: Run, indices: Sequence[int]) -> str | None:
+    """A note naming buffers (BatchNorm statistics) that moved: they change predictions, and no
+    step of the weights shows it."""
+    ends = [run.snapshots[i] for i in (indices[0], indices[-1])]
+    if not all(end.has_group("buffers") for end in ends):
+        return None
+    before, after = (end.load_group("buffers") for end in ends)
+    moved = [
+        name
+        for name, tensor in before.items()
+        if tensor.is_floating_point() and name in after and not torch.equal(tensor, after[name])
+    ]
+    if not moved:
+        return None
+    more = f" and {len(moved) - 2} more" if len(moved) > 2 else ""
+    still = all(
+        torch.equal(t, ends[1].load(f"params/{name}"))
+        for name, t in ends[0].load_group("params").items()
+    )
+    which = f"buffers (BatchNorm's running statistics and the like) moved: {', '.join(moved[:2])}"
+    if still:
+        return (
+            f"the weights stand still while {which}{more}: what the outputs lens sees is their "
+            "motion, and no step of the optimizer"
+        )
+    return (
+        f"{which}{more}: their part in the predictions' motion is in the outputs lens's numbers "
+        "and not in these"
     )
 
 

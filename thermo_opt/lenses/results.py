@@ -4,7 +4,7 @@ audit."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,11 +18,19 @@ from thermo_opt.manifold.initial import InitialPredictions
 LENSES = ("outputs", "parameters", "optimizer-state")
 """Every lens, in the order in which an audit prefers them for its headline."""
 
+SCHEMA_VERSION = 2
+"""Of the JSON: 2 since D and D* are ``distance`` and ``least_distance``, the optimizer-state lens
+has keys of its own, and the lenses that could not look are listed."""
+
 SUMMARY_KEYS = (
     "run",
     "lens",
     "clock",
+    "step_unit",
+    "first_step",
+    "last_step",
     "stride",
+    "every_step",
     "steps",
     "duration",
     "loss_start",
@@ -41,10 +49,24 @@ SUMMARY_KEYS = (
     "alignment_lower",
     "alignment_upper",
     "split",
+    "downhill_lower",
+    "downhill_upper",
+    "uphill_lower",
+    "uphill_upper",
+    "held_by",
+    "alignment_lower_rest",
+    "displacement_alignment",
+    "adam_alignment_lower",
+    "adam_alignment_upper",
+    "adam_straightness_lower",
+    "adam_straightness_upper",
+    "adam_steadiness_lower",
+    "adam_steadiness_upper",
     "notes",
 )
 """Keys of a summary: the same in Python, in JSON and in the report; null (None) where the lens
-can't know a value."""
+can't know a value. `thermo_opt.describe.quantities` says what each means, and when it is exact, a
+bound, or an estimate."""
 
 
 class Summary(RenamedKeys):
@@ -71,15 +93,23 @@ class Landmarks:
 class LensAudit:
     """One run seen through one lens.
 
-    ``steps``: one row an audited interval, columns ``step, step_end, tau, a, d, delta_lower,
-    delta_upper, alignment_lower, alignment_upper, dissipation, loss, loss_end`` (NaN where unknown;
-    losses and a, d in nats per example); the parameter lens adds ``kl_realised, null_decrease``.
-    ``summary``: see `SUMMARY_KEYS`. ``coarse``: the coarse-graining curves, columns ``stride`` (m,
-    in recorded snapshots), ``stride_steps`` (median optimizer steps), ``length`` (ℒ_m),
-    ``dissipation`` (Q_m), ``a_mean``. ``attribution``: dissipation of each interval by parameter
-    (rows as ``steps``, one column a parameter name), or None. ``landmarks``: predictions kept for
-    the trajectory map, or None. ``hurst``: the exponent H of a^(m) ∝ m^{2H}, or None. ``start``:
-    the outputs lens's first predictions, as far as a frontier needs them; None without targets.
+    Attributes:
+        lens: Its name, one of `LENSES`.
+        steps: One row per audited interval, columns ``step, step_end, tau, a, d, delta_lower,
+            delta_upper, alignment_lower, alignment_upper, dissipation, loss, loss_end`` (NaN where
+            unknown; losses and a, d in nats per example); the parameter lens adds ``kl_realised,
+            null_decrease, displacement_alignment``. The optimizer-state lens has ``step, step_end,
+            tau, adam_alignment_lower, adam_alignment_upper, adam_share_lower, adam_share_upper,
+            loss, loss_end``, the share being that of the path's dissipation in Adam's metric.
+        summary: See `SUMMARY_KEYS`.
+        coarse: The coarse-graining curves, columns ``stride`` (m, in recorded snapshots),
+            ``stride_steps`` (median optimizer steps), ``length`` (ℒ_m), ``dissipation`` (Q_m),
+            ``a_mean``.
+        hurst: The exponent H of a^(m) ∝ m^{2H}, or None.
+        attribution: Dissipation of each interval by parameter (rows as ``steps``, one column per
+            parameter name), or None.
+        landmarks: Predictions kept for the trajectory map, or None.
+        start: The outputs lens's first predictions, as far as D* needs them; None without targets.
     """
 
     lens: str
@@ -136,12 +166,37 @@ class Audited(Protocol):
     def probe(self) -> str | None:
         """The probe's fingerprint."""
 
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What the record says of how the run was trained: learning rate, batch size and more."""
 
-def summaries_json(audits: Iterable[Audited]) -> str:
-    """``{"runs": [summary, ...]}`` of several audits as strict JSON: non-finite numbers become
-    null."""
+
+def summaries_json(audits: Iterable[Audited], left_out: Sequence[tuple[str, str]] = ()) -> str:
+    """Several audits as strict JSON: non-finite numbers become null.
+
+    Args:
+        audits: The audits.
+        left_out: (run, reason) of the runs that could not be audited.
+
+    Returns:
+        ``{"schema_version", "runs": [summary, ...], "missing": [{"run", "lens", "reason"}, ...],
+        "left_out": [{"run", "reason"}, ...]}``: one summary per run and lens; ``missing`` says
+        which lenses could not look at which run, and why.
+    """
+    audits = list(audits)
     return json.dumps(
-        {"runs": [jsonable(s) for audit in audits for s in audit.summaries]},
+        jsonable(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "runs": [s for audit in audits for s in audit.summaries],
+                "missing": [
+                    {"run": audit.run, "lens": lens, "reason": reason}
+                    for audit in audits
+                    for lens, reason in audit.missing.items()
+                ],
+                "left_out": [{"run": run, "reason": reason} for run, reason in left_out],
+            }
+        ),
         indent=2,
         allow_nan=False,
     )

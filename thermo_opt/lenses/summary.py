@@ -1,112 +1,136 @@
 """From per-interval scalars to an audit of one lens: the summary's arithmetic, the same for every
-lens."""
+lens (§2-5), and that of Adam's metric (§9)."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 
 from thermo_opt import thermodynamics as td
 from thermo_opt.errors import InputError
-from thermo_opt.lenses.measurements import Measurements
-from thermo_opt.lenses.results import LensAudit, Summary
+from thermo_opt.lenses.measurements import AdamMeasurements, Measurements
+from thermo_opt.lenses.results import SUMMARY_KEYS, LensAudit, Summary
 from thermo_opt.manifold.precision import ABOVE
 
 _LEAST_ROUNDING = 1e-6
 """Relative excess of D* over D that is rounding; any larger would be a mistake worth seeing."""
+_MOTIONLESS = 1e-28
+"""Squared lengths below this are rounding."""
+_NARROW = 0.1
+"""Width up to which a bracket is also printed as one number, its middle."""
 
 
-def summarise(measured: Measurements, run: str, lens: str, clock: str) -> LensAudit:
-    """The tidy table, summary and coarse curves of what a lens saw. Every figure is arithmetic of
-    §2-5."""
-    for k in np.flatnonzero((measured.tau == 0) & (measured.a > 0)):
-        raise InputError(
-            f"{run}: clock {clock!r} stands still from step {measured.step[k]} to "
-            f"{measured.step_end[k]} while the run moves: use another clock"
-        )
+def summarise(
+    measured: Measurements | AdamMeasurements,
+    run: str,
+    lens: str,
+    clock: str,
+    step_unit: str = "step",
+) -> LensAudit:
+    """The tidy table, summary and coarse curves of what a lens measured.
+
+    Args:
+        measured: What it measured.
+        run: The run's name.
+        lens: The lens's name.
+        clock: The clock of ``measured.tau``.
+        step_unit: What the run's step numbers count; only where it is ``"step"`` can an interval
+            be one optimizer step.
+
+    Raises:
+        InputError: When the clock stands still while the run moves.
+    """
+    if isinstance(measured, AdamMeasurements):
+        return _adam(measured, run, lens, clock, step_unit)
+    _refuse_standing_clock(run, clock, measured, measured.a)
+    one_step = _one_step(measured, step_unit)
     q = td.dissipation(measured.a, measured.tau)
     parts = td.decompose(measured.a, measured.tau, measured.distance)
-    a_alignment = measured.a if measured.a_alignment is None else measured.a_alignment
     lower, upper = td.alignment_bracket(
-        a_alignment, measured.d, measured.delta_lower, measured.delta_upper
+        measured.a if measured.a_alignment is None else measured.a_alignment,
+        measured.d,
+        measured.delta_lower,
+        measured.delta_upper,
     )
     known = np.isfinite(lower)
-    low = td.mean_alignment(lower, q)
-    high = td.mean_alignment(upper, q)
-    # a point value only where the bracket is narrow enough to print as one number
-    point = None if low is None or high is None or high - low > 0.1 else 0.5 * (low + high)
-    notes = list(measured.notes)
-    if known.any() and not known.all():
-        notes.append(
-            f"alignment is undefined in {int((~known).sum())} of {len(known)} intervals (nothing "
-            "moved)"
+    aligned = known & one_step
+    columns = {
+        "step": measured.step,
+        "step_end": measured.step_end,
+        "tau": measured.tau,
+        "a": measured.a,
+        "d": measured.d,
+        "delta_lower": measured.delta_lower,
+        "delta_upper": measured.delta_upper,
+        "alignment_lower": np.where(aligned, lower, np.nan),
+        "alignment_upper": np.where(aligned, upper, np.nan),
+        "dissipation": q,
+        "loss": measured.loss,
+        "loss_end": measured.loss_end,
+        **measured.extra,
+    }
+    # over several steps the bracket is of the net displacement, not of any step (§3)
+    displaced = np.where(known & ~one_step, (lower + upper) / 2, np.nan)
+    certain = upper - lower <= _NARROW
+    displacement = None
+    if (known & ~one_step & certain).any():
+        columns["displacement_alignment"] = np.where(certain, displaced, np.nan)
+        displacement = td.mean_alignment(columns["displacement_alignment"], q)
+    whole = _when(measured.path)
+    summed = _when(measured.path and (measured.bounded or bool(one_step.all())))
+    # one interval is straight whatever was between
+    several = _when(len(q) > 1 and measured.path and (measured.bounded or bool(one_step.all())))
+    common, notes = _common(measured, run, lens, clock, step_unit)
+    summary = common | {
+        "duration": whole(parts.duration),
+        "dissipation": summed(parts.dissipation),
+        "length": summed(parts.length),
+        "distance": whole(parts.distance),
+        "least_distance": whole(_below(measured.least_distance, parts.distance)),
+        "irreducible": whole(parts.irreducible),
+        "detour": several(parts.detour),
+        "pacing": several(parts.pacing),
+        "straightness": several(parts.straightness),
+        "steadiness": several(parts.steadiness),
+        "efficiency": several(parts.efficiency),
+        "displacement_alignment": displacement,
+        "split": None if measured.split is None else measured.split.to_dict(),
+        "notes": [*measured.notes, *notes, *_undefined(measured, known, one_step)],
+    }
+    if one_step.all():
+        summary |= _alignment(lower, upper, measured.d, q)
+        if measured.rest is not None:
+            a, d, chi2 = measured.rest
+            rest, _ = td.alignment_bracket(a, d, np.zeros_like(a), chi2)
+            summary["held_by"] = list(measured.held_by)
+            summary["alignment_lower_rest"] = td.mean_alignment(
+                rest, td.dissipation(a, measured.tau)
+            )
+    elif known.any():
+        summary["notes"].append(
+            "alignment is a property of one optimizer step, and this run was not recorded at every "
+            "step: it is unknown"
         )
-
-    def whole(value: float | None) -> float | None:
-        return value if measured.path else None
-
-    def nats(value: float | None) -> float | None:
-        return whole(value) if measured.nats else None
-
-    steps = pd.DataFrame(
-        {
-            "step": measured.step,
-            "step_end": measured.step_end,
-            "tau": measured.tau,
-            "a": measured.a if measured.nats else np.nan,
-            "d": measured.d,
-            "delta_lower": measured.delta_lower if measured.nats else np.nan,
-            "delta_upper": measured.delta_upper if measured.nats else np.nan,
-            "alignment_lower": lower,
-            "alignment_upper": upper,
-            "dissipation": q if measured.nats else np.nan,
-            "loss": measured.loss,
-            "loss_end": measured.loss_end,
-            **measured.extra,
-        }
-    )
-    stride = float(np.median(measured.step_end - measured.step))
-    summary = Summary(
-        {
-            "run": run,
-            "lens": lens,
-            "clock": clock,
-            "stride": stride,
-            "steps": len(steps),
-            "duration": whole(parts.duration),
-            "loss_start": _number(measured.loss[0]),
-            "loss_end": _number(measured.loss_end[-1]),
-            "dissipation": nats(parts.dissipation),
-            "length": nats(parts.length),
-            "distance": nats(parts.distance),
-            "least_distance": nats(_below(measured.least_distance, parts.distance)),
-            "irreducible": nats(parts.irreducible),
-            "detour": nats(parts.detour),
-            "pacing": nats(parts.pacing),
-            "straightness": whole(parts.straightness),
-            "steadiness": whole(parts.steadiness),
-            "efficiency": whole(parts.efficiency),
-            "alignment": point,
-            "alignment_lower": low,
-            "alignment_upper": high,
-            "split": None if measured.split is None else measured.split.to_dict(),
-            "notes": notes,
-        }
-    )
+    if measured.path and not measured.bounded and not one_step.all():
+        summary["notes"].append(
+            "the quadratic form of a displacement over several steps is no length of the path: its "
+            "sums are left to the outputs lens"
+        )
     points = _coarse_points(measured)
-    scale = 1.0 if measured.nats else np.nan
     coarse = pd.DataFrame(
         {
             "stride": [p.stride for p in points],
-            "stride_steps": [p.stride * stride for p in points],
-            "length": [p.length * scale for p in points],
-            "dissipation": [p.dissipation * scale for p in points],
-            "a_mean": [p.a_mean * scale for p in points],
+            "stride_steps": [p.stride * summary["stride"] for p in points],
+            "length": [p.length for p in points],
+            "dissipation": [p.dissipation for p in points],
+            "a_mean": [p.a_mean for p in points],
         }
     )
     return LensAudit(
         lens,
-        steps,
+        pd.DataFrame(columns),
         summary,
         coarse,
         _exponent(points, measured.floor),
@@ -114,6 +138,160 @@ def summarise(measured: Measurements, run: str, lens: str, clock: str) -> LensAu
         measured.landmarks,
         measured.start,
     )
+
+
+def _adam(measured: AdamMeasurements, run: str, lens: str, clock: str, step_unit: str) -> LensAudit:
+    """Alignment, straightness and steadiness in Adam's metric: ranges over the batch sizes that
+    may be the run's, each within itself free of units (§9)."""
+    _refuse_standing_clock(run, clock, measured, measured.paths[0].a)
+    one_step = _one_step(measured, step_unit)
+    epsilon = np.stack([td.alignment(p.a, p.d, p.delta) for p in measured.paths])
+    epsilon[:, ~one_step] = np.nan
+    q = np.stack([td.dissipation(p.a, measured.tau) for p in measured.paths])
+    total = q.sum(axis=1, keepdims=True)
+    shares = np.divide(q, total, out=np.full_like(q, np.nan), where=total > 0)
+    parts = [td.decompose(p.a, measured.tau, p.distance) for p in measured.paths]
+    common, notes = _common(measured, run, lens, clock, step_unit)
+    summary = common | {
+        "duration": float(measured.tau.sum()),
+        "notes": [*measured.notes, *notes],
+    }
+    if one_step.all():
+        means = [td.mean_alignment(e, w) for e, w in zip(epsilon, q, strict=True)]
+        summary |= _range("adam_alignment", means)
+    else:
+        summary["notes"].append(
+            "alignment in Adam's metric is a property of one optimizer step, and this run was not "
+            "recorded at every step: it is unknown"
+        )
+    if len(measured.tau) > 1:
+        summary |= _range("adam_straightness", [p.straightness for p in parts])
+        summary |= _range("adam_steadiness", [p.steadiness for p in parts])
+    steps = pd.DataFrame(
+        {
+            "step": measured.step,
+            "step_end": measured.step_end,
+            "tau": measured.tau,
+            "adam_alignment_lower": epsilon.min(axis=0),
+            "adam_alignment_upper": epsilon.max(axis=0),
+            "adam_share_lower": shares.min(axis=0),
+            "adam_share_upper": shares.max(axis=0),
+            "loss": measured.loss,
+            "loss_end": measured.loss_end,
+        }
+    )
+    empty = pd.DataFrame(columns=["stride", "stride_steps", "length", "dissipation", "a_mean"])
+    return LensAudit(lens, steps, summary, empty)
+
+
+def _common(
+    measured: Measurements | AdamMeasurements, run: str, lens: str, clock: str, step_unit: str
+) -> tuple[Summary, list[str]]:
+    """What every lens says of the run's intervals, and notes on what no lens saw of it."""
+    gaps = measured.step_end - measured.step
+    stride = float(np.median(gaps))
+    every_step = bool(_one_step(measured, step_unit).all())
+    summary = Summary(dict.fromkeys(SUMMARY_KEYS))
+    summary |= {
+        "run": run,
+        "lens": lens,
+        "clock": clock,
+        "step_unit": step_unit,
+        "first_step": int(measured.step[0]),
+        "last_step": int(measured.step_end[-1]),
+        "stride": stride,
+        "every_step": every_step,
+        "steps": len(gaps),
+        "loss_start": _number(measured.loss[0]),
+        "loss_end": _number(measured.loss_end[-1]),
+    }
+    notes = []
+    if measured.step[0] > 0:
+        notes.append(
+            f"the first snapshot is {step_unit} {measured.step[0]}: what came before it is not "
+            "seen, and in no number here"
+        )
+    if step_unit != "step":
+        notes.append(
+            f"snapshots are numbered in {step_unit}s: how many optimizer steps one holds is not "
+            "known"
+        )
+    if len(gaps) == 1:
+        notes.append(
+            "there is one interval only: how straight and how steady the path between was, and so "
+            "its efficiency, is unknown"
+        )
+    return summary, notes
+
+
+def _alignment(
+    lower: np.ndarray, upper: np.ndarray, d: np.ndarray, q: np.ndarray
+) -> dict[str, float | None]:
+    """The signed mean of ε, and the shares of the dissipation along the natural gradient, downhill
+    and uphill apart: the mean of |ε| is a share, that of ε is not (§3)."""
+    low, high = td.mean_alignment(lower, q), td.mean_alignment(upper, q)
+    narrow = low is not None and high is not None and high - low <= _NARROW
+    inner = np.minimum(np.abs(lower), np.abs(upper))
+    outer = np.maximum(np.abs(lower), np.abs(upper))
+    up = d < 0
+    return {
+        "alignment": 0.5 * (low + high)
+        if narrow and low is not None and high is not None
+        else None,
+        "alignment_lower": low,
+        "alignment_upper": high,
+        "downhill_lower": td.mean_alignment(np.where(up, 0 * inner, inner), q),
+        "downhill_upper": td.mean_alignment(np.where(up, 0 * outer, outer), q),
+        "uphill_lower": td.mean_alignment(np.where(up, inner, 0 * inner), q),
+        "uphill_upper": td.mean_alignment(np.where(up, outer, 0 * outer), q),
+    }
+
+
+def _undefined(measured: Measurements, known: np.ndarray, one_step: np.ndarray) -> list[str]:
+    """Why the alignment is undefined where it is."""
+    if known.all() or not known.any():
+        return []
+    unknown = ~known & one_step
+    infinite = unknown & ~(np.isfinite(measured.loss) & np.isfinite(measured.loss_end))
+    still = unknown & ~infinite & (measured.a < max(_MOTIONLESS, ABOVE * measured.floor))
+    said = []
+    if still.any():
+        said.append(
+            f"alignment is undefined in {int(still.sum())} of {len(known)} intervals (nothing "
+            "moved, but for rounding)"
+        )
+    if infinite.any():
+        said.append(
+            f"alignment is undefined in {int(infinite.sum())} of {len(known)} intervals (the loss "
+            "is infinite at one of their ends)"
+        )
+    return said
+
+
+def _one_step(measured: Measurements | AdamMeasurements, step_unit: str) -> np.ndarray:
+    return (measured.step_end - measured.step == 1) & (step_unit == "step")
+
+
+def _refuse_standing_clock(
+    run: str, clock: str, measured: Measurements | AdamMeasurements, a: np.ndarray
+) -> None:
+    for k in np.flatnonzero((measured.tau == 0) & (a > 0)):
+        raise InputError(
+            f"{run}: clock {clock!r} stands still from step {measured.step[k]} to "
+            f"{measured.step_end[k]} while the run moves: use another clock"
+        )
+
+
+def _range(key: str, values: list[float | None]) -> dict[str, float | None]:
+    known = [value for value in values if value is not None]
+    return {
+        f"{key}_lower": min(known) if known else None,
+        f"{key}_upper": max(known) if known else None,
+    }
+
+
+def _when(known: bool) -> Callable[[float | None], float | None]:
+    return lambda value: value if known else None
 
 
 def _exponent(points: list[td.CoarsePoint], floor: float) -> float | None:

@@ -95,9 +95,9 @@ class AlignmentSeries:
 
 
 def alignment_series(audit: Audited) -> AlignmentSeries | None:
-    """Alignment from the lens that knows it best: parameters, then outputs, then optimizer state;
-    None if none does."""
-    for name in ("parameters", "outputs", "optimizer-state"):
+    """Alignment from the lens that knows it best: parameters, then outputs; None if neither
+    does."""
+    for name in ("parameters", "outputs"):
         lens = audit.lenses.get(name)
         if lens is None:
             continue

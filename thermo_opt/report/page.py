@@ -16,6 +16,8 @@ from typing import Any
 from thermo_opt import __version__
 from thermo_opt.describe import sentences as words
 from thermo_opt.describe.quantities import DEFINED, PER_STEP, QUANTITIES, number, percent, unit
+from thermo_opt.describe.ranking import ranking
+from thermo_opt.describe.standing import with_standing
 from thermo_opt.errors import InputError
 from thermo_opt.lenses.results import Audited, summaries_json
 from thermo_opt.plots.palette import PARTS, look
@@ -70,7 +72,7 @@ def render(audits: list[Audited]) -> str:
             "Thermodynamic audit of "
             f"{audits[0].run if len(audits) == 1 else f'{len(audits)} training runs'}"
         ),
-        comparison=words.comparison([(audit.run, audit.headline) for audit in audits]),
+        comparison=words.comparison(audits) or ranking(audits).obstacle,
         cards=_cards(audits),
         parts={part.capitalize(): 100 * opacity for part, opacity in PARTS.items()},
         columns=[
@@ -121,7 +123,7 @@ def _cards(audits: list[Audited]) -> list[dict[str, Any]]:
     """One card a run, in the order given."""
     cards = []
     for index, audit in enumerate(audits):
-        summary = words.told(audit)
+        summary = words.closest(audit)
         efficiency = summary["efficiency"]
         total = summary["dissipation"]
         shares = []
@@ -136,9 +138,18 @@ def _cards(audits: list[Audited]) -> list[dict[str, Any]]:
                 "run": audit.run,
                 "look": look(index),
                 "context": ", ".join(
-                    filter(None, [audit.optimizer, f"{number(_span(audit))} steps"])
+                    filter(
+                        None,
+                        [
+                            audit.optimizer,
+                            f"{number(_span(audit))} {summary['step_unit']}s",
+                            f"seen {words.seen_every(summary)}",
+                        ],
+                    )
                 ),
-                "efficiency": "–" if efficiency is None else percent(efficiency),
+                "efficiency": "–"
+                if efficiency is None
+                else ("" if summary["every_step"] else "≤\u2009") + percent(efficiency),
                 "efficiency_words": "efficiency unknown" if efficiency is None else "efficient",
                 "shares": shares,
                 "headline": words.headline(summary),
@@ -160,10 +171,10 @@ def _rows(audits: list[Audited]) -> list[dict[str, Any]]:
     clocks = {summary["clock"] for summary in summaries}
     rows = []
     for quantity in QUANTITIES:
-        if quantity.key == "lens":
+        if quantity.key == "lens" or all(s.get(quantity.key) is None for s in summaries):
             continue
         cells = [
-            {"value": json.dumps(s.get(quantity.key)), "text": number(s.get(quantity.key))}
+            {"value": json.dumps(s.get(quantity.key)), "text": with_standing(s, quantity.key)}
             for s in summaries
         ]
         units = " or ".join(sorted({unit(quantity.unit, clock) for clock in clocks}))

@@ -1,0 +1,80 @@
+"""Runs are compared at the snapshots they share, and not at all where they share too few."""
+
+import json
+import shutil
+
+import pytest
+
+import thermo_opt as to
+from tests.lenses.conftest import architecture, record
+from thermo_opt.audits.comparison import comparison
+from thermo_opt.cli import main
+
+
+def thinned(path, target, keep):
+    """A copy of a recorded run with some of its snapshots."""
+    shutil.copytree(path, target)
+    for file in (target / "snapshots").iterdir():
+        if int(file.stem) not in keep:
+            file.unlink()
+    return target
+
+
+@pytest.fixture(scope="module", name="whole")
+def _whole(tmp_path_factory):
+    return record(tmp_path_factory.mktemp("compared") / "whole", steps=24)
+
+
+def test_a_run_against_itself_recorded_less_often_is_equally_efficient(tmp_path, whole):
+    sparse = thinned(whole, tmp_path / "sparse", {0, 6, 12, 18, 24})
+    found = comparison([to.audit(path, lens="outputs") for path in (whole, sparse)])
+    first, second = found.table["efficiency"]
+    assert first == pytest.approx(second, rel=1e-12)
+    assert "every 6 steps from 0 to 24" in found.notes[0]
+    assert to.compare([to.audit(whole), to.audit(sparse)]).attrs["notes"][0] == found.notes[0]
+
+
+def test_with_two_snapshots_in_common_there_is_no_ranking(tmp_path, whole, capfd):
+    ends = thinned(whole, tmp_path / "ends", {0, 24})
+    assert main(["compare", str(whole), str(ends)]) == 0
+    said = " ".join(capfd.readouterr().out.split())
+    assert "The runs are not ranked" in said
+    assert "most efficient" not in said
+    assert main(["compare", str(whole), str(ends), "--lens", "outputs", "--json"]) == 0
+    rows = {row["run"]: row for row in json.loads(capfd.readouterr().out)["runs"]}
+    assert rows["ends"]["efficiency"] is None
+    assert (rows["ends"]["stride"], rows["whole"]["stride"]) == (24, 1)
+
+
+def test_one_bad_folder_among_many_is_left_out_with_a_sentence(tmp_path, whole, capfd):
+    other = record(tmp_path / "other", steps=24, seed=1)
+    assert main(["compare", str(whole), "/no/such/run", str(other), "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert "left out: /no/such/run: no such folder" in err
+    assert [row["run"] for row in json.loads(out)["left_out"]] == ["/no/such/run"]
+
+
+def test_runs_are_named_by_recorded_settings(tmp_path, whole, capfd):
+    other = record(tmp_path / "other", steps=24, seed=1)
+    assert main(["compare", str(whole), str(other), "--label", "lr", "--json"]) == 0
+    names = {row["run"] for row in json.loads(capfd.readouterr().out)["runs"]}
+    assert names == {"whole (lr 0.02)", "other (lr 0.02)"}
+    assert main(["compare", str(whole), str(other), "--label", "nonsense"]) == 2
+    assert "use one of" in capfd.readouterr().err
+
+
+def test_outputs_and_parameter_lens_never_contradict_each_other(adam_run, sgd_run):
+    for path in (adam_run, sgd_run):
+        for stride in (1, 3):
+            audit = to.audit(path, model=architecture(), stride=stride)
+            low = audit.lenses["outputs"].summary["alignment_lower"]
+            high = audit.lenses["parameters"].summary["alignment_upper"]
+            assert low is None or low <= high
+
+
+def test_json_says_which_lenses_could_not_look_and_why(sgd_run, capfd):
+    assert main(["audit", str(sgd_run), "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["schema_version"] == 2
+    assert {entry["lens"] for entry in found["missing"]} == {"parameters", "optimizer-state"}
+    assert all(entry["reason"] and entry["run"] == "sgd" for entry in found["missing"])
