@@ -210,9 +210,13 @@ def test_blind_spots_are_said_once() -> None:
 
 
 def test_every_numeric_summary_key_is_described() -> None:
-    assert {q.key for q in QUANTITIES} | {"run", "notes", "step_unit", "every_step"} == set(
-        SUMMARY_KEYS
-    )
+    assert {q.key for q in QUANTITIES} | {
+        "run",
+        "notes",
+        "step_unit",
+        "every_step",
+        "split",
+    } == set(SUMMARY_KEYS)
     assert cost_unit("step") == "nats"
     assert cost_unit("examples") == "nats per example seen"
 

@@ -104,7 +104,7 @@ def test_every_lens_says_what_it_could_not_see(audits: list[Audit], page: str) -
 
 def test_absent_quantities_leave_no_empty_figure() -> None:
     drawn = {figure.key for figure in figures([make_audit("weights", outputs=False, state=True)])}
-    assert drawn == {"loss-and-dissipation", "alignment"}
+    assert drawn == {"loss-and-dissipation"}
 
 
 def test_figures_hold_no_nan() -> None:
