@@ -17,7 +17,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,6 +31,8 @@ from thermo_opt.runs.border import REMEDY, regular, unreadable
 
 _PICKLE_LIMIT = 1 << 24
 """Bytes of a file's pickle, which holds names and shapes only: 100 for a tensor or so."""
+_MOST, _DEEPEST = 100_000_000, 200
+"""Values that a file's containers may hold, and how deep they may lie."""
 _MAGIC = 0x1950A86A20F9469CFC6C
 """First object of a file in the format of torch < 1.6."""
 _CHUNK = 1 << 24
@@ -148,6 +150,8 @@ class TorchFile:
         self._checked: set[str] = set()
         try:
             self.content = self._read()
+            if _expanded(self.content, {}) > _MOST:
+                raise InputError(f"{path} unpacks to more than {_MOST:,} values; {REMEDY}")
         except InputError:
             raise
         except (
@@ -268,6 +272,25 @@ class TorchFile:
         if place > len(self._map) or found.keys() - self._places.keys():
             raise InputError(f"{self.path} is cut short; {REMEDY}")
         return content
+
+
+def _expanded(tree: Any, known: dict[int, int], depth: int = _DEEPEST) -> int:
+    """How many values nested containers hold, each counted as often as it can be reached: a pickle
+    of two kilobytes may hold one list in another ten times over, and so on. Loops have no end.
+    """
+    if isinstance(tree, Mapping):
+        parts: Iterable[Any] = tree.values()
+    elif isinstance(tree, list | tuple | set | frozenset):
+        parts = tree
+    elif isinstance(tree, Opaque):
+        parts = (tree.arguments, tree.state)
+    else:
+        return 1
+    if id(tree) not in known:
+        known[id(tree)] = _MOST + 1  # while it is being counted: met again, it holds itself
+        if depth:
+            known[id(tree)] = 1 + sum(_expanded(part, known, depth - 1) for part in parts)
+    return known[id(tree)]
 
 
 def restricted(data: bytes, path: Path) -> Any:

@@ -48,15 +48,16 @@ def model_from_config(config_path: Path, device: str = "cpu") -> nn.Module:
     stored = sum(file.stat().st_size for file in config_path.parent.iterdir() if file.is_file())
     try:
         with torch.random.fork_rng(devices=[]):
-            if device != "meta":
-                with torch.device("meta"):
-                    size = sum(tensor.numel() for tensor in kind(config).parameters())
-                if size > max(8 * stored, 1 << 24):
-                    raise InputError(
-                        f"{config_path}: {kind.__name__} would have {size:,} parameters, though "
-                        "the files beside it have "
-                        f"{stored:,} bytes; restore the config, or {_REMEDY}"
-                    )
+            with torch.device("meta"):
+                model: nn.Module = kind(config)
+            size = sum(tensor.numel() for tensor in model.parameters())
+            if size > max(8 * stored, 1 << 24):
+                raise InputError(
+                    f"{config_path}: {kind.__name__} would have {size:,} parameters, though the "
+                    f"files beside it have {stored:,} bytes; restore the config, or {_REMEDY}"
+                )
+            if device == "meta":
+                return model
             with torch.device(device):
                 return kind(config)
     except InputError:
