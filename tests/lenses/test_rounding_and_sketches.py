@@ -155,3 +155,21 @@ def test_squared_chords_of_sketches_are_unbiased():
         assert found.mean() == pytest.approx(chord, rel=6 * relative_error(width, 3000))
     assert signs(70, 3, 5)[:2].tolist() == signs(70, 3, 5)[:2].tolist()
     assert (signs(70, 3, 5) != signs(70, 3, 6)).any()
+
+
+def test_examples_in_blocks_add_up_to_the_whole(tmp_path, monkeypatch):
+    """What is done for large vocabularies changes no number but by rounding."""
+    from thermo_opt.lenses import predictions
+
+    path = recorded(tmp_path / "run")
+    whole = to.audit(path)
+    monkeypatch.setattr(predictions, "_BLOCK_BYTES", 8 * VOCABULARY * TOKENS[1] * 5)
+    source = predictions.RecordedPredictions(to.load_run(path), "categorical")
+    assert [block.point(0).examples for block in source.blocks(0)] == [40, 40, 16]
+    split = to.audit(path)
+    for key, value in whole.summary.items():
+        if isinstance(value, float):
+            assert split.summary[key] == pytest.approx(value, rel=1e-9), key
+    np.testing.assert_allclose(split.steps.to_numpy(), whole.steps.to_numpy(), rtol=1e-9)
+    np.testing.assert_allclose(split.headline.coarse, whole.headline.coarse, rtol=1e-9)
+    assert split.headline.hurst == pytest.approx(whole.headline.hurst)

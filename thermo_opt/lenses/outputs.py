@@ -11,7 +11,7 @@ from thermo_opt.errors import InputError
 from thermo_opt.lenses.inputs import LensInputs, Unsupported
 from thermo_opt.lenses.measurements import Measurements
 from thermo_opt.lenses.noise import measure_split
-from thermo_opt.lenses.path import landmarks, path_scalars
+from thermo_opt.lenses.path import ends, landmarks, path_scalars
 from thermo_opt.lenses.predictions import (
     Predictions,
     RecordedPredictions,
@@ -20,7 +20,6 @@ from thermo_opt.lenses.predictions import (
     targets_of,
 )
 from thermo_opt.lenses.rounding import floors, rounding_notes
-from thermo_opt.manifold import squared_distance
 from thermo_opt.manifold.initial import InitialPredictions
 from thermo_opt.manifold.precision import ABOVE
 from thermo_opt.manifold.sketch import relative_error
@@ -69,9 +68,8 @@ def measure(inputs: LensInputs) -> Measurements:
             f"predictions are NaN or infinite from step {found.stopped}: only what precedes was "
             "audited"
         )
-    first, last = source.point(indices[0]), source.point(indices[-1])
+    first, end_loss, square = ends(source, indices[0], indices[-1])
     start = InitialPredictions.of(first, source.likelihood, source.sigma2)
-    end_loss = last.mean_loss
     least = None
     if end_loss is None:
         notes.append("the probe has no targets: loss, least distance and alignment are unknown")
@@ -98,7 +96,7 @@ def measure(inputs: LensInputs) -> Measurements:
     floor, dtype = floors(source, indices)
     notes += rounding_notes(a, floor, dtype)
     d = np.where(a >= ABOVE * floor, _directed(found.a, found.d), np.nan)
-    distance = float(np.sqrt(squared_distance(first, last, source.likelihood)))
+    distance = float(np.sqrt(square))
     split = None
     if isinstance(source, RecordedPredictions):
         if first.sketched:

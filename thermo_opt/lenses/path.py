@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 from joblib import delayed
 
-from thermo_opt.lenses.predictions import Predictions
+from thermo_opt.lenses.predictions import Predictions, joined_points
 from thermo_opt.lenses.results import Landmarks
 from thermo_opt.manifold import Point, move, row_distances, squared_distance
 from thermo_opt.manifold.predictive import ON_SPHERES, Array, chi_squared_rows
@@ -81,6 +81,21 @@ def path_scalars(
     Returns:
         `PathScalars`. Cost: one embedding per snapshot, O(n c), and about two distances.
     """
+    blocks = source.blocks(indices[0])
+    if len(blocks) > 1:
+        found = [
+            path_scalars(
+                block,
+                indices,
+                strides=strides,
+                first_order=first_order,
+                landmarks=landmarks if block is blocks[0] else 0,
+                jobs=jobs,
+                advance=advance if block is blocks[0] else None,
+            )
+            for block in blocks
+        ]
+        return _added(found, [block.point(indices[0]).examples for block in blocks])
     intervals = len(indices) - 1
     kept = np.linspace(0, intervals, min(landmarks, intervals + 1)).round().astype(int)
     bytes_each = max(1, source.points(indices[:1]).w.nbytes)
@@ -93,21 +108,47 @@ def path_scalars(
         block=max(1, _BLOCK_BYTES // bytes_each),
     )
     starts = range(0, intervals, _SEGMENT)
-    parts: Iterator[PathScalars]
+    segments: Iterator[PathScalars]
     alone = jobs == 1 or len(starts) == 1
     if alone:
-        parts = (_segment(source, indices, start, plan, advance) for start in starts)
+        segments = (_segment(source, indices, start, plan, advance) for start in starts)
     else:
         work = (delayed(_segment)(source, indices, start, plan) for start in starts)
-        parts = in_processes(work, min(jobs, len(starts)))
+        segments = in_processes(work, min(jobs, len(starts)))
     total = PathScalars(chords={m: [] for m in plan.strides})
-    for part in parts:
+    for part in segments:
         if not alone and advance is not None:
             advance(len(part.loss))
         _append(total, part)
         if part.stopped is not None:
             break
     return total
+
+
+def _added(parts: Sequence[PathScalars], examples: Sequence[int]) -> PathScalars:
+    """Scalars of a path from those of blocks of its examples: all are means over examples."""
+    share = np.array(examples) / sum(examples)
+    snapshots = min(len(part.loss) for part in parts)
+
+    def mean(columns: Sequence[Sequence[float]]) -> list[float]:
+        return (share @ np.array([c[: min(map(len, columns))] for c in columns])).tolist()
+
+    chords: dict[int, list[tuple[int, int, float]]] = {}
+    for m in set.intersection(*(set(part.chords) for part in parts)):
+        found = [[c for c in part.chords[m] if c[1] < snapshots] for part in parts]
+        if all(len(block) == len(found[0]) for block in found):
+            a = mean([[c[2] for c in block] for block in found])
+            chords[m] = [(first, last, x) for (first, last, _), x in zip(found[0], a, strict=True)]
+    stopped = [part.stopped for part in parts if part.stopped is not None]
+    return PathScalars(
+        loss=mean([part.loss for part in parts]),
+        a=mean([part.a for part in parts]),
+        d=mean([part.d for part in parts]),
+        chi2=mean([part.chi2 for part in parts]),
+        chords=dict(sorted(chords.items())),
+        landmarks=parts[0].landmarks,
+        stopped=min(stopped) if stopped else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -268,6 +309,26 @@ def _count_shares(out: PathScalars, point: Point, a: float, likelihood: str) -> 
     total = shares.sum()
     added = shares * (a / total) if total > 0 else np.zeros(point.examples)
     out.chi2_shares = added if out.chi2_shares is None else out.chi2_shares + added
+
+
+def ends(source: Predictions, first: int, last: int) -> tuple[Point, float | None, float]:
+    """(the predictions of snapshot ``first``, the mean loss at snapshot ``last``, D² between them).
+
+    Where predictions come in several blocks, the point has the rows of all but no coordinates.
+    """
+    blocks = source.blocks(first)
+    if len(blocks) == 1:
+        p, q = source.point(first), source.point(last)
+        return p, q.mean_loss, squared_distance(p, q, source.likelihood)
+    begun, losses, squares = [], [], []
+    for block in blocks:
+        p, q = block.point(first), block.point(last)
+        squares.append(squared_distance(p, q, source.likelihood) * p.examples)
+        losses.append(np.nan if q.mean_loss is None else q.mean_loss * p.examples)
+        begun.append(replace(p, w=p.w[:, :1].copy(), scale=None))
+    start = joined_points(begun)
+    loss = None if start.loss is None else float(np.sum(losses) / start.examples)
+    return start, loss, float(np.sum(squares) / start.examples)
 
 
 def landmarks(found: PathScalars, steps: np.ndarray) -> Landmarks | None:

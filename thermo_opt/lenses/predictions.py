@@ -26,6 +26,9 @@ from thermo_opt.runs.probe import Inputs
 from thermo_opt.runs.probing import install, predict
 from thermo_opt.runs.readers.architecture import model_from_config
 
+_BLOCK_BYTES = 1 << 25
+"""Embedded predictions held at a time of one snapshot, where all of them would be more."""
+
 
 class Predictions(ABC):
     """Where predictions come from: picklable, so that other processes can read their own segment.
@@ -39,6 +42,7 @@ class Predictions(ABC):
             outputs that look like probabilities are refused.
         weights: Of the probe's examples or predictions, or None.
         without: Examples (of the first axis) to leave out, by position.
+        only: Examples to keep, of those; None for all.
     """
 
     steps: Sequence[int]
@@ -48,6 +52,7 @@ class Predictions(ABC):
     kind: str | None = None
     weights: np.ndarray | None = None
     without: np.ndarray | None = None
+    only: slice | None = None
 
     @abstractmethod
     def outputs(self, index: int) -> Tensor:
@@ -107,6 +112,38 @@ class Predictions(ABC):
             other.weights = np.delete(self.weights, examples, axis=0)
         return other
 
+    def blocks(self, index: int) -> list[Predictions]:
+        """The same predictions in blocks of examples small enough to be embedded side by side.
+
+        Only where all at once would take much memory, as of a large vocabulary; sums over examples
+        add up. One block, these predictions themselves, where they are small, weighted or soft.
+        """
+        shape = self.shape(index)
+        size = 8 * int(np.prod(shape, dtype=np.int64))
+        soft = self.targets is not None and self.targets.dtype.kind == "f"
+        weighted = self._weights(shape) is not None
+        if self.likelihood != "categorical" or size <= 2 * _BLOCK_BYTES or soft or weighted:
+            return [self]
+        kept = shape[0] - (0 if self.without is None else len(self.without))
+        each = max(1, int(_BLOCK_BYTES // (size // shape[0])))
+        parts = [slice(start, min(start + each, kept)) for start in range(0, kept, each)]
+        return [self._rows(part) for part in parts if self._counts(part)]
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        """Shape of the outputs of snapshot ``index``."""
+        return tuple(self.outputs(index).shape)
+
+    def _counts(self, part: slice) -> bool:
+        """Whether any prediction of these examples counts."""
+        return self.targets is None or bool((self.targets[part] != likelihoods.IGNORED).any())
+
+    def _rows(self, part: slice) -> Predictions:
+        other = copy.copy(self)
+        other.only = part
+        if self.targets is not None:
+            other.targets = self.targets[part]
+        return other
+
     def _weights(self, shape: tuple[int, ...]) -> np.ndarray | None:
         """The weights of predictions with outputs of this shape."""
         return self.weights
@@ -124,7 +161,8 @@ class Predictions(ABC):
                 likelihoods.checked_outputs(self.likelihood, floats)
         except InputError as error:
             raise InputError(f"{self.name(index)}: {error}") from None
-        return array if self.without is None else np.delete(array, self.without, axis=0)
+        array = array if self.without is None else np.delete(array, self.without, axis=0)
+        return array if self.only is None else array[self.only]
 
 
 class RecordedPredictions(Predictions):
@@ -154,6 +192,11 @@ class RecordedPredictions(Predictions):
                     "distances need the same examples in the same order: evaluate without shuffling"
                 )
         return snapshot.load("probe/logits")
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        """Shape of the outputs of snapshot ``index``."""
+        name = "probe/sketch" if self.sketched else "probe/logits"
+        return tuple(self.run.snapshots[index].shape(name))
 
     def name(self, index: int) -> str:
         """The snapshot's path."""
@@ -270,15 +313,17 @@ class ReplayedPredictions(Predictions):
 
 
 def joined_points(points: Sequence[Point]) -> Point:
-    """Points of the same shape, one's rows after another's."""
-    first = points[0]
+    """Points of the same kind, one's rows after another's."""
     per_row = [
         f.name
-        for f in fields(first)
-        if isinstance(value := getattr(first, f.name), np.ndarray) and len(value) == len(first.w)
+        for f in fields(points[0])
+        if all(
+            isinstance(value := getattr(p, f.name), np.ndarray) and len(value) == len(p.w)
+            for p in points
+        )
     ]
     return replace(
-        first,
+        points[0],
         examples=sum(p.examples for p in points),
         finite=all(p.finite for p in points),
         **{name: np.concatenate([getattr(p, name) for p in points]) for name in per_row},

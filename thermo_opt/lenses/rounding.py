@@ -11,6 +11,8 @@ from thermo_opt import likelihoods
 from thermo_opt.lenses.predictions import Predictions, array_of
 from thermo_opt.manifold.precision import ABOVE, computed_dtype, rounding_floor
 
+_ELEMENTS = 1 << 21
+"""Outputs of classes whose rounding is looked at, in whole rows: it hardly differs among rows."""
 _LOOKED_AT = 9
 """Snapshots whose floor is computed; between them it is interpolated."""
 
@@ -26,6 +28,8 @@ def floors(source: Predictions, indices: Sequence[int]) -> tuple[np.ndarray, str
     for k in chosen:
         outputs = source.outputs(indices[k])
         array = likelihoods.parameters_last(source.likelihood, array_of(outputs), source.targets)
+        if source.likelihood == "categorical":
+            array = array.reshape(-1, array.shape[-1])[: max(1, _ELEMENTS // array.shape[-1])]
         if not dtype:
             dtype = computed_dtype(array, str(outputs.dtype).removeprefix("torch."))
         if not np.isfinite(array).all():

@@ -294,8 +294,8 @@ class ScaleRule(Rule):
 
 @dataclass(frozen=True)
 class LastAxisScale(ScaleRule):
-    """A scale over the last axis and nothing else: ``y = (c + γ) x̂`` with x̂ = x/rms(x) (RMSNorm by
-    any name), or x̂ = x (layer scale).
+    """A scale over the last axis and nothing else: ``y = (c + γ) x̂`` with x̂ = x/rms(x) (RMSNorm
+    by any name), or x̂ = x (layer scale).
 
     ``scale``: the parameter's name. ``eps``: of the root mean square; None: x is not normalised.
     """
