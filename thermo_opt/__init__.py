@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from thermo_opt.audits import Audit as Audit
     from thermo_opt.audits import audit as audit
+    from thermo_opt.audits import audit_predictions as audit_predictions
     from thermo_opt.audits import compare as compare
     from thermo_opt.errors import InputError as InputError
     from thermo_opt.fronts import pareto as pareto
@@ -33,6 +34,7 @@ _HOME = {
     "Recorder": "runs",
     "Run": "runs",
     "audit": "audits",
+    "audit_predictions": "audits",
     "compare": "audits",
     "fisher_rao": "manifold",
     "least_distance": "manifold",

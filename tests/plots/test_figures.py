@@ -145,8 +145,7 @@ def test_overview_has_the_panels_the_lenses_allow(audits: list[Audit], weights_o
     } <= titles
     few = plots.overview(weights_only)
     assert {ax.get_title(loc="left") for ax in few.findobj(plt.Axes)} - {""} == {
-        "Loss and dissipation",
-        "Alignment with the natural gradient",
+        "Loss and dissipation"
     }
     few.canvas.draw()
     plots.overview(audits).canvas.draw()

@@ -3,6 +3,7 @@ it supports."""
 
 from thermo_opt.audits.auditor import audit
 from thermo_opt.audits.comparison import compare
+from thermo_opt.audits.predictions import audit_predictions
 from thermo_opt.audits.results import Audit
 
-__all__ = ["Audit", "audit", "compare"]
+__all__ = ["Audit", "audit", "audit_predictions", "compare"]

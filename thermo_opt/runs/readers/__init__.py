@@ -14,6 +14,7 @@ from thermo_opt.runs.readers import (
     huggingface,
     lightning,
     own,
+    predictions,
     safetensors_folder,
     torch_folder,
 )
@@ -24,11 +25,12 @@ _READERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, str | None], R
     "thermo-opt": (own.recognise, own.read),
     "huggingface": (huggingface.recognise, huggingface.read),
     "lightning": (lightning.recognise, lightning.read),
+    "predictions": (predictions.recognise, predictions.read),
     "torch": (torch_folder.recognise, torch_folder.read),
     "safetensors": (safetensors_folder.recognise, safetensors_folder.read),
     "folders": (folders.recognise, folders.read),
 }
-_CERTAIN = ("thermo-opt", "huggingface", "lightning")
+_CERTAIN = ("thermo-opt", "huggingface", "lightning", "predictions")
 """Layouts that no other tool writes: other files beside them don't matter."""
 _BELOW = 3
 """How many folders deep a run is looked for below the folder that was given."""
