@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     EMAWeightAveraging,
     ModelCheckpoint,
     StochasticWeightAveraging,
@@ -149,3 +150,24 @@ def test_an_optimizer_of_the_inner_network_is_the_same(tmp_path):
     fit(tmp_path, whole)
     fit(tmp_path, part)
     assert torch.equal(weights(whole), weights(part))
+
+
+class Unfreeze(BaseFinetuning):
+    """The first layer joins after an epoch."""
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.net[0])
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, lr=1.0)
+
+
+def test_finetuning_unfreezes_layers_that_then_move(tmp_path):
+    module = Module(lambda m: to.NGDT(m, params=[p for p in m.parameters() if p.requires_grad]))
+    first = module.net[0].weight.detach().clone()
+    fit(tmp_path, module, [Unfreeze()], steps=4)
+    assert torch.equal(module.net[0].weight, first)
+    module = Module(lambda m: to.NGDT(m, params=[p for p in m.parameters() if p.requires_grad]))
+    fit(tmp_path, module, [Unfreeze()], steps=12)
+    assert not torch.equal(module.net[0].weight, first)
