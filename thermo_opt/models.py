@@ -172,49 +172,47 @@ def untouched(model: nn.Module) -> Iterator[None]:
     Restores each submodule's train/eval flag, buffers (the objects and their contents), and the
     random states of Python, NumPy and torch (CPU and CUDA). Cost: one copy of the buffers.
     """
+    with (
+        _buffers_kept(model),
+        random_states_kept(),
+        _evaluation_flags(model.modules()),
+        torch.no_grad(),
+    ):
+        yield
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Every buffer is the same object with the same content after as before. Cost: one copy."""
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    with random_states_kept():
-        try:
-            with _evaluation_flags(model.modules()), torch.no_grad():
-                yield
-        finally:
-            with torch.no_grad():
-                for module, name, buffer, content in buffers:
-                    module._buffers[name] = buffer
-                    if not _identical(buffer, content):
-                        buffer.copy_(content)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, content in buffers:
+                module._buffers[name] = buffer
+                if not _identical(buffer, content):
+                    buffer.copy_(content)
 
 
 @contextmanager
-def repeated(model: nn.Module, random_state: Tensor | None = None) -> Iterator[None]:
-    """A training pass once more, in the model's own mode: BatchNorm's running statistics and random
-    states stay.
+def repeated(model: nn.Module, restore: Callable[[], None] | None = None) -> Iterator[None]:
+    """A training pass once more, in the model's own mode: buffers and random states stay.
 
     Args:
         model: the model to be run again inside.
-        random_state: torch's state before the pass to be repeated, so that Dropout draws the same
-            masks.
+        restore: from `random_states` before the pass to be repeated, so that Dropout, noise and
+            whatever else is random draw the same.
     """
-    norms = [
-        m
-        for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats and m.training
-    ]
-    with random_states_kept():
-        if random_state is not None:
-            torch.random.set_rng_state(random_state)
-        for m in norms:
-            m.track_running_stats = False
-        try:
-            yield
-        finally:
-            for m in norms:
-                m.track_running_stats = True
+    with _buffers_kept(model), random_states_kept():
+        if restore is not None:
+            restore()
+        yield
 
 
 @contextmanager
@@ -248,20 +246,31 @@ def full_precision(device: torch.device) -> Iterator[None]:
 @contextmanager
 def random_states_kept() -> Iterator[None]:
     """The random states of Python, NumPy and torch (CPU and CUDA) are the same after as before."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (users' code draws from it)
+    restore = random_states()
+    try:
+        yield
+    finally:
+        restore()
+
+
+def random_states() -> Callable[[], None]:
+    """A function that sets the random states of Python, NumPy and torch (CPU and CUDA) back to what
+    they are now."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (users' code draws from it)
     cuda = (
         torch.cuda.get_rng_state_all()
         if torch.cuda.is_available() and torch.cuda.is_initialized()
         else None
     )
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
+
+    def restore() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+
+    return restore
 
 
 @contextmanager

@@ -21,21 +21,24 @@ def test_carried_lengths_are_those_of_the_matrix(mu: float, decaying: bool) -> N
     generator = torch.Generator().manual_seed(0)
     inverse, momentum = damped(1), CarriedMomentum()
     w = torch.randn(7, dtype=torch.float64, generator=generator) if decaying else None
-    b = torch.zeros(7, dtype=torch.float64)
+    b = before = torch.zeros(7, dtype=torch.float64)
     for step in range(8):
         if step == 5:
             inverse, momentum.stale = damped(2), True
         F = inverse.part.matrix
         g = torch.randn(7, dtype=torch.float64, generator=generator)
         momentum.begin(inverse, w)
-        along, across = momentum.inner_products(g, w, mu)
+        along, across = momentum.inner_products(g, w)
         after = momentum.accumulate(inverse, g, mu)
         products = (float(along), float(across))
         lengths = momentum.finish(inverse, w, mu, products, float(after))
         b = mu * b + torch.linalg.solve(F, g)
-        v = b if w is None else b + w
+        v = (1 - mu) * b if w is None else (1 - mu) * b + w
         assert momentum.vector is not None
         torch.testing.assert_close(momentum.vector, b)
         assert lengths.a == pytest.approx(float(v @ F @ v), rel=1e-9)
         assert lengths.delta == pytest.approx(float(g @ torch.linalg.solve(F, g)), rel=1e-9)
         assert lengths.decrease == pytest.approx(float(g @ v), rel=1e-9)
+        if step:
+            assert lengths.along == pytest.approx(float(g @ before), rel=1e-9)
+        before = v

@@ -62,6 +62,10 @@ class Likelihood(ABC):
     def product(self, f: Tensor, u: Tensor) -> Tensor:
         """Λ(f) u, shape of f."""
 
+    def variance(self, f: Tensor) -> Tensor:
+        """tr Λ(f), leading shape: E|residual|² of targets drawn from the model."""
+        return self.factor(f).square().sum((-2, -1))
+
     @abstractmethod
     def root(self, f: Tensor, u: Tensor) -> Tensor:
         """B(f) u, shape of f, with B Bᵀ = Λ(f)."""
@@ -122,6 +126,9 @@ class Categorical(Likelihood):
         pu = p * u
         return pu - p * pu.sum(-1, keepdim=True)
 
+    def variance(self, f: Tensor) -> Tensor:
+        return 1 - _softmax(f).square().sum(-1)
+
     def root(self, f: Tensor, u: Tensor) -> Tensor:
         # B = diag(√p) − p√pᵀ: its column y is √p_y (e_y − p), the score of class y weighted by
         # √p_y.
@@ -169,6 +176,9 @@ class Bernoulli(Likelihood):
     def product(self, f: Tensor, u: Tensor) -> Tensor:
         return f.sigmoid() * (-f).sigmoid() * u
 
+    def variance(self, f: Tensor) -> Tensor:
+        return (f.sigmoid() * (-f).sigmoid()).sum(-1)
+
     def root(self, f: Tensor, u: Tensor) -> Tensor:
         return (f.sigmoid() * (-f).sigmoid()).sqrt() * u
 
@@ -205,6 +215,9 @@ class Gaussian(Likelihood):
     def product(self, f: Tensor, u: Tensor) -> Tensor:
         return u / self.sigma2
 
+    def variance(self, f: Tensor) -> Tensor:
+        return torch.full_like(f[..., 0], f.shape[-1] / self.sigma2)
+
     def root(self, f: Tensor, u: Tensor) -> Tensor:
         return u / math.sqrt(self.sigma2)
 
@@ -232,6 +245,9 @@ class Poisson(Likelihood):
 
     def product(self, f: Tensor, u: Tensor) -> Tensor:
         return f.exp() * u
+
+    def variance(self, f: Tensor) -> Tensor:
+        return f.exp().sum(-1)
 
     def root(self, f: Tensor, u: Tensor) -> Tensor:
         return (0.5 * f).exp() * u

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from thermo_opt.errors import InputError
 
@@ -26,7 +26,11 @@ def value_at(value: Schedule, step: int, name: str, *, zero: bool = False) -> fl
 
 
 class Regulator(Protocol):
-    """Anything that turns a step's cost into its size."""
+    """Anything that turns a step's cost into its size.
+
+    With an attribute ``follows_signal`` that is true, steps are then shortened where their
+    gradients turn out to be noise (`optim.signal`).
+    """
 
     def step_size(self, a: float, step: int) -> float:
         """η_T for the update −η_T v with ``a = vᵀFv`` (equal to Δ for v = F⁺g), at this step (0, 1,
@@ -42,11 +46,15 @@ class Dissipation:
     """``η_T = min(η_max, √(2 Q_budget / a))``: the step dissipates ½η²a = Q_budget nats until η_max
     binds.
 
-    No step within the budget predicts a larger decrease (theory §3, §7).
+    No step within the budget predicts a larger decrease (theory §3, §7). With ``follows_signal``
+    the budget is an upper bound: steps are shortened where their gradients are mostly noise.
+    Without, this is K-FAC's KL clipping (Ba, Grosse & Martens 2017) with kl_clip = 2 Q_budget and
+    learning rate η_max, and TRPO's step length (Schulman et al. 2015; ACKTR, Wu et al. 2017).
     """
 
-    budget: Schedule = 0.03
+    budget: Schedule = 0.01
     eta_max: Schedule = 1.0
+    follows_signal: bool = True
 
     def step_size(self, a: float, step: int) -> float:
         limit = value_at(self.eta_max, step, "eta_max")
@@ -71,6 +79,7 @@ class Heat:
     eta_min: float = 0.0
     eta_max: Schedule = 1.0
     epsilon: float = 1e-12
+    follows_signal: ClassVar[bool] = False
 
     def step_size(self, a: float, step: int) -> float:
         raw = self.eta_0 * value_at(self.budget, step, "budget") / (a + self.epsilon)
@@ -86,6 +95,7 @@ class Fixed:
     """``η_T = η`` whatever the step costs: plain natural-gradient descent."""
 
     eta: Schedule = 1.0
+    follows_signal: ClassVar[bool] = False
 
     def step_size(self, a: float, step: int) -> float:
         return value_at(self.eta, step, "eta")
@@ -103,6 +113,7 @@ def named(name: str | Regulator, budget: Schedule, eta_max: Schedule) -> Regulat
         return name
     makers: dict[str, Callable[[], Regulator]] = {
         "dissipation": lambda: Dissipation(budget, eta_max),
+        "kl-clip": lambda: Dissipation(budget, eta_max, follows_signal=False),
         "heat": lambda: Heat(budget, eta_max=eta_max),
         "fixed": lambda: Fixed(eta_max),
     }

@@ -1,75 +1,100 @@
 """Calibration: budgets in realised nats, and the guard that keeps them there (theory §7,
 "calibrated budget").
 
-An approximate Fisher F̃ misjudges a step's KL by a factor that drifts slowly. The calibrated metric
-is κF̃, and κ follows the ratio of realised to predicted KL, measured now and then on the step's own
-minibatch.
+An approximate Fisher F̃ misjudges a step's KL by a factor κ that drifts, and that is larger on a
+minibatch whose gradient is larger: the KL is measured on the very examples that pull. By
+Cauchy–Schwarz on that minibatch, with its own Fisher F_B,
+
+    vᵀF_Bv ≥ (gᵀv)²/χ²,     χ² = mean(1/p(y) − 1)
+
+so that for v = F̃⁻¹g the ratio vᵀF_Bv / vᵀF̃v grows up to in proportion to Δ = gᵀF̃⁻¹g. The
+calibrated metric of a step is therefore κ (Δ/Δ̄)^POWER F̃, Δ̄ a running geometric mean, and κ
+follows the ratio of realised to predicted KL, measured now and then on the step's own minibatch.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from thermo_opt import arguments
 
-PATIENCE = 8
-"""At first, every ``step / PATIENCE`` steps are measured once, at most every ``every``."""
+POWER = 0.75
+"""Between 0 (Δ says nothing of the KL) and 1 (the bound is met). Ratios of realised to predicted KL
+over ten small networks spread least between 0.5 and 1."""
 
-SELDOM = 32
-"""From step ``SELDOM·every`` on, every ``step / SELDOM`` steps are measured once."""
+MEMORY = 0.9
+"""Of the running mean of log Δ."""
+
+SURGE = (0.3, 1e4)
+"""Bounds of (Δ/Δ̄)^POWER. A minibatch without a gradient of its own still feels the momentum."""
 
 RISE = 11.0
 """Largest ratio of realised to predicted KL that a measurement in the warm-up reports to κ, which
-starts far too low."""
+starts far too low; the very first may report `FIRST`."""
 
-BAND = (1 / 1.5, 1.8)
-"""Later measurements report ratios between these. Few predictions carry most of a step's KL, so
-that a mean over some of them is mostly too low and sometimes far too high: κ follows the mean
-ratio, not the mean of its logarithm, and the band is wider above."""
+FIRST = 1e4
+
+BAND = (0.5, 2.5)
+"""Later measurements report ratios between these. κ follows the mean ratio, not the mean of its
+logarithm, and the band is wider above: few predictions carry most of a step's KL."""
+
+EXPECTED = 1.6
+"""A ratio within this factor of 1 was foreseen: the next measurement may wait twice as long."""
+
+SELDOM = 32
+"""From step ``SELDOM·every`` on, measurements may be ``step / SELDOM`` steps apart."""
 
 EXCESS = 1.25
 """A measured step that spends more than this many times its budget is shortened to it."""
 
-JUMP = 4.0
-"""A Δ this many times its running mean says that the gradient has left what the curvature was
-estimated on."""
+JUMP = 3.0
+"""A step whose Δ is this many times the running mean is measured out of turn."""
 
 BREACH = 3.0
 """A realised KL this many times the predicted one says that the curvature is out of date."""
+
+RESOLUTION = 1e-9
+"""Nats below which a step's KL is rounding, and teaches nothing."""
 
 
 @dataclass
 class Calibration:
     """The scale κ of the metric, when to measure, and when to distrust.
 
-    Measured at every step at first, then at intervals that grow with the step up to ``every`` (from
-    step SELDOM·every on, slowly beyond), and whenever Δ jumps. Before step ``warmup`` κ may rise
-    fast. κ moves by a share ``gain`` of what the measured ratio asks for, so that noise of one
-    minibatch is averaged over a few measurements.
+    Every one of the first steps is measured. Later the wait doubles, up to ``every`` steps, after
+    each measurement that was foreseen, and is cut to a quarter after one that was not; a step whose
+    Δ jumps is measured at once. Before step ``warmup`` κ may rise fast. κ moves by a share ``gain``
+    of what the measured ratio asks for, so that noise of one minibatch is averaged over a few
+    measurements.
 
     Args:
-        every: steps between measurements.
+        every: most steps between measurements.
         predictions: about how many predictions a measurement reads, in 4 examples at least (None:
-            the whole minibatch). A model with Dropout or BatchNorm in training mode is measured on
-            the whole minibatch.
+            the whole minibatch). They are drawn anew every time, in proportion to how much their KL
+            is likely to change. A model whose outputs for some examples depend on the others is
+            measured on the whole minibatch.
         warmup: steps in which κ may rise fast.
         gain: share of the measured correction that κ takes.
 
     Attributes:
-        kappa: κ. usual: running mean of Δ in the uncalibrated metric.
-        last: the last step that corrected κ. breached: whether the last measurement says that the
-            curvature is out of date.
+        kappa: κ. level: Δ̄, the running mean of Δ in the uncalibrated metric.
+        last: the last step that was measured. wait: steps from there to the next measurement.
+        breached: whether the last measurement says that the curvature is out of date.
     """
 
     every: int = 10
-    predictions: int | None = 32
+    predictions: int | None = 64
     warmup: int = 30
     gain: float = 0.7
     kappa: float = field(default=1.0, init=False)
-    usual: float = field(default=0.0, init=False)
+    level: float = field(default=0.0, init=False)
     last: int = field(default=-1, init=False)
+    wait: int = field(default=1, init=False)
     breached: bool = field(default=False, init=False)
+    _jumped: bool = field(default=False, init=False, repr=False)
+    _overrated: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         arguments.whole("every", self.every)
@@ -78,42 +103,60 @@ class Calibration:
 
     def due(self, step: int) -> bool:
         """Whether the schedule asks for a measurement at this step (0, 1, 2, …)."""
-        return step - self.last >= min(max(step // PATIENCE, 1), max(self.every, step // SELDOM))
+        return step - self.last >= self.wait
 
-    def wanted(self, step: int, delta: float) -> bool:
-        """Whether to measure this step: its turn has come, or its Δ (in the uncalibrated metric)
-        stands out."""
+    def scale(self, delta: float) -> float:
+        """κ (Δ/Δ̄)^POWER for a step of this Δ (in the uncalibrated metric); the running mean moves
+        towards it."""
+        if not delta > 0:
+            return self.kappa
+        if not self.level > 0:
+            self.level = delta
+        self._jumped = delta > JUMP * self.level
+        self.level = math.exp(MEMORY * math.log(self.level) + (1 - MEMORY) * math.log(delta))
+        low, high = SURGE
+        surge = (delta / self.level) ** POWER
+        self._overrated = surge < low
+        return self.kappa * min(max(surge, low), high)
+
+    def wanted(self, step: int) -> bool:
+        """Whether to measure this step: its turn has come, or its Δ stands out."""
         self.breached = False
-        jumped = self.usual > 0 and delta > JUMP * self.usual
-        self.usual = (
-            delta if self.usual == 0 else 0.9 * self.usual + 0.1 * min(delta, JUMP * self.usual)
-        )
-        return jumped or self.due(step)
+        return self._jumped or self.due(step)
 
     def observe(self, step: int, predicted: float, realised: float) -> None:
-        """Take one step's predicted and realised KL (nats). Only steps measured in turn correct κ:
-        those measured for a jump of Δ are not typical, and say whether the curvature is out of
-        date."""
-        ratio = realised / predicted
-        if self.due(step):
-            low, high = BAND
-            if step < self.warmup:
-                self.kappa *= min(max(ratio, low), RISE) ** self.gain
-            else:
-                self.kappa *= 1 + self.gain * (min(max(ratio, low), high) - 1)
+        """Take one step's predicted and realised KL (nats)."""
+        ratio = realised / predicted if predicted > 0 else math.inf
+        if not predicted > RESOLUTION or (self._overrated and ratio < 1):
             self.last = step
+            return
+        low, high = BAND
+        if self.last < 0:
+            self.kappa *= min(max(ratio, low), FIRST)
+        elif step < self.warmup:
+            self.kappa *= min(max(ratio, low), RISE) ** self.gain
+        else:
+            self.kappa *= 1 + self.gain * (min(max(ratio, low), high) - 1)
+        self.last = step
+        foreseen = 1 / EXPECTED < ratio < EXPECTED
+        if step >= 4:
+            most = max(self.every, step // SELDOM)
+            self.wait = min(2 * self.wait, most) if foreseen else max(self.wait // 4, 1)
         self.breached = ratio > BREACH
 
     def state_dict(self) -> dict[str, Any]:
         """κ, the running mean of Δ and what the last measurement said."""
         return {
             "kappa": self.kappa,
-            "usual": self.usual,
+            "level": self.level,
             "last": self.last,
+            "wait": self.wait,
             "breached": self.breached,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
-        self.kappa, self.usual = float(state["kappa"]), float(state["usual"])
-        self.last, self.breached = int(state["last"]), bool(state["breached"])
+        """Restore what `state_dict` gave; an earlier release called ``level`` "usual"."""
+        self.kappa = float(state["kappa"])
+        self.level = float(state.get("level", state.get("usual", 0.0)))
+        self.last, self.wait = int(state["last"]), int(state.get("wait", 1))
+        self.breached = bool(state["breached"])

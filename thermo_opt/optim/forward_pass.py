@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thermo_opt.models import map_tensors, mixes_examples, outputs_of, repeated
+from thermo_opt.models import is_batched, map_tensors, outputs_of, repeated
 
 
 @dataclass
@@ -21,7 +21,8 @@ class ForwardPass:
         module: what was called, with ``args`` and ``kwargs``.
         outputs: its predictions, detached.
         autocast: (device type, dtype) if it ran in mixed precision.
-        random_state: torch's before the pass, where the pass drew from it.
+        restore: sets the random states back to those before the pass.
+        gradient: ∂loss/∂outputs, where it was counted and has the outputs' shape.
     """
 
     module: nn.Module
@@ -29,7 +30,8 @@ class ForwardPass:
     kwargs: dict[str, Any]
     outputs: Tensor
     autocast: tuple[str, torch.dtype] | None = None
-    random_state: Tensor | None = None
+    restore: Callable[[], None] | None = None
+    gradient: Tensor | None = None
     _counted: dict[int, tuple[int, float]] = field(default_factory=dict)
 
     def receive(self, source: int, g: Tensor | None) -> None:
@@ -38,6 +40,7 @@ class ForwardPass:
         if g is None:
             self._counted[source] = (0, 0.0)
             return
+        self.gradient = g if g.shape == self.outputs.shape else None
         sizes = g.abs().sum(-1) if g.dim() > 1 else g.abs()
         total = float(sizes.sum(dtype=torch.float32))
         self._counted[source] = (int((sizes != 0).sum()), total)
@@ -70,26 +73,20 @@ class ForwardPass:
             return dict(self.kwargs)
         return self.args[0] if len(self.args) == 1 else tuple(self.args)
 
-    def again(self, predictions: int | None) -> tuple[Tensor, Tensor]:
-        """(old outputs, outputs of the model now) on about ``predictions`` predictions of evenly
-        spaced examples (None: all).
-
-        A model that mixes examples is always run on all of them, with the same random draws.
-        """
+    def again(self, rows: Tensor | None = None) -> Tensor:
+        """Outputs of the model now on the same inputs, or on ``rows`` of them, with the random
+        draws that the pass had; the model is left as it was."""
         args: Any = self.args
-        kwargs, old, count = self.kwargs, self.outputs, self.examples
-        mixed = mixes_examples(self.module)
-        if predictions is not None and not mixed and old.dim() > 1:
-            each = max(old[0, ..., 0].numel(), 1)
-            stride = max(count // max(-(-predictions // each), 4), 1)
+        kwargs: Any = self.kwargs
+        if rows is not None:
+            count = self.examples
 
-            def rows(t: Tensor) -> Tensor:
-                return t[::stride] if t.dim() and t.shape[0] == count else t
+            def chosen(t: Tensor) -> Tensor:
+                return t[rows.to(t.device)] if is_batched(t, count) else t
 
-            args, kwargs, old = map_tensors(args, rows), map_tensors(kwargs, rows), old[::stride]
-        draws = self.random_state if mixed else None
-        with torch.no_grad(), repeated(self.module, draws), self.precision():
-            return old, outputs_of(self.module(*args, **kwargs)).detach()
+            args, kwargs = map_tensors(args, chosen), map_tensors(kwargs, chosen)
+        with torch.no_grad(), repeated(self.module, self.restore), self.precision():
+            return outputs_of(self.module(*args, **kwargs)).detach()
 
     def precision(self) -> AbstractContextManager[Any]:
         """The mixed precision in which the pass ran."""

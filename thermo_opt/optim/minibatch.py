@@ -97,13 +97,14 @@ class MinibatchMetric(TrainingMetric):
             u = metric.solve(g_range)
         else:
             u = metric.solve(g)
-        delta = dot(g, u)
+        delta, along = dot(g, u), dot(g, self._direction) if self._direction else 0.0
         if not math.isfinite(delta):
             return StepLengths.unknown()
         if rule.momentum:
             old = self._momentum or [torch.zeros_like(t) for t in u]
-            u = [rule.momentum * m + t for m, t in zip(old, u, strict=True)]
-            self._momentum = [m if t is None else b for m, t, b in zip(old, found, u, strict=True)]
+            b = [rule.momentum * m + t for m, t in zip(old, u, strict=True)]
+            self._momentum = [m if t is None else n for m, t, n in zip(old, found, b, strict=True)]
+            u = [rule.share * t for t in b]
         self._weights = [
             0.0 if t is None else rule.weights[i] for t, i in zip(found, self._order, strict=True)
         ]
@@ -113,7 +114,7 @@ class MinibatchMetric(TrainingMetric):
             for t, p, rate, w in zip(u, params, decay, self._weights, strict=True)
         ]
         a = metric.quadratic(self._direction)
-        return StepLengths([a], [delta], [dot(g, self._direction)])
+        return StepLengths([a], [delta], [dot(g, self._direction)], [along])
 
     def apply(self, sizes: Sequence[float], null_size: float) -> None:
         for k, i in enumerate(self._order):
@@ -128,13 +129,15 @@ class MinibatchMetric(TrainingMetric):
         return {"rank": rank, "damping": self.damping}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"momentum": self._momentum}
+        return {"momentum": self._momentum, "direction": self._direction}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        momentum = state["momentum"]
-        self._momentum = None
-        if momentum is not None:
-            pairs = [(t, self.setup.params[i]) for t, i in zip(momentum, self._order, strict=True)]
+        def own(saved: Sequence[Tensor]) -> list[Tensor]:
+            pairs = [(t, self.setup.params[i]) for t, i in zip(saved, self._order, strict=True)]
             if any(t.shape != p.shape for t, p in pairs):
                 raise InputError("the saved optimizer state is of another model: other shapes")
-            self._momentum = [t.to(device=p.device, dtype=p.dtype).clone() for t, p in pairs]
+            return [t.to(device=p.device, dtype=p.dtype).clone() for t, p in pairs]
+
+        momentum, direction = state["momentum"], state.get("direction")
+        self._momentum = None if momentum is None else own(momentum)
+        self._direction = own(direction) if direction else []

@@ -15,33 +15,46 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from thermo_opt.errors import InputError
-from thermo_opt.fisher.likelihoods import Categorical, Likelihood
+from thermo_opt.fisher.likelihoods import Likelihood
 from thermo_opt.fisher.likelihoods import likelihood as named_likelihood
 from thermo_opt.optim import state, validate
 from thermo_opt.optim.budget import Regulator, Schedule, named, value_at
 from thermo_opt.optim.calibration import EXCESS, Calibration
 from thermo_opt.optim.compiled import Compiled
-from thermo_opt.optim.forward_pass import ForwardPass, effective_terms
+from thermo_opt.optim.forward_pass import effective_terms
+from thermo_opt.optim.measurement import KLMeter, Measurement
 from thermo_opt.optim.metrics import MetricOptions
+from thermo_opt.optim.notices import GradientWatch, Notices
 from thermo_opt.optim.old_keywords import translated
 from thermo_opt.optim.pass_recorder import PassRecorder
 from thermo_opt.optim.processes import Processes
-from thermo_opt.optim.sharding import is_sharded, reshard, whole, zeros_like
+from thermo_opt.optim.sharding import is_sharded, whole, zeros_like
+from thermo_opt.optim.signal import Signal
 from thermo_opt.optim.training_metric import Setup, StepInputs, StepLengths, UpdateRule
 
 REPORTED = (
     "budget",
     "delta",
     "eta",
+    "bound_by_eta_max",
+    "signal",
+    "signal_ratio",
     "predicted",
     "realised",
     "shortened",
     "decrease",
     "alignment",
     "kappa",
+    "loss_scale",
     "skipped",
 )
 """What `NGDT.last_step` always holds, beside the metric's own numbers."""
+
+WATCHED = 20
+"""First steps in which gradients are compared with what backward left."""
+
+BOUND = 0.99
+"""A step that would cost less than this share of its budget is bounded by η_max."""
 
 
 class NGDT(Optimizer):
@@ -54,23 +67,31 @@ class NGDT(Optimizer):
     One step (theory §7), with b the momentum of natural gradients, w weight decay, κ the
     calibration:
 
-        b ← μ b + F_λ⁻¹ g,   v = (b + w θ)/κ,   a = vᵀ(κF_λ)v,   η_T = min(η_max, √(2 budget/a)),
-        δ = −lr·η_T·v − η_null P₀g
+        b ← μ b + F_λ⁻¹ g,   v = ((1−μ) b + w θ)/κ,   a = vᵀ(κF_λ)v,
+        η_T = s·min(η_max, √(2 budget/a)),   δ = −lr·η_T·v − η_null P₀g
 
-    so that ½ δᵀ(κF_λ)δ, to second order the KL divergence between the predictions before and after,
-    equals lr²·budget until η_max binds. κ is 1 for exact metrics; for approximate ones it follows
-    the KL that steps really cause (one forward pass of a few examples of the minibatch, at first
-    on every step, later on fewer: `Calibration`); a measured step that overspends is shortened.
+    What is regulated is the applied update δ, momentum and decay included: ½ δᵀ(κF_λ)δ, to second
+    order the KL divergence between the predictions on the step's minibatch before and after, equals
+    lr²·s²·budget until η_max binds. v is an average of natural gradients, so that η_max = 1 is one
+    Newton step. s ≤ 1 follows the signal (`optim.signal`): it is 1 while the next minibatch's
+    gradient still points along the last step, and shrinks where steps go beyond what lowers the
+    expected loss, because they follow noise or because the loss is spent. κ is 1 for exact
+    metrics; for approximate ones it follows the KL that steps really cause (one forward pass of a
+    few examples of the minibatch, at first on every step, later on fewer: `Calibration`); a
+    measured step that overspends is shortened.
 
     The loss must be the *mean* negative log-likelihood of ``likelihood`` over the batch (auxiliary
     terms are welcome); under gradient accumulation, the mean over all equally large parts. Pass the
     model that you call (a compiled one, if you compile). Under ``torch.distributed`` factors are
     averaged over processes and their inverses shared out; gradients are DistributedDataParallel's.
 
-    ``last_step`` holds plain numbers: ``budget``, ``delta`` (Δ), ``eta`` (η_T), ``predicted`` and
+    ``last_step`` holds plain numbers, None where unknown: ``budget``, ``delta`` (Δ), ``eta`` (η_T),
+    ``bound_by_eta_max`` (1 where η_max and not the budget limited the step), ``signal`` (s) and
+    ``signal_ratio`` (what the last step left to gain along it, over its cost), ``predicted`` and
     ``realised`` dissipation in nats (realised: None where not measured; of a shortened step, the
     measurement times ``shortened``²), ``shortened``, ``decrease`` (predicted), ``alignment``,
-    ``kappa``, ``skipped`` (steps so far), ``damping`` and the metric's own.
+    ``kappa`` (κ for this step's Δ), ``loss_scale`` (by which factor the loss is larger than the
+    mean negative log-likelihood), ``skipped`` (steps so far), ``damping`` and the metric's own.
 
     Cost beside the backward pass: the metric's (see `KFAC`), and momentum, one copy of the
     parameters. Sources: theory page, Sources.
@@ -78,8 +99,8 @@ class NGDT(Optimizer):
     Args:
         model: the module being trained; hooks are attached to it (`close`, or use the optimizer as
             a context manager, removes them).
-        budget: nats per step, or a function of the step. 0.03 suits minibatch training of
-            classifiers and language models; it is the speed against dissipation knob.
+        budget: most nats per step, or a function of the step; it is the speed against dissipation
+            knob. 0.01 suits small networks and small data, 0.03 long passes over much data.
         params: parameters or parameter groups (default: all that require grad). Group options:
             ``lr``, ``weight_decay``, ``share`` (the fraction of the budget that this group spends
             on its own; the others share the rest).
@@ -89,8 +110,9 @@ class NGDT(Optimizer):
         metric: "kfac" (default), "ekfac", or for small work a `thermo_opt.fisher` metric of each
             minibatch: "exact", "dense", "low-rank", "diagonal". An object `KFAC`, `EKFAC` or
             `Minibatch` holds their options.
-        regulator: "dissipation" (default), "heat", "fixed" (η_T = eta_max), or an object with the
-            methods of `Regulator`.
+        regulator: "dissipation" (default), "kl-clip" (the same without s: the KL clipping of K-FAC,
+            TRPO and ACKTR; plain with ``calibration=None``), "heat", "fixed" (η_T = eta_max), or an
+            object with the methods of `Regulator`.
         eta_max: η_max, or a function of the step.
         damping: λ, absolute, for the Fisher of one prediction's log-likelihood, or a function of
             the step. None: for K-FAC kinds max(1e-4, 10·(tr F/d)/N) for d parameters and N
@@ -118,7 +140,7 @@ class NGDT(Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        budget: Schedule = 0.03,
+        budget: Schedule = 0.01,
         params: Iterable[Any] | None = None,
         *,
         lr: float = 1.0,
@@ -166,6 +188,11 @@ class NGDT(Optimizer):
             calibrated = Calibration() if options.approximate else None
         self.calibration: Calibration | None = copy.copy(calibrated)
         self.grad_scaler = grad_scaler
+        follows = bool(getattr(self.regulator, "follows_signal", False))
+        self.signal = Signal() if follows else None
+        self.notices = Notices(self.likelihood)
+        self._watch = GradientWatch(min(self._params, key=lambda p: p.numel()))
+        self.meter = KLMeter(self.likelihood)
         self.steps = 0
         self.skipped = 0
         self.last_step: dict[str, float | None] = {}
@@ -249,8 +276,13 @@ class NGDT(Optimizer):
         if not lengths.finite:
             return self._skip(loss)
         taken = self._sized(lengths)
+        wanted = self._measured(taken)
+        measurement = self._measurement(taken, seen) if wanted else None
         self.metric.apply(taken.sizes, taken.null_size)
-        realised, shortened = self._calibrate(taken, lengths, seen)
+        realised, shortened = self._calibrate(taken, measurement) if wanted else (None, 1.0)
+        if self.signal is not None:
+            sizes = [shortened * size for size in taken.sizes]
+            self.signal.took(sizes, taken.predicted * shortened**2)
         self._report(taken, lengths, realised, shortened)
         self.steps += 1
         self._arm()
@@ -296,8 +328,10 @@ class NGDT(Optimizer):
             return None
         if isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
             return None
-        if isinstance(self.likelihood, Categorical):
-            validate.mean_loss(passes, scale)
+        self.notices.look(passes, scale)
+        ratio = self._watch.ratio(scale)
+        if ratio is not None:
+            self.notices.compare(ratio)
         terms = effective_terms(passes)
         if self.metric.hooked and self.metric.reads_gradients and self._recorder.target is None:
             validate.predictions_seen(passes, terms)
@@ -342,53 +376,59 @@ class NGDT(Optimizer):
 
     def _sized(self, lengths: StepLengths) -> _Taken:
         """From the lengths of v to the size of the step."""
-        kappa = 1.0 if self.calibration is None else self.calibration.kappa
-        etas = []
+        calibration, signal = self.calibration, self.signal
+        kappa = 1.0 if calibration is None else calibration.scale(sum(lengths.delta))
+        scale = 1.0
+        if signal is not None:
+            signal.observe(self.steps, lengths.along)
+            scale = signal.scale
+        etas, costs = [], []
         for share, a in zip(self._shares, lengths.a, strict=True):
             size = self.regulator.step_size(a / kappa / share, self.steps) if share > 0 else 0.0
-            etas.append(size)
+            etas.append(scale * size)
+            costs.append(0.5 * size * size * a / kappa)
         rate = self._rate
         sizes = [rate * eta / kappa for eta in etas]
         pairs = zip(sizes, lengths.a, strict=True)
         predicted = sum(0.5 * kappa * size * size * a for size, a in pairs)
         budget = self.regulator.budget_at(self.steps)
-        limit = None if budget is None else budget * rate**2
-        return _Taken(kappa, etas[0], sizes, rate * self.metric.eta_null, predicted, budget, limit)
+        limit = None if budget is None else budget * (rate * scale) ** 2
+        bound = None if budget is None else sum(costs) < BOUND * budget
+        null_size = rate * self.metric.eta_null
+        return _Taken(kappa, etas[0], sizes, null_size, predicted, budget, limit, bound)
+
+    def _measured(self, taken: _Taken) -> bool:
+        """Whether the step is to be measured: the same on all processes."""
+        wanted = self.calibration is not None and self.calibration.wanted(self.steps)
+        return wanted and taken.predicted > 0
+
+    def _measurement(self, taken: _Taken, seen: StepInputs) -> Measurement | None:
+        """What measures, on this process, the step that is about to be taken."""
+        calibration = self.calibration
+        if calibration is None or seen.last is None:
+            return None
+        expected = max(taken.predicted, 0.01 * (taken.limit or 0.0))
+        return self.meter.begin(seen.last, calibration.predictions, self.steps, expected)
 
     def _calibrate(
-        self, taken: _Taken, lengths: StepLengths, seen: StepInputs
+        self, taken: _Taken, measurement: Measurement | None
     ) -> tuple[float | None, float]:
         """(the KL that the step really caused, None where it is not measured; the factor by which
         it was then shortened)."""
-        calibration = self.calibration
-        if calibration is None or not calibration.wanted(self.steps, sum(lengths.delta)):
+        own = 0.0 if measurement is None else measurement.finish()
+        whole, measured = self.processes.total([own, float(measurement is not None)])
+        if not measured:
             return None, 1.0
-        if not taken.predicted > 0:
-            return None, 1.0
-        realised = self._realised(seen.last, calibration.predictions)
-        if realised is None:
-            return None, 1.0
+        realised = whole / measured
         finite = math.isfinite(realised)
-        if finite:
-            calibration.observe(self.steps, taken.predicted, realised)
+        if finite and self.calibration is not None:
+            self.calibration.observe(self.steps, taken.predicted, realised)
         if taken.limit is None or realised <= EXCESS * taken.limit:
             return (realised if finite else None), 1.0
         kept = max(math.sqrt(taken.limit / realised), 0.1) if finite else 0.0
         back = [-(1 - kept) * size for size in taken.sizes]
         self.metric.apply(back, -(1 - kept) * taken.null_size)
         return (realised * kept**2 if finite else None), kept
-
-    def _realised(self, seen: ForwardPass | None, predictions: int | None) -> float | None:
-        """Mean KL(before ‖ after) over predictions of the step's minibatch (nats); None where no
-        process has any."""
-        own = 0.0
-        if seen is not None:
-            old, new = seen.again(predictions)
-            reshard(seen.module)
-            before, after = (self.likelihood.outputs(f.float()) for f in (old, new))
-            own = max(float(self.likelihood.kl(before, after).mean()), 0.0)
-        whole, measured = self.processes.total([own, float(seen is not None)])
-        return whole / measured if measured else None
 
     def _report(
         self, taken: _Taken, lengths: StepLengths, realised: float | None, shortened: float
@@ -400,12 +440,16 @@ class NGDT(Optimizer):
             "budget": taken.budget,
             "delta": delta / taken.kappa,
             "eta": taken.eta,
+            "bound_by_eta_max": None if taken.bound is None else float(taken.bound),
+            "signal": None if self.signal is None else self.signal.scale,
+            "signal_ratio": None if self.signal is None else self.signal.ratio,
             "predicted": taken.predicted * shortened**2,
             "realised": realised,
             "shortened": shortened,
             "decrease": decrease * shortened,
             "alignment": slope * abs(slope) / (total * delta) if total > 0 and delta > 0 else None,
             "kappa": taken.kappa,
+            "loss_scale": self.notices.scale,
             "skipped": float(self.skipped),
             **self.metric.diagnostics(),
         }
@@ -439,9 +483,13 @@ class NGDT(Optimizer):
         measuring = calibration is not None and calibration.due(self.steps)
         wanted = measuring or self.metric.hooked
         if wanted or not self.compiled:
-            self._recorder.arm(counting=self.metric.hooked)
+            self._recorder.arm(counting=wanted)
         else:
             self._recorder.disarm()
+        if self.steps < WATCHED and self.processes.count == 1:
+            self._watch.arm()
+        else:
+            self._watch.disarm()
         self.compiled.eager(wanted)
 
     # ---- torch's habits
@@ -486,6 +534,7 @@ class NGDT(Optimizer):
             "steps": self.steps,
             "skipped": self.skipped,
             "calibration": None if self.calibration is None else self.calibration.state_dict(),
+            "signal": None if self.signal is None else self.signal.state_dict(),
             "curvature": self.metric.state_dict(),
         }
         return state.whole(super().state_dict(), own, len(self._params))
@@ -498,19 +547,22 @@ class NGDT(Optimizer):
                 optimizer is then as it was.
         """
         metric, calibration = dict(vars(self.metric)), copy.copy(self.calibration)
+        signal = copy.copy(self.signal)
         before = self.steps, self.skipped
         try:
             own = state.current(state_dict, self.metric.kind)
             self.metric.load_state_dict(own["curvature"])
             if self.calibration is not None and own["calibration"] is not None:
                 self.calibration.load_state_dict(own["calibration"])
+            if self.signal is not None and own.get("signal") is not None:
+                self.signal.load_state_dict(own["signal"])
             self.steps, self.skipped = int(own["steps"]), int(own["skipped"])
             super().load_state_dict(state.groups(state_dict, super().state_dict()))
             self._mark()
         except Exception as error:
             vars(self.metric).clear()
             vars(self.metric).update(metric)
-            self.calibration = calibration
+            self.calibration, self.signal = calibration, signal
             self.steps, self.skipped = before
             if isinstance(error, InputError):
                 raise
@@ -525,6 +577,7 @@ class NGDT(Optimizer):
         self.metric.close()
         self._recorder.clear()
         self._recorder.disarm()
+        self._watch.disarm()
         self.compiled.eager(False)
 
     def __enter__(self) -> NGDT:
@@ -542,7 +595,8 @@ class NGDT(Optimizer):
 @dataclass(frozen=True)
 class _Taken:
     """A step as it was taken: κ, η_T of the first pool, the size per pool, the size in the null
-    space, its predicted dissipation, its budget, and the limit lr²·budget (nats)."""
+    space, its predicted dissipation, its budget and the limit (lr·s)²·budget (nats), and whether
+    η_max and not the budget bounds it (None where there is no budget)."""
 
     kappa: float
     eta: float
@@ -551,3 +605,4 @@ class _Taken:
     predicted: float
     budget: float | None
     limit: float | None
+    bound: bool | None

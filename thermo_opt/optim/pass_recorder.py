@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from thermo_opt.errors import InputError
-from thermo_opt.models import device_of, mixes_examples, outputs_of
+from thermo_opt.models import device_of, outputs_of, random_states
 from thermo_opt.optim.forward_pass import ForwardPass, autocast_now
 from thermo_opt.optim.hooks import WeakHook, after_forward, on_source_gradients
 
@@ -46,7 +46,7 @@ class PassRecorder:
         self.parallel: DistributedDataParallel | None = None
         self.counting = True
         self._passes: list[ForwardPass] = []
-        self._open: list[tuple[nn.Module, int, torch.Tensor | None]] = []
+        self._open: list[tuple[nn.Module, int, Callable[[], None]]] = []
         self._handles: list[RemovableHandle] = []
         self._watched: nn.Module | None = None
 
@@ -83,8 +83,7 @@ class PassRecorder:
         if backward and all(p.grad is None for p in self.params):  # none of the coming step
             self.forget_used()
             self.on_abandoned()
-        draws = torch.random.get_rng_state() if mixes_examples(module) else None
-        self._open.append((module, len(self._passes), draws))
+        self._open.append((module, len(self._passes), random_states()))
 
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -96,7 +95,7 @@ class PassRecorder:
             self._open.pop()  # calls that an exception ended
         if not self._open:
             return
-        _, inner, draws = self._open.pop()
+        _, inner, restore = self._open.pop()
         try:
             outputs = outputs_of(output)
         except InputError:
@@ -104,7 +103,7 @@ class PassRecorder:
         if outputs.dim() == 0:
             return  # a loss
         autocast = autocast_now(device_of(module))
-        seen = ForwardPass(module, args, kwargs, outputs.detach(), autocast, draws)
+        seen = ForwardPass(module, args, kwargs, outputs.detach(), autocast, restore)
         counting = self.counting
 
         def receive(source: int, g: torch.Tensor) -> None:

@@ -67,7 +67,8 @@ class UpdateRule:
 
     Attributes:
         momentum: μ in b ← μ b + F_λ⁻¹g.
-        decay: weight decay of each parameter: v = b + decay·θ.
+        decay: weight decay of each parameter: v = (1−μ) b + decay·θ, so that v is an average of
+            natural gradients, whose length never exceeds that of the longest.
         weights: relative learning rate of each parameter (the largest is 1), by which its part of
             v is multiplied.
     """
@@ -76,19 +77,26 @@ class UpdateRule:
     decay: Sequence[float]
     weights: Sequence[float]
 
+    @property
+    def share(self) -> float:
+        """1 − μ, the weight of b in v."""
+        return 1.0 - self.momentum
+
 
 @dataclass
 class StepLengths:
-    """Of a step's update v: a = vᵀF_λv, Δ = gᵀF_λ⁻¹g and the decrease gᵀv, one entry per pool."""
+    """Of a step's update v: a = vᵀF_λv, Δ = gᵀF_λ⁻¹g, the decrease gᵀv, and the product of g with
+    the update before, one entry per pool."""
 
     a: list[float]
     delta: list[float]
     decrease: list[float]
+    along: list[float]
 
     @classmethod
     def unknown(cls) -> StepLengths:
         """Of a step whose gradient or update is not finite."""
-        return cls([math.nan], [math.nan], [math.nan])
+        return cls([math.nan], [math.nan], [math.nan], [math.nan])
 
     @property
     def finite(self) -> bool:

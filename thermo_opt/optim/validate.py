@@ -200,15 +200,3 @@ def predictions_seen(seen: Sequence[ForwardPass], terms: float) -> None:
         if not seen
         else "no prediction of the model took part in the loss"
     )
-
-
-def mean_loss(seen: Sequence[ForwardPass], scale: float) -> None:
-    """Refuse a summed cross-entropy: its output gradients add up to far more than a mean's, which
-    is at most 2."""
-    for one in seen:
-        if one.terms >= 8 and one.total > 4.0 * scale:
-            raise InputError(
-                f"the loss looks summed over its {one.terms} terms (output gradients add up to "
-                f"{one.total / scale:.3g}, a mean's to "
-                "at most 2): use reduction='mean'"
-            )

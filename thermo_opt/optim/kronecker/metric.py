@@ -262,7 +262,7 @@ class KroneckerMetric(TrainingMetric):
             w = self._decay_of(block)
             block.momentum.begin(block.inverse, w)
             g, null = self._split(block.inverse, block.gather(gradients))
-            products += block.momentum.inner_products(g, w, mu)
+            products += block.momentum.inner_products(g, w)
             active.append(_Active(block, block.inverse, g, null, w, block.mask(gradients)))
         before = _floats(products)
         if not all(map(math.isfinite, before)):  # some gradient is not: momentum stays untouched
@@ -275,7 +275,7 @@ class KroneckerMetric(TrainingMetric):
                 one.block.momentum.vector = None
             return StepLengths.unknown()
         pools = max(self.setup.pools) + 1
-        lengths = StepLengths(*([0.0] * pools for _ in range(3)))
+        lengths = StepLengths(*([0.0] * pools for _ in range(4)))
         for k, one in enumerate(active):
             along, across = before[2 * k : 2 * k + 2]
             of_block = one.block.momentum.finish(
@@ -286,6 +286,7 @@ class KroneckerMetric(TrainingMetric):
             lengths.a[pool] += weight * weight * of_block.a
             lengths.delta[pool] += of_block.delta
             lengths.decrease[pool] += weight * of_block.decrease
+            lengths.along[pool] += weight * of_block.along
         self._moved = [(one.block, one.null) for one in active]
         return lengths
 
@@ -329,7 +330,7 @@ class KroneckerMetric(TrainingMetric):
                 size = sizes[pools[i]] * rule.weights[i]
                 if rule.decay[i]:
                     own_part(p).mul_(1 - size * rule.decay[i])
-                move(p, part, size)
+                move(p, part, size * rule.share)
                 if lost is not None:
                     move(p, lost, null_size * rule.weights[i])
         for size, (params, directions) in moves.items():

@@ -1,6 +1,8 @@
 """Momentum of natural gradients, and its lengths by inner products alone (theory §7).
 
-With b' = μb + F_λ⁻¹g and w the direction of weight decay, while F_λ stays, exactly
+The update is v = (1−μ) b + w: an average of natural gradients, so that a step of η_T = 1 is one
+Newton step and not 1/(1−μ) of them. With b' = μb + F_λ⁻¹g and w the direction of weight decay,
+while F_λ stays, exactly
 
     b'ᵀF_λb' = μ² bᵀF_λb + 2μ gᵀb + gᵀF_λ⁻¹g        b'ᵀF_λw = μ bᵀF_λw + gᵀw
 
@@ -20,11 +22,13 @@ from thermo_opt.optim.kronecker.inverses import BlockInverse
 
 @dataclass(frozen=True)
 class BlockLengths:
-    """Of one block's update v = b + w: a = vᵀF_λv, Δ = gᵀF_λ⁻¹g and the decrease gᵀv."""
+    """Of one block's update v = (1−μ) b + w: a = vᵀF_λv, Δ = gᵀF_λ⁻¹g, the decrease gᵀv, and
+    ``along``, the product of g with the update before."""
 
     a: float
     delta: float
     decrease: float
+    along: float
 
 
 @dataclass
@@ -54,11 +58,11 @@ class CarriedMomentum:
             self._measure(inverse, w)
             self.stale = False
 
-    def inner_products(self, g: Tensor, w: Tensor | None, mu: float) -> list[Tensor]:
+    def inner_products(self, g: Tensor, w: Tensor | None) -> list[Tensor]:
         """[gᵀb, gᵀw]; where there is no momentum yet, gᵀg takes the place of gᵀb, which then only
         says whether g is finite."""
         flat = g.reshape(-1)
-        self._fresh = self.vector is None or not mu
+        self._fresh = self.vector is None
         along = flat if self._fresh or self.vector is None else self.vector.reshape(-1)
         across = flat.new_zeros(()) if w is None else torch.dot(flat, w.reshape(-1).to(flat.dtype))
         return [torch.dot(flat, along), across]
@@ -87,7 +91,7 @@ class CarriedMomentum:
         after: float,
         mask: Tensor | None = None,
     ) -> BlockLengths:
-        """The lengths of v = b + w, from the numbers of `inner_products` before and ``after``
+        """The lengths of v = (1−μ) b + w, from the numbers of `inner_products` before and ``after``
         `accumulate`.
 
         With a ``mask``, v is 0 where it is; its length then costs a product with F_λ.
@@ -96,12 +100,14 @@ class CarriedMomentum:
         if self._fresh:
             along = 0.0
         delta = max(after - mu * along, 0.0)
+        share = 1 - mu
+        decrease, along_last = share * after + across, share * along + across
         if mask is not None and self.vector is not None:
-            v = self.vector * mask
+            v = share * self.vector * mask
             v = v if w is None else v + w
             a = float(torch.dot(v.reshape(-1), inverse.matvec(v).reshape(-1)))
             self.stale = True
-            return BlockLengths(max(a, 0.0), delta, after + across)
+            return BlockLengths(max(a, 0.0), delta, decrease, along_last)
         self.squared = max(mu * mu * self.squared + 2 * mu * along + delta, 0.0)
         if w is None:
             self.crossed = self.decayed = 0.0
@@ -109,8 +115,8 @@ class CarriedMomentum:
             self.crossed = mu * self.crossed + across
             if self.decayed == 0.0:
                 self._measure(inverse, w)
-        a = self.squared + 2 * self.crossed + self.decayed
-        return BlockLengths(max(a, 0.0), delta, after + across)
+        a = share * share * self.squared + 2 * share * self.crossed + self.decayed
+        return BlockLengths(max(a, 0.0), delta, decrease, along_last)
 
     def _measure(self, inverse: BlockInverse, w: Tensor | None) -> None:
         """All lengths from scratch: one product with F_λ, two where there is weight decay."""

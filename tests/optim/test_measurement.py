@@ -1,0 +1,167 @@
+"""A step's KL is measured on passes that are repeated exactly, or by a way that says it isn't."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import thermo_opt as to
+from thermo_opt.fisher.likelihoods import Categorical
+from thermo_opt.optim.pass_recorder import PassRecorder
+from thermo_opt.optim.measurement import KLMeter
+
+
+class Lambda(nn.Module):
+    """Two linear layers with a function of the hidden units between them."""
+
+    def __init__(self, function: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.function = nn.Linear(6, 16), nn.Linear(16, 4), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.function(self, torch.tanh(self.one(x))))
+
+
+def python_branch(module: nn.Module, h: Tensor) -> Tensor:
+    return h if random.random() < 0.5 else 2 * h
+
+
+OWN = torch.Generator().manual_seed(0)
+
+KINDS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
+    "plain": (lambda m, h: h, "sample"),
+    "functional dropout": (lambda m, h: functional.dropout(h, 0.5), "whole"),
+    "noise on activations": (lambda m, h: h + torch.randn_like(h), "whole"),
+    "path dropped by Python's random": (python_branch, "sample"),
+    "NumPy noise": (
+        lambda m, h: h * float(np.random.default_rng().random() * 0 + np.random.rand()),  # noqa: NPY002
+        "sample",
+    ),
+    "batch statistics": (lambda m, h: h - h.mean(0), "whole"),
+    "noise of an own generator, in training": (
+        lambda m, h: h + torch.randn(h.shape, generator=OWN) if m.training else h,
+        "evaluation",
+    ),
+    "noise of an own generator, always": (
+        lambda m, h: h + torch.randn(h.shape, generator=OWN),
+        "none",
+    ),
+}
+
+
+def recorded(model: nn.Module, x: Tensor, y: Tensor) -> PassRecorder:
+    recorder = PassRecorder(model)
+    recorder.arm()
+    functional.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
+    return recorder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_way_of_measuring_is_found_by_trying(kind: str) -> None:
+    function, way = KINDS[kind]
+    model = Lambda(function)
+    x, y = torch.randn(256, 6), torch.randint(4, (256,))
+    seen = recorded(model, x, y).used()[0]
+    meter = KLMeter(Categorical())
+    state = torch.get_rng_state()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        measurement = meter.begin(seen, 32, 0, expected=1e-2)
+    assert meter.way == way
+    assert bool(said) == (way in ("evaluation", "none"))
+    assert torch.equal(state, torch.get_rng_state())
+    if measurement is not None:  # nothing was moved, so there is nothing to be measured
+        assert measurement.finish() < 1e-10
+
+
+def test_a_recurrent_net_over_time_first_sequences_is_measured_whole() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.core, self.head = nn.LSTM(5, 12), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.core(x)[0])
+
+    torch.manual_seed(0)
+    model = Net()
+    seen = recorded(model, torch.randn(40, 3, 5), torch.randint(4, (40, 3))).used()[0]
+    meter = KLMeter(Categorical())
+    meter.begin(seen, 16, 0, expected=1e-2)
+    assert meter.way == "whole"
+
+
+def test_inputs_that_cannot_be_cut_are_measured_whole() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 4)
+
+        def forward(self, adjacency: Tensor, x: Tensor) -> Tensor:
+            return adjacency @ self.layer(x)
+
+    torch.manual_seed(0)
+    model, recorder = Graph(), None
+    recorder = PassRecorder(model)
+    recorder.arm()
+    out = model(torch.rand(60, 60), torch.randn(60, 5))
+    functional.cross_entropy(out, torch.randint(4, (60,))).backward()
+    meter = KLMeter(Categorical())
+    meter.begin(recorder.used()[0], 8, 0, expected=1e-2)
+    assert meter.way == "whole"
+
+
+def test_the_mean_over_samples_is_the_mean_over_the_minibatch_when_few_examples_carry_it() -> None:
+    model = Lambda(lambda m, h: 8 * h)
+    x = torch.randn(400, 6)
+    y = model(x).argmax(1)
+    y[:5] = (y[:5] + 1) % 4  # five hard ones among certain ones
+    seen = recorded(model, x, y).used()[0]
+    meter, before = KLMeter(Categorical()), model(x).detach()
+    begun = [meter.begin(seen, 32, step, expected=1e-2) for step in range(40)]
+    assert meter.way == "sample"
+    with torch.no_grad():
+        for p in model.parameters():
+            p.sub_(0.3 * p.grad.sign() * p.abs().mean())
+    found = [m.finish() for m in begun if m is not None]
+    likelihood = Categorical()
+    whole = float(likelihood.kl(before.double(), model(x).detach().double()).mean())
+    assert statistics.mean(found) == pytest.approx(whole, rel=0.1)
+    assert len({round(v, 12) for v in found}) > 30  # other examples every time
+
+
+@pytest.mark.parametrize("buffers", ["spectral norm", "moving average"])
+def test_measuring_leaves_every_buffer_and_random_state_as_it_was(buffers: str) -> None:
+    class Average(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(8))
+            self.layer = nn.Linear(6, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layer(x)
+            self.mean.lerp_(h.detach().mean(0), 0.1)
+            return h - self.mean
+
+    torch.manual_seed(0)
+    first = Average() if buffers == "moving average" else nn.utils.spectral_norm(nn.Linear(6, 8))
+    model = nn.Sequential(first, nn.Dropout(0.2), nn.Linear(8, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what can't be repeated says so
+        optimizer = to.NGDT(model)
+        functional.cross_entropy(model(torch.randn(30, 6)), torch.randint(3, (30,))).backward()
+        before = {name: b.clone() for name, b in model.named_buffers()}
+        state = torch.get_rng_state()
+        optimizer.step()
+    for name, b in model.named_buffers():
+        assert torch.equal(b, before[name])
+    assert torch.equal(state, torch.get_rng_state())

@@ -1,0 +1,200 @@
+"""The KL that a step really causes, measured on its own minibatch (theory §7, "calibrated budget").
+
+A recorded pass is run again after the step, with the random draws it had, and compared with what it
+gave before. Whether that can be done is not read off the model's modules but tried: before the
+first step is taken, the pass is repeated with the old weights, which must give the recorded outputs
+again. The first of these ways that does is used:
+
+- "sample": some of the examples alone. Each is drawn with probability proportional to the sum of
+  squares of its score, as
+  the model expects it (tr Λ) and as the targets made it, since few examples carry most of the KL;
+  weighted, the mean over them is unbiased for the mean over the minibatch.
+- "whole": all examples (BatchNorm, dropout, layers that mix examples, inputs that can't be cut).
+- "evaluation": all examples in evaluation mode (random draws that can't be repeated).
+
+Where none does, nothing is measured, and a warning says so. Cost of a measurement: one forward pass
+of what it reads.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thermo_opt.fisher.likelihoods import Likelihood
+from thermo_opt.models import untouched
+from thermo_opt.optim.forward_pass import ForwardPass
+from thermo_opt.optim.sharding import reshard
+
+SAME = 0.02
+"""A repeated pass whose KL to the recorded one is below this share of a step's dissipation counts
+as the same."""
+
+LEAST_EXAMPLES = 4
+"""A sample has no fewer examples."""
+
+UNIFORM = 0.2
+"""Share of a sample that is drawn with equal probabilities, so that no weight exceeds 1/UNIFORM."""
+
+
+@dataclass
+class Measurement:
+    """A measurement begun before a step: call `finish` after it."""
+
+    likelihood: Likelihood
+    seen: ForwardPass
+    before: Tensor
+    rows: Tensor | None = None
+    weights: Tensor | None = None
+    evaluated: bool = False
+
+    def finish(self) -> float:
+        """Mean KL(before ‖ now) over the predictions of the minibatch (nats)."""
+        now = _again(self.seen, self.rows, self.evaluated)
+        kl = _kl(self.likelihood, self.before, now)
+        if self.weights is not None:
+            kl = kl.reshape(len(self.weights), -1).mean(1) * self.weights
+        return max(float(kl.mean()), 0.0)
+
+
+class KLMeter:
+    """Begins measurements in the way that repeats the model's passes exactly.
+
+    Attributes:
+        way: "sample", "whole", "evaluation" or "none" at the last measurement; None before it.
+    """
+
+    def __init__(self, likelihood: Likelihood) -> None:
+        self.likelihood = likelihood
+        self.way: str | None = None
+        self._whole: dict[Any, str] = {}
+        self._samples: dict[Any, bool] = {}
+
+    def begin(
+        self, seen: ForwardPass, predictions: int | None, step: int, expected: float
+    ) -> Measurement | None:
+        """Prepare to measure the step that is about to be taken.
+
+        Args:
+            seen: the pass to repeat.
+            predictions: about how many predictions to read (None: all).
+            step: number of the step; decides, with nothing else, which examples are drawn.
+            expected: about what the step will dissipate (nats), which says what is exact enough.
+
+        Returns:
+            None where no way of repeating the pass gives the same outputs again.
+        """
+        key = self._key(seen)
+        tolerance = SAME * expected
+        rows, weights = self._drawn(seen, predictions, step)
+        if rows is not None and weights is not None and self._samples.get(key, True):
+            kept = seen.outputs[rows]
+            if key not in self._samples:
+                self._samples[key] = self._repeats(seen, rows, False, kept, tolerance)
+            if self._samples[key]:
+                self.way = "sample"
+                return Measurement(self.likelihood, seen, kept, rows, weights)
+        if key not in self._whole:
+            self._whole[key] = self._found(seen, tolerance)
+        self.way = self._whole[key]
+        if self.way == "none":
+            return None
+        if self.way == "evaluation":
+            before = _again(seen, None, True)
+            return Measurement(self.likelihood, seen, before, evaluated=True)
+        return Measurement(self.likelihood, seen, seen.outputs)
+
+    def _key(self, seen: ForwardPass) -> Any:
+        """What may change how passes can be repeated: modes of modules, shapes' ranks,
+        arguments."""
+        modes = tuple(module.training for module in seen.module.modules())
+        return modes, seen.outputs.dim(), len(seen.args), tuple(sorted(seen.kwargs))
+
+    def _found(self, seen: ForwardPass, tolerance: float) -> str:
+        """The first way of running the whole minibatch again that gives the same outputs."""
+        if self._repeats(seen, None, False, seen.outputs, tolerance):
+            return "whole"
+        try:
+            twice = [_again(seen, None, True) for _ in range(2)]
+        except Exception:
+            twice = []
+        if twice and float(_kl(self.likelihood, *twice).mean()) <= tolerance:
+            said = "are measured in evaluation mode"
+            way = "evaluation"
+        else:
+            said = "can't be measured, and the budget holds in the metric's own, uncalibrated nats"
+            way = "none"
+        warnings.warn(
+            "the model's training passes can't be repeated (they draw random numbers from a state "
+            f"of their own, or change what they depend on): steps {said}",
+            stacklevel=6,
+        )
+        return way
+
+    def _repeats(
+        self,
+        seen: ForwardPass,
+        rows: Tensor | None,
+        evaluated: bool,
+        recorded: Tensor,
+        tolerance: float,
+    ) -> bool:
+        """Whether the pass, with the weights it had, gives the recorded outputs again, twice (a
+        model may count its passes)."""
+        for _ in range(2):
+            try:
+                again = _again(seen, rows, evaluated)
+            except Exception:  # somebody's model, on inputs that it may not be able to take
+                return False
+            if again.shape != recorded.shape:
+                return False
+            if not float(_kl(self.likelihood, recorded, again).mean()) <= tolerance:
+                return False
+        return True
+
+    def _drawn(
+        self, seen: ForwardPass, predictions: int | None, step: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(examples to read, the weight of each); (None, None) for all of them."""
+        old, count = seen.outputs, seen.examples
+        if predictions is None or old.dim() < 2 or old.numel() == 0:
+            return None, None
+        each = max(old[0, ..., 0].numel(), 1)
+        wanted = max(-(-predictions // each), LEAST_EXAMPLES)
+        if 2 * wanted > count:
+            return None, None
+        scores = self._scores(seen)
+        chances = scores / scores.sum() if float(scores.sum()) > 0 else torch.ones_like(scores)
+        chances = (1 - UNIFORM) * chances / chances.sum() + UNIFORM / count
+        generator = torch.Generator().manual_seed(step)
+        start = torch.rand((), generator=generator, dtype=torch.float64)
+        points = (torch.arange(wanted, dtype=torch.float64) + start) / wanted
+        rows = torch.searchsorted(chances.cumsum(0), points).clamp_max(count - 1)
+        return rows.to(old.device), (1 / (count * chances[rows])).to(old.device)
+
+    def _scores(self, seen: ForwardPass) -> Tensor:
+        """E|r|² + |r|² of each example, r the score of its predictions."""
+        f = self.likelihood.outputs(seen.outputs.float())
+        found = self.likelihood.variance(f).reshape(seen.examples, -1).sum(1)
+        if seen.gradient is not None and seen.terms:
+            r = seen.gradient.float() * seen.terms
+            found = found + r.square().reshape(seen.examples, -1).sum(1)
+        found = torch.nan_to_num(found, posinf=0.0, neginf=0.0).clamp_min(0.0)
+        return found.double().cpu()
+
+
+def _again(seen: ForwardPass, rows: Tensor | None, evaluated: bool) -> Tensor:
+    with untouched(seen.module) if evaluated else nullcontext():
+        outputs = seen.again(rows)
+    reshard(seen.module)
+    return outputs
+
+
+def _kl(likelihood: Likelihood, before: Tensor, after: Tensor) -> Tensor:
+    """KL per prediction in double precision: a late step's is smaller than float32 can tell."""
+    return likelihood.kl(*(likelihood.outputs(f.double()) for f in (before, after)))

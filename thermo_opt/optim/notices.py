@@ -1,0 +1,215 @@
+"""What a loss's gradients at the outputs say of the loss: its scale, and whether it is the
+likelihood's.
+
+For targets that are outcomes of the likelihood, the gradient of c times the mean negative
+log-likelihood of M predictions is c (p − y)/M for every prediction, with y known from its sign: so
+c follows in closed form, prediction by prediction. One common c ≠ 1 is a scaled (or summed) loss;
+c that vary are weights (class weights, returns); what fits no c is another loss.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from thermo_opt.errors import InputError
+from thermo_opt.fisher.likelihoods import Bernoulli, Categorical, Likelihood
+from thermo_opt.optim.forward_pass import ForwardPass
+
+MOST = 4096
+"""Predictions that are looked at."""
+
+ZERO_SUM = 1e-2
+"""A softmax cross-entropy's output gradients sum to zero along the classes, up to this share of
+their size: low precision and small auxiliary terms leave no more."""
+
+COMMON = 0.01
+"""Scales that differ by less than this are one scale."""
+
+NEAR = 1.5
+"""A scale within this factor of 1 is not worth a word."""
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """By which factor a loss is larger than the mean negative log-likelihood.
+
+    Attributes:
+        typical: the median over predictions.
+        common: whether all predictions have the same.
+    """
+
+    typical: float
+    common: bool
+
+
+def loss_scale(
+    likelihood: Likelihood, seen: ForwardPass, terms: float, scale: float
+) -> LossScale | None:
+    """The loss's scale as one pass shows it (`LossScale`).
+
+    Args:
+        likelihood: what the outputs mean; only "categorical" and "bernoulli" tell.
+        seen: a pass whose output gradients were kept.
+        terms: predictions of all passes of the step.
+        scale: by how much a GradScaler has multiplied the loss.
+
+    Returns:
+        None where it can't be told.
+    """
+    if seen.gradient is None or seen.outputs.shape != seen.gradient.shape:
+        return None
+    f = likelihood.outputs(seen.outputs).detach().flatten(0, -2)
+    g = seen.gradient.reshape(f.shape)
+    active = (g != 0).any(-1).nonzero()[:, 0]
+    active = active[:: max(len(active) // MOST, 1)]
+    if len(active) == 0:
+        return None
+    f, g = f[active].float(), g[active].float() * (terms / scale)
+    if isinstance(likelihood, Categorical):
+        label = g.argmin(-1, keepdim=True)
+        missed = 1 - f.softmax(-1).gather(-1, label)[:, 0]
+        found = 0.5 * g.abs().sum(-1)
+        known = missed > 0.05
+    elif isinstance(likelihood, Bernoulli):
+        p = f.sigmoid()
+        missed, found = torch.where(g < 0, 1 - p, p).flatten(), g.abs().flatten()
+        known = (missed > 0.05) & (found > 0)
+    else:
+        return None
+    if not bool(known.any()):
+        return None
+    scales = found[known] / missed[known]
+    typical = float(scales.median())
+    spread = float((scales / max(typical, 1e-30) - 1).abs().max())
+    return LossScale(typical, spread < COMMON)
+
+
+def zero_sum(seen: ForwardPass, axis: int = -1) -> bool:
+    """Whether the output gradients sum to zero along an axis, as softmax cross-entropy's do."""
+    g = seen.gradient
+    if g is None or not g.dim() > 1:
+        return True
+    g = g.float()
+    return float(g.sum(axis).abs().sum()) <= ZERO_SUM * float(g.abs().sum())
+
+
+class GradientWatch:
+    """Remembers how long one parameter's gradient was when backward had left it."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self._parameter = parameter
+        self._length: float | None = None
+        self._handle: RemovableHandle | None = None
+
+    def arm(self) -> None:
+        """Watch the next backward pass."""
+        self._length = None
+        if self._handle is None:
+            me = weakref.ref(self)
+
+            def hook(parameter: Tensor) -> None:
+                watch = me()
+                if watch is not None:
+                    watch._after(parameter)
+
+            self._handle = self._parameter.register_post_accumulate_grad_hook(hook)
+
+    def disarm(self) -> None:
+        """Watch no more."""
+        self._length = None
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def ratio(self, scale: float) -> float | None:
+        """The gradient's length now over the one after backward, a GradScaler's factor apart."""
+        now = self._parameter.grad
+        if now is None or not self._length:
+            return None
+        found = float(torch.linalg.vector_norm(now.float())) * scale / self._length
+        return found if math.isfinite(found) else None
+
+    def _after(self, parameter: Tensor) -> None:
+        if parameter.grad is not None and parameter.grad.layout == torch.strided:
+            self._length = float(torch.linalg.vector_norm(parameter.grad.float()))
+
+
+class Notices:
+    """Looks at the first passes of training and says, once, what is unusual about the loss."""
+
+    def __init__(self, likelihood: Likelihood) -> None:
+        self.likelihood = likelihood
+        self.scale: float | None = None
+        self._said: set[str] = set()
+
+    def look(self, passes: Sequence[ForwardPass], scale: float) -> None:
+        """Look at a step's passes.
+
+        Raises:
+            InputError: for a loss that is summed over its terms.
+        """
+        if not passes or passes[-1].gradient is None:
+            return
+        seen, terms = passes[-1], sum(one.terms for one in passes)
+        if isinstance(self.likelihood, Categorical) and not zero_sum(seen):
+            self._say("likelihood", _other_loss(seen))
+            return
+        found = loss_scale(self.likelihood, seen, float(terms), scale)
+        if found is None:
+            return
+        self.scale = found.typical
+        if found.common and seen.terms >= 8 and abs(self.scale / terms - 1) < COMMON:
+            raise InputError(f"the loss looks summed over its {terms} terms: use reduction='mean'")
+        if not 1 / NEAR < self.scale < NEAR:
+            self._say("scale", _scaled(self.scale, found.common))
+
+    def compare(self, ratio: float) -> None:
+        """Take the ratio of a gradient's length in step() to the one that backward left."""
+        if ratio < 1 / NEAR:
+            self._say(
+                "clipping",
+                f"gradients were multiplied by {ratio:.3g} between backward() and step() "
+                "(clipped?). The budget bounds the step whatever the gradient's length; a shorter "
+                "gradient only makes η_max bind, which bounds the natural gradient: leave clipping "
+                "out (last_step['bound_by_eta_max'] says when it binds)",
+            )
+
+    def _say(self, topic: str, text: str) -> None:
+        if topic not in self._said:
+            self._said.add(topic)
+            warnings.warn(text, stacklevel=5)
+
+
+def _scaled(scale: float, common: bool) -> str:
+    what = "is" if common else "is weighted: it is, in the median over predictions,"
+    return (
+        f"the loss {what} {scale:.3g} times the mean negative log-likelihood. The budget stays in "
+        "nats of the model's predictions, but the natural gradient, which η_max bounds, is not in "
+        "the loss's own scale: leave the factor out, or set eta_max to suit it"
+    )
+
+
+def _other_loss(seen: ForwardPass) -> str:
+    f = seen.outputs
+    start = "the output gradients don't sum to zero along the last axis, so the loss is no softmax "
+    start += "cross-entropy of these outputs: "
+    if f.dim() > 2 and zero_sum(seen, 1):
+        return start + (
+            f"of the outputs {tuple(f.shape)} axis 1 holds the classes; return them last "
+            "(outputs.movedim(1, -1)), so that steps are measured in the right nats"
+        )
+    if float(f.min()) >= 0 and bool(((f.float().sum(-1) - 1).abs() < 1e-3).all()):
+        return start + "they look like probabilities; return logits"
+    return start + (
+        "give likelihood='gaussian' for squared errors (with sigma2), 'bernoulli' for binary "
+        "cross-entropies, 'poisson' for counts; otherwise steps are measured in the KL of a "
+        "softmax that the loss doesn't have"
+    )

@@ -1,0 +1,85 @@
+"""How long a step pays: signal told from noise by the next minibatch (theory §7, "signal").
+
+A step δ is computed from one minibatch; the gradient g' of the next one, taken where the step
+ended, knows nothing of its noise. So the mean of −g'ᵀδ is what the loss itself still falls along δ
+at its end: positive where the step stopped short of the minimum along its direction, negative where
+it went beyond. With the curvature κF_λ of the calibrated metric
+
+    r = −g'ᵀδ / (δᵀκF_λδ)        E r = η*/η − 1
+
+for the step length η* that lowers the expected loss most, and noise of standard deviation about
+1/√(2QN) for N predictions. The scale s ≤ 1, by which all steps are multiplied, follows r until E r
+= MARGIN:
+
+    log s ← log s + GAIN · clip(r − MARGIN, −1, 1)
+
+In a quadratic loss with noisy gradients this is the Kalman gain, signal/(signal + noise). Where
+minibatches are drawn without replacement it also ends training on what only the training set says:
+then the gradients of disjoint minibatches are anti-correlated, and steps shrink. (Exact line search
+in expectation; cf. Almeida et al. 1998 and Baydin et al. 2018 on adapting step sizes by the product
+of successive gradients, Mahsereci & Hennig 2015 on noisy line search, and Mahsereci et al. 2017 on
+early stopping without a validation set.) Cost: one inner product per block, which momentum needs
+anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+GAIN = 0.15
+"""Share of r that the logarithm of the scale takes per step: a memory of about 1/GAIN steps."""
+
+WARMUP = 30
+"""Steps before the scale moves: until then κ, and so the cost that r is measured in, is only being
+found out (`Calibration.warmup`)."""
+
+MARGIN = 0.1
+"""Steps end a tenth short of the minimum along them. It costs 1 % of their decrease and lets pure
+noise win nothing."""
+
+LEAST = 0.01
+"""The scale falls no lower, so that training wakes up within 1/GAIN · log(1/LEAST) steps when new
+signal comes."""
+
+
+@dataclass
+class Signal:
+    """The scale s of steps, and what is known of the last one.
+
+    Attributes:
+        scale: s, in [LEAST, 1].
+        ratio: r of the last step; None before it is known.
+        sizes: of the last step, per pool. spent: its predicted dissipation (nats).
+    """
+
+    scale: float = 1.0
+    ratio: float | None = None
+    sizes: tuple[float, ...] = ()
+    spent: float = 0.0
+
+    def observe(self, step: int, along: list[float]) -> None:
+        """Take g'ᵀv of the last update v with the gradient g' of this step (0, 1, 2, …), one entry
+        per pool."""
+        self.ratio = None
+        if len(self.sizes) != len(along) or not self.spent > 0:
+            return
+        remaining = sum(size * slope for size, slope in zip(self.sizes, along, strict=True))
+        self.ratio = remaining / (2 * self.spent)
+        if step >= WARMUP and math.isfinite(self.ratio):
+            change = min(max(self.ratio - MARGIN, -1.0), 1.0)
+            self.scale = min(max(self.scale * math.exp(GAIN * change), LEAST), 1.0)
+
+    def took(self, sizes: list[float], spent: float) -> None:
+        """Remember the step that was taken."""
+        self.sizes, self.spent = tuple(sizes), spent
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scale and the last step."""
+        return {"scale": self.scale, "sizes": list(self.sizes), "spent": self.spent}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.scale, self.spent = float(state["scale"]), float(state["spent"])
+        self.sizes = tuple(float(size) for size in state["sizes"])
