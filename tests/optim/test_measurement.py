@@ -15,8 +15,8 @@ from torch.nn import functional
 
 import thermo_opt as to
 from thermo_opt.fisher.likelihoods import Categorical
-from thermo_opt.optim.pass_recorder import PassRecorder
 from thermo_opt.optim.measurement import KLMeter
+from thermo_opt.optim.pass_recorder import PassRecorder
 
 
 class Lambda(nn.Module):
