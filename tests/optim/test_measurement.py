@@ -17,6 +17,7 @@ import thermo_opt as to
 from thermo_opt.fisher.likelihoods import Categorical
 from thermo_opt.optim.measurement import KLMeter
 from thermo_opt.optim.pass_recorder import PassRecorder
+from thermo_opt.optim.processes import Processes
 
 
 class Lambda(nn.Module):
@@ -71,7 +72,7 @@ def test_the_way_of_measuring_is_found_by_trying(kind: str) -> None:
     model = Lambda(function)
     x, y = torch.randn(256, 6), torch.randint(4, (256,))
     seen = recorded(model, x, y).used()[0]
-    meter = KLMeter(Categorical())
+    meter = KLMeter(Categorical(), Processes(model))
     state = torch.get_rng_state()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -95,7 +96,7 @@ def test_a_recurrent_net_over_time_first_sequences_is_measured_whole() -> None:
     torch.manual_seed(0)
     model = Net()
     seen = recorded(model, torch.randn(40, 3, 5), torch.randint(4, (40, 3))).used()[0]
-    meter = KLMeter(Categorical())
+    meter = KLMeter(Categorical(), Processes(model))
     meter.begin(seen, 16, 0, expected=1e-2)
     assert meter.way == "whole"
 
@@ -115,7 +116,7 @@ def test_inputs_that_cannot_be_cut_are_measured_whole() -> None:
     recorder.arm()
     out = model(torch.rand(60, 60), torch.randn(60, 5))
     functional.cross_entropy(out, torch.randint(4, (60,))).backward()
-    meter = KLMeter(Categorical())
+    meter = KLMeter(Categorical(), Processes(model))
     meter.begin(recorder.used()[0], 8, 0, expected=1e-2)
     assert meter.way == "whole"
 
@@ -126,7 +127,7 @@ def test_the_mean_over_samples_is_the_mean_over_the_minibatch_when_few_examples_
     y = model(x).argmax(1)
     y[:5] = (y[:5] + 1) % 4  # five hard ones among certain ones
     seen = recorded(model, x, y).used()[0]
-    meter, before = KLMeter(Categorical()), model(x).detach()
+    meter, before = KLMeter(Categorical(), Processes(model)), model(x).detach()
     begun = [meter.begin(seen, 32, step, expected=1e-2) for step in range(40)]
     assert meter.way == "sample"
     with torch.no_grad():

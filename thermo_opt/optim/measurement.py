@@ -29,6 +29,7 @@ from torch import Tensor
 from thermo_opt.fisher.likelihoods import Likelihood
 from thermo_opt.models import untouched
 from thermo_opt.optim.forward_pass import ForwardPass
+from thermo_opt.optim.processes import Processes
 from thermo_opt.optim.sharding import reshard
 
 SAME = 0.02
@@ -69,29 +70,35 @@ class KLMeter:
         way: "sample", "whole", "evaluation" or "none" at the last measurement; None before it.
     """
 
-    def __init__(self, likelihood: Likelihood) -> None:
-        self.likelihood = likelihood
+    def __init__(self, likelihood: Likelihood, processes: Processes) -> None:
+        self.likelihood, self.processes = likelihood, processes
         self.way: str | None = None
         self._whole: dict[Any, str] = {}
         self._samples: dict[Any, bool] = {}
 
     def begin(
-        self, seen: ForwardPass, predictions: int | None, step: int, expected: float
+        self, seen: ForwardPass | None, predictions: int | None, step: int, expected: float
     ) -> Measurement | None:
         """Prepare to measure the step that is about to be taken.
 
         Args:
-            seen: the pass to repeat.
+            seen: the pass to repeat; None where this process has none.
             predictions: about how many predictions to read (None: all).
             step: number of the step; decides, with nothing else, which examples are drawn.
             expected: about what the step will dissipate (nats), which says what is exact enough.
 
         Returns:
-            None where no way of repeating the pass gives the same outputs again.
+            None where no way of repeating the pass gives the same outputs again. All processes
+            decide alike, since a pass may need all of them.
         """
+        rows, weights = (None, None) if seen is None else self._drawn(seen, predictions, step)
+        present, drawn = self.processes.total([float(seen is not None), float(rows is not None)])
+        if seen is None or present < self.processes.count:
+            return None
+        if drawn < self.processes.count:
+            rows = weights = None
         key = self._key(seen)
         tolerance = SAME * expected
-        rows, weights = self._drawn(seen, predictions, step)
         if rows is not None and weights is not None and self._samples.get(key, True):
             kept = seen.outputs[rows]
             if key not in self._samples:
@@ -123,7 +130,8 @@ class KLMeter:
             twice = [_again(seen, None, True) for _ in range(2)]
         except Exception:
             twice = []
-        if twice and float(_kl(self.likelihood, *twice).mean()) <= tolerance:
+        same = bool(twice) and float(_kl(self.likelihood, *twice).mean()) <= tolerance
+        if self._agreed(same):
             said = "are measured in evaluation mode"
             way = "evaluation"
         else:
@@ -146,16 +154,18 @@ class KLMeter:
     ) -> bool:
         """Whether the pass, with the weights it had, gives the recorded outputs again, twice (a
         model may count its passes)."""
-        for _ in range(2):
-            try:
+        same = True
+        try:
+            for _ in range(2):
                 again = _again(seen, rows, evaluated)
-            except Exception:  # somebody's model, on inputs that it may not be able to take
-                return False
-            if again.shape != recorded.shape:
-                return False
-            if not float(_kl(self.likelihood, recorded, again).mean()) <= tolerance:
-                return False
-        return True
+                same &= again.shape == recorded.shape
+                same = same and float(_kl(self.likelihood, recorded, again).mean()) <= tolerance
+        except Exception:  # somebody's model, on inputs that it may not be able to take
+            same = False
+        return self._agreed(same)
+
+    def _agreed(self, same: bool) -> bool:
+        return self.processes.total([float(same)])[0] == self.processes.count
 
     def _drawn(
         self, seen: ForwardPass, predictions: int | None, step: int

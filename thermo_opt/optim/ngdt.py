@@ -192,7 +192,7 @@ class NGDT(Optimizer):
         self.signal = Signal() if follows else None
         self.notices = Notices(self.likelihood)
         self._watch = GradientWatch(min(self._params, key=lambda p: p.numel()))
-        self.meter = KLMeter(self.likelihood)
+        self.meter = KLMeter(self.likelihood, self.processes)
         self.steps = 0
         self.skipped = 0
         self.last_step: dict[str, float | None] = {}
@@ -405,7 +405,7 @@ class NGDT(Optimizer):
     def _measurement(self, taken: _Taken, seen: StepInputs) -> Measurement | None:
         """What measures, on this process, the step that is about to be taken."""
         calibration = self.calibration
-        if calibration is None or seen.last is None:
+        if calibration is None:
             return None
         expected = max(taken.predicted, 0.01 * (taken.limit or 0.0))
         return self.meter.begin(seen.last, calibration.predictions, self.steps, expected)
