@@ -13,6 +13,7 @@ COMMANDS = {
     "table": "the studies' ratios to AdamW in one table",
     "ablate": "what each part of NGD-T contributes; its default damping",
     "alignment": "alignment of optimizers' steps with the natural gradient, at the same points",
+    "budget": "realised KL over NGD-T's budget, step by step, over twelve networks and losses",
     "bench": "speed and memory of a step, an audit, a front, Fisher products",
     "figures": "the README's two pictures",
     "campaign": "kills and full disks at random moments, with counts",

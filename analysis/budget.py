@@ -1,0 +1,128 @@
+"""Whether NGD-T keeps its budget: the KL of every step on its own whole minibatch, over the twelve
+networks and losses of `analysis.small_tasks`.
+
+    python -m analysis budget [--budgets 0.001,0.01,0.03] [--seeds 1] [--only WORD,…]
+
+A step is repeated with its random draws after the update and compared with what it gave before,
+apart from the optimizer's own measurements. Ratios are to the budget and to what the step was
+allowed, s²·budget with the signal s (theory §7), in three windows of steps: median [10 %, 90 %] max.
+Beside them the final validation loss, and AdamW's at three learning rates on the same batches.
+Seeds are 0, 1, and so on; one thread. Writes budget.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import warnings
+from collections.abc import Sequence
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from torch import nn
+
+import thermo_opt as to
+from analysis.small_tasks import SmallTask, tasks
+from analysis.timing import report
+from thermo_opt.fisher.likelihoods import likelihood
+
+STEPS = 240
+WINDOWS = ((0, 30), (30, 100), (160, 240))
+RATES = (1e-3, 3e-3, 1e-2)
+"""AdamW's learning rates."""
+
+
+def validation(task: SmallTask, net: nn.Module) -> float:
+    """The loss on held-out data, in evaluation mode."""
+    x, y = task.validation()
+    net.eval()
+    with torch.no_grad():
+        return float(task.loss(net(x), y))
+
+
+def adamw(task: SmallTask, rate: float, seed: int) -> float:
+    """AdamW's final validation loss."""
+    net = task.build(seed)
+    torch.manual_seed(seed + 1000)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=rate)
+    for _, (x, y) in zip(range(STEPS), task.batches(seed), strict=False):
+        optimizer.zero_grad()
+        task.loss(net(x), y).backward()
+        optimizer.step()
+    return validation(task, net)
+
+
+def ngdt(task: SmallTask, budget: float, seed: int) -> tuple[list[dict[str, float]], float]:
+    """(per step: realised KL over the budget and over what was allowed, and whether η_max bound it;
+    the final validation loss)."""
+    net, family = task.build(seed), likelihood(task.likelihood)
+    torch.manual_seed(seed + 1000)
+    optimizer = to.NGDT(net, budget=budget, likelihood=task.likelihood)
+    rows = []
+    for _, (x, y) in zip(range(STEPS), task.batches(seed), strict=False):
+        before = torch.get_rng_state()
+        out = net(x)
+        optimizer.zero_grad()
+        task.loss(out, y).backward()
+        optimizer.step()
+        after, buffers = torch.get_rng_state(), [b.clone() for b in net.buffers()]
+        torch.set_rng_state(before)
+        with torch.no_grad():
+            old, new = (family.outputs(f.detach().double()) for f in (out, net(x)))
+            for b, kept in zip(net.buffers(), buffers, strict=True):
+                b.copy_(kept)
+        torch.set_rng_state(after)
+        last = optimizer.last_step
+        spent, scale = float(family.kl(old, new).mean()) / budget, last["signal"] or 1.0
+        bound = float(last["bound_by_eta_max"] or 0.0)
+        rows.append({"budget": spent, "allowed": spent / scale**2, "bound": bound, "signal": scale})
+    return rows, validation(task, net)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median [10 %, 90 %] maximum."""
+    ordered = sorted(values)
+    low, high = (ordered[min(int(q * len(ordered)), len(ordered) - 1)] for q in (0.1, 0.9))
+    return f"{median(ordered):.2f} [{low:.2f}, {high:.2f}] {ordered[-1]:.1f}"
+
+
+def measured(task: SmallTask, budget: float, seeds: int) -> dict[str, Any]:
+    """The table's row of one task at one budget."""
+    runs = [ngdt(task, budget, seed) for seed in range(seeds)]
+    row: dict[str, Any] = {"task": task.name, "budget": budget, "seeds": seeds}
+    for start, end in WINDOWS:
+        steps = [one for rows, _ in runs for one in rows[start:end]]
+        for over in ("budget", "allowed"):
+            row[f"KL / {over}, {start}–{end - 1}"] = spread([one[over] for one in steps])
+        row[f"η_max binds, {start}–{end - 1}"] = round(fmean(one["bound"] for one in steps), 2)
+        row[f"signal, {start}–{end - 1}"] = round(fmean(one["signal"] for one in steps), 2)
+    row["validation loss"] = fmean(final for _, final in runs)
+    return row
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train, print the table, write the CSV."""
+    parser = argparse.ArgumentParser(prog="python -m analysis budget", description=__doc__)
+    parser.add_argument("--budgets", default="0.001,0.01,0.03")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", default="", help="words of the tasks' names, separated by commas")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", UserWarning)
+    words = given.only.split(",")
+    rows = []
+    for task in (task for task in tasks() if any(word in task.name for word in words)):
+        finals = {r: fmean(adamw(task, r, seed) for seed in range(given.seeds)) for r in RATES}
+        for budget in map(float, given.budgets.split(",")):
+            row = measured(task, budget, given.seeds)
+            best = min(finals.values())
+            row |= {f"AdamW {rate:g}": final for rate, final in finals.items()}
+            row["over AdamW's best"] = row["validation loss"] / best if best else math.nan
+            rows.append(row)
+            print(f"{task.name}, budget {budget:g}: done", flush=True)
+    print(report("Realised KL over the budget, and final validation losses", rows, "budget"))
+
+
+if __name__ == "__main__":
+    main()
