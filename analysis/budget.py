@@ -4,8 +4,9 @@ networks and losses of `analysis.small_tasks`.
     python -m analysis budget [--budgets 0.001,0.01,0.03] [--seeds 1] [--only WORD,…]
 
 A step is repeated with its random draws after the update and compared with what it gave before,
-apart from the optimizer's own measurements. Ratios are to the budget and to what the step was
-allowed, s²·budget with the signal s (theory §7), in three windows of steps: median [10 %, 90 %] max.
+apart from the optimizer's own measurements. Ratios are to the budget and to what the step
+was allowed, s²·budget with the signal s (theory §7), in three windows of steps: median [10 %, 90 %]
+max.
 Beside them the final validation loss, and AdamW's at three learning rates on the same batches.
 Seeds are 0, 1, and so on; one thread. Writes budget.csv.
 """
