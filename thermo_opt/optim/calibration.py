@@ -40,6 +40,9 @@ BAND = (0.5, 2.5)
 """Later measurements report ratios between these. κ follows the mean ratio, not the mean of its
 logarithm, and the band is wider above: few predictions carry most of a step's KL."""
 
+FIRST_STEPS = 8
+"""Each of as many first steps is measured."""
+
 EXPECTED = 1.6
 """A ratio within this factor of 1 was foreseen: the next measurement may wait twice as long."""
 
@@ -139,7 +142,7 @@ class Calibration:
             self.kappa *= 1 + self.gain * (min(max(ratio, low), high) - 1)
         self.last = step
         foreseen = 1 / EXPECTED < ratio < EXPECTED
-        if step >= 4:
+        if step >= FIRST_STEPS:
             most = max(self.every, step // SELDOM)
             self.wait = min(2 * self.wait, most) if foreseen else max(self.wait // 4, 1)
         self.breached = ratio > BREACH

@@ -33,7 +33,7 @@ their size: low precision and small auxiliary terms leave no more."""
 COMMON = 0.01
 """Scales that differ by less than this are one scale."""
 
-NEAR = 1.5
+NEAR = 3.0
 """A scale within this factor of 1 is not worth a word."""
 
 
