@@ -97,7 +97,11 @@ class MinibatchMetric(TrainingMetric):
             u = metric.solve(g_range)
         else:
             u = metric.solve(g)
-        delta, along = dot(g, u), dot(g, self._direction) if self._direction else 0.0
+        last = self._direction
+        kept = [t.shape for t in last] == [
+            t.shape for t in g
+        ]  # else parameters were frozen or freed
+        delta, along = dot(g, u), dot(g, last) if kept else 0.0
         if not math.isfinite(delta):
             return StepLengths.unknown()
         if rule.momentum:

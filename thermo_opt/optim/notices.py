@@ -112,7 +112,7 @@ class GradientWatch:
     def arm(self) -> None:
         """Watch the next backward pass."""
         self._length = None
-        if self._handle is None:
+        if self._handle is None and self._parameter.requires_grad:
             me = weakref.ref(self)
 
             def hook(parameter: Tensor) -> None:
