@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from thermo_opt.audits import audit as audit
     from thermo_opt.audits import audit_predictions as audit_predictions
     from thermo_opt.audits import compare as compare
+    from thermo_opt.audits import even_schedule as even_schedule
     from thermo_opt.errors import InputError as InputError
     from thermo_opt.fronts import pareto as pareto
     from thermo_opt.manifold import fisher_rao as fisher_rao
@@ -35,6 +36,7 @@ _HOME = {
     "Run": "runs",
     "audit": "audits",
     "audit_predictions": "audits",
+    "even_schedule": "audits",
     "compare": "audits",
     "fisher_rao": "manifold",
     "least_distance": "manifold",

@@ -5,5 +5,6 @@ from thermo_opt.audits.auditor import audit
 from thermo_opt.audits.comparison import compare
 from thermo_opt.audits.predictions import audit_predictions
 from thermo_opt.audits.results import Audit
+from thermo_opt.audits.schedule import EvenSchedule, even_schedule
 
-__all__ = ["Audit", "audit", "audit_predictions", "compare"]
+__all__ = ["Audit", "EvenSchedule", "audit", "audit_predictions", "compare", "even_schedule"]

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from thermo_opt.cli.advise import advise
 from thermo_opt.cli.audit import audit, compare
 from thermo_opt.cli.demo import demo
 from thermo_opt.cli.info import info
@@ -88,7 +89,7 @@ def application() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_top)
-    for command in (audit, compare, info, demo, pareto, sweep, verify):
+    for command in (audit, compare, advise, info, demo, pareto, sweep, verify):
         app.command()(command)
     return app
 

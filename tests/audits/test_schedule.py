@@ -1,0 +1,52 @@
+"""An even schedule's prediction against the run it predicts (§12)."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+import thermo_opt as to
+
+
+def descend(path, rates):
+    """Full-batch descent on digits with these learning rates, recorded at every step."""
+    x, y = load_digits(return_X_y=True)
+    x, y = torch.tensor(x[:300] / 16, dtype=torch.float32), torch.tensor(y[:300])
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 10))
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    with to.Recorder(path, model=model, optimizer=optimizer, probe=(x, y), every=1) as rec:
+        for rate in rates:
+            optimizer.param_groups[0]["lr"] = float(rate)
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            rec.step(loss=loss)
+    return to.audit(path, lens="outputs")
+
+
+def test_full_batch_descent_at_even_speed_costs_what_was_predicted(tmp_path):
+    first = descend(tmp_path / "first", np.full(120, 0.5))
+    schedule = to.even_schedule(first)
+    assert schedule.learning_rates.sum() == pytest.approx(60.0)
+    assert schedule.dissipation == pytest.approx(first.summary["dissipation"])
+    steadiness = first.summary["steadiness"]
+    assert schedule.predicted_dissipation == pytest.approx(steadiness * schedule.dissipation)
+    second = descend(tmp_path / "second", schedule.learning_rates)
+    realised = second.summary["dissipation"]
+    assert realised == pytest.approx(schedule.predicted_dissipation, rel=0.02)
+    assert realised < 0.8 * schedule.dissipation
+    assert second.summary["loss_end"] == pytest.approx(first.summary["loss_end"], rel=0.02)
+    factor = schedule.lr_lambda()
+    assert factor(0) == 1
+    assert factor(7) == pytest.approx(schedule.learning_rates[7] / schedule.learning_rates[0])
+
+
+def test_runs_that_can_not_tell_are_refused(tmp_path):
+    z = np.random.default_rng(0).normal(size=(5, 9, 3))
+    with pytest.raises(to.InputError, match="every step"):
+        to.even_schedule(to.audit_predictions(z, np.zeros(9, int), steps=[0, 2, 4, 6, 8]))
+    with pytest.raises(to.InputError, match="learning rate of every step"):
+        to.even_schedule(to.audit_predictions(z, np.zeros(9, int), steps=range(5)))
