@@ -5,9 +5,10 @@
 
 The first form measures one checkout against other libraries or bare loops (`bench_step` and so on).
 The second runs `KERNELS` with this checkout's thermo_opt and with another's, each in a process of
-its own, the two taking turns, and prints the median over rounds of the ratio of their seconds (new
-over old) with its quartiles. The code of the kernels is this checkout's on both sides, and names
-only what both have.
+its own, the two taking turns, and prints the median over rounds of the ratio (new over old) of
+their wall seconds and of their processor seconds, which other work on the machine disturbs less,
+with quartiles, and the processor milliseconds. The code of the kernels is this checkout's on both
+sides, and names only what both have.
 """
 
 from __future__ import annotations
@@ -155,9 +156,10 @@ def serve(name: str, scratch: Path, threads: int) -> None:
     print(json.dumps(list(kernels)), flush=True)
     for line in sys.stdin:
         gc.collect()
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         kernels[line.rstrip("\n")]()
-        print(time.perf_counter() - start, flush=True)
+        wall, busy = time.perf_counter() - start[0], time.process_time() - start[1]
+        print(json.dumps([wall, busy]), flush=True)
 
 
 @contextlib.contextmanager
@@ -208,22 +210,19 @@ def against(name: str, checkout: Path, rounds: int, threads: int) -> list[dict[s
         if first != second:
             raise to.InputError(f"{checkout} has other kernels: {first} instead of {second}")
         for kernel in first:
-            seconds: list[list[float]] = [[], []]
-            for k in range(rounds + 1):
+            taken: list[list[list[float]]] = [[], []]
+            for k in range(rounds + 1):  # the first warms up
                 for which in (0, 1) if k % 2 else (1, 0):
-                    seconds[which].append(ask(sides[which], kernel))
-            ratios = [new / old for old, new in zip(*(own[1:] for own in seconds), strict=True)]
-            low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-            rows.append(
-                {
-                    "kernel": kernel,
-                    "new over old": float(middle),
-                    "quartiles": f"{low:.3f} to {high:.3f}",
-                    "old (ms)": 1e3 * float(np.median(seconds[0][1:])),
-                    "new (ms)": 1e3 * float(np.median(seconds[1][1:])),
-                    "rounds": rounds,
-                }
-            )
+                    taken[which].append(ask(sides[which], kernel))
+            old, new = (np.array(own[1:]) for own in taken)  # (rounds, 2): wall, processor
+            ratios = np.quantile(new / old, [0.25, 0.5, 0.75], axis=0)
+            row: dict[str, Any] = {"kernel": kernel}
+            for place, clock in enumerate(("wall", "processor")):
+                low, middle, high = ratios[:, place].tolist()
+                row[clock] = f"{middle:.3f} ({low:.3f} to {high:.3f})"
+            row["old (ms)"] = 1e3 * float(np.median(old[:, 1]))
+            row["new (ms)"] = 1e3 * float(np.median(new[:, 1]))
+            rows.append(row | {"rounds": rounds})
     return rows
 
 

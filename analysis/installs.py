@@ -1,14 +1,15 @@
 """What `pyproject.toml` promises: the lowest and the newest allowed dependencies, and the wheel.
 
     python -m analysis installs lowest [--tests tests/sweep tests/runs] [--python 3.12]
-    python -m analysis installs newest [--tests …] [--python …]
+        [--torch 2.13.0+cpu]
+    python -m analysis installs newest [--tests …] [--python …] [--torch …]
     python -m analysis installs wheel [--fresh]
 
 "lowest" and "newest" make a virtual environment outside the checkout, install the project with its
 test dependencies through uv (``--resolution lowest-direct`` or ``highest``, no constraints file),
-print the versions that were chosen, and run the tests there; exit status: pytest's. Where the
-package index has no torch as old as the lower bound for this Python and platform, uv says so and
-nothing is run.
+print the versions that were chosen, and run the tests there. ``--torch``: this torch whatever the
+resolution, for machines whose index has one build without CUDA's libraries only; then the lower
+bound of torch remains a claim.
 
 "wheel" builds the wheel, installs it into a folder of its own outside the checkout, and there runs
 ``thermo-opt demo``, ``verify`` of two claims and an audit with the environment's dependencies;
@@ -55,16 +56,21 @@ def environment(folder: Path, python: str | None) -> tuple[Path, Path]:
     return folder / "chosen" / "bin" / "python", uv
 
 
-def suite(which: str, tests: Sequence[str], python: str | None) -> None:
+def suite(which: str, tests: Sequence[str], python: str | None, torch: str | None) -> None:
     """Install one end of the allowed range, and run tests on it."""
+    links = os.environ.get("PIP_FIND_LINKS")  # pip's own; uv has another name for them
+    env = {"UV_FIND_LINKS": links} if links and "UV_FIND_LINKS" not in os.environ else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         interpreter, uv = environment(folder, python)
         install = [uv, "pip", "install", "-q", "--python", interpreter]
-        resolution = ["--resolution", RESOLUTION[which]]
-        call([*install, *resolution, "-e", f"{ROOT}[test]"], folder)
+        chosen = ["--resolution", RESOLUTION[which]]
+        if torch is not None:
+            (folder / "override.txt").write_text(f"torch=={torch}\n")
+            chosen += ["--override", str(folder / "override.txt")]
+        call([*install, *chosen, "-e", f"{ROOT}[test]"], folder, env)
         oracles = ROOT / "tests" / "oracles" / "requirements.txt"
-        call([*install, "--no-deps", "-r", oracles], folder)
+        call([*install, "--no-deps", "-r", oracles], folder, env)
         code = "import importlib.metadata as m; print({n: m.version(n) for n in %r})"
         call([interpreter, "-c", code % (SHOWN,)], folder)
         call([interpreter, "-m", "pytest", "-n", "0", "-q", *tests], ROOT)
@@ -111,8 +117,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("which", choices=[*RESOLUTION, "wheel"])
     parser.add_argument("--tests", nargs="+", default=["tests"])
     parser.add_argument("--python", help="such as 3.12: another version, through uv")
+    parser.add_argument("--torch", metavar="VERSION", help="this torch, whatever the resolution")
     parser.add_argument("--fresh", action="store_true", help="wheel: install dependencies anew")
     options = parser.parse_args(arguments)
     if options.which == "wheel":
         return wheel(options.fresh)
-    return suite(options.which, options.tests, options.python)
+    return suite(options.which, options.tests, options.python, options.torch)

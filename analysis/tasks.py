@@ -251,11 +251,13 @@ def transformer(
     dropout: float = 0.0,
     probe: int = 128,
     text: str = "stdlib",
+    test: int = 0,
 ) -> Task:
     """A character transformer on `data` (a text file or its folder), on the standard library's
     source ("stdlib") or on tiny Shakespeare.
 
     The last tenth of the text is held out: probe and validation are windows of it, in turns.
+    ``test``: so many windows between theirs, for the final loss (0: the probe serves).
     """
     if data is None and text == "shakespeare":
         data = str(DATASETS / "tinyshakespeare")
@@ -275,11 +277,20 @@ def transformer(
             rows = train[starts[:, None] + window]
             yield rows[:, :-1], rows[:, 1:]
 
-    starts = torch.linspace(0, len(held_out) - context - 2, 2 * probe).long()
+    starts = torch.linspace(0, len(held_out) - context - 2, 2 * probe + test).long()
     rows = held_out[starts[:, None] + window]
+    part = torch.arange(len(rows)) * 2 * probe // len(rows)  # as many of each, evenly spread
+    first = torch.diff(part, prepend=torch.tensor([-1])) > 0
+    rows, others = rows[first], rows[~first]
+
+    def tested() -> Iterator[Pair]:
+        for some in others.split(64):
+            yield some[:, :-1], some[:, 1:]
+
     return Task(
         CharGPT(letters, layers, width, context, heads, dropout),
         stream,
         (rows[::2, :-1], rows[::2, 1:]),
         (rows[1::2, :-1], rows[1::2, 1:]),
+        tested if test else None,
     )
