@@ -148,7 +148,11 @@ IMPOSSIBLE = [
     ('name = "blobs"', 'factory = "no.such:thing"', "can't be imported"),
     ('name = "blobs"', 'factory = "math:sqrt"', "must return"),
     ('name = "blobs"', 'factory = "builtins:list"', "failed for seed"),
-    ('name = "blobs"', 'name = "blobs"\nlikelihood = "gaussian"', "can't take a step"),
+    (
+        'name = "blobs"',
+        'name = "blobs"\nlikelihood = "gaussian"',
+        "can't take a step|don't fit outputs",
+    ),
     ("every = 4", 'device = "abacus"', "device 'abacus'"),
 ]
 

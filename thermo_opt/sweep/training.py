@@ -296,6 +296,7 @@ def _record(trainer: Trainer, path: Path, watch: Watch | None) -> None:
         probe=trainer.task.probe,
         every=trial.training.every,
         likelihood=trial.likelihood,  # type: ignore[arg-type]
+        sigma2=1.0 if trial.likelihood == "gaussian" else None,  # as in the loss
         batch_size=trial.training.batch_size or None,
         name=trial.name,
         notes={"sweep": trial.facts(), "method": trial.method},
