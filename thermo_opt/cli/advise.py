@@ -93,8 +93,9 @@ def _noise_share(summary: Any) -> float | None:
     split = summary.get("split") or {}
     noise = split.get("noise")
     noise = noise.get("value") if isinstance(noise, dict) else noise
-    known = isinstance(noise, int | float) and summary["dissipation"]
-    return float(noise) / summary["dissipation"] if known else None
+    if not isinstance(noise, int | float) or not summary["dissipation"]:
+        return None
+    return float(noise) / summary["dissipation"]
 
 
 def _entry(about: str, words: str, saving: float | None = None) -> dict[str, Any]:

@@ -128,7 +128,12 @@ def _reading(file: Path) -> Callable[[], Tensor]:
     return lambda: torch.load(file, weights_only=True)
 
 
+def contents_of(array: Any) -> PredictionContents:
+    """One snapshot's predictions, held in memory."""
+    return PredictionContents(tuple(array.shape), lambda: array)
+
+
 def in_memory(predictions: Any) -> Iterator[PredictionContents]:
     """The snapshots of an array (snapshots, examples, ...), or of a sequence of arrays."""
     for array in predictions:
-        yield PredictionContents(tuple(array.shape), lambda array=array: array)
+        yield contents_of(array)

@@ -12,7 +12,7 @@ import numpy as np
 
 from thermo_opt.errors import InputError
 from thermo_opt.runs.border import regular, visible
-from thermo_opt.runs.predictions import PredictionContents, predictions_run
+from thermo_opt.runs.predictions import contents_of, predictions_run
 from thermo_opt.runs.probe_files import read_arrays
 from thermo_opt.runs.readers.steps import numbers_in
 from thermo_opt.runs.run import Run
@@ -88,11 +88,11 @@ def _run(folder: Path, holding: Sequence[tuple[Path, dict[str, Any]]]) -> Run:
         for (file, own), number in zip(holding, found.numbers, strict=True):
             if output not in own:
                 raise InputError(f"{file} has no {output!r}, unlike {holding[0][0].name}")
-            pairs.append((number, own[output]))
-        pairs.sort(key=lambda pair: pair[0] or 0)
+            pairs.append((number or 0, own[output]))
+        pairs.sort(key=lambda pair: pair[0])
     kind = OUTPUTS[output]
     return predictions_run(
-        [(step, PredictionContents(tuple(a.shape), lambda a=a: a)) for step, a in pairs],
+        [(step, contents_of(array)) for step, array in pairs],
         targets,
         path=folder,
         name=name,
