@@ -104,7 +104,7 @@ def measured(task: SmallTask, budget: float, seeds: int) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, print the table, write the CSV."""
-    parser = argparse.ArgumentParser(prog="python -m analysis budget", description=__doc__)
+    parser = argparse.ArgumentParser(prog="analysis budget", description=__doc__)
     parser.add_argument("--budgets", default="0.001,0.01,0.03")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", default="", help="words of the tasks' names, separated by commas")

@@ -321,7 +321,7 @@ def trial(seeds: Path, layout: str, seed: int, scratch: Path) -> tuple[str, str]
 
 def main(arguments: list[str]) -> int:
     """Run trials and print their counts; exit status 1 if any failed."""
-    parser = argparse.ArgumentParser(prog="python -m analysis fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="analysis fuzz", description=__doc__)
     parser.add_argument("--count", type=int, default=1000, help="trials over all layouts")
     parser.add_argument("--seed", type=int, default=0, help="of the first trial")
     parser.add_argument("--layout", help="one layout alone")

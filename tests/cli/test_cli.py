@@ -295,9 +295,8 @@ def test_demo(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         if "%" in line
     }
     assert set(rows) == {path.name for path in demo.recorded_runs()}
-    for row in rows.values():  # run, L(T), Q, D*, D, ℒ, √(2QT), efficiency: as printed
-        bounds = [float(entry) for entry in row[3:7]]
-        assert bounds == sorted(bounds)
+    for row in rows.values():  # the last column: efficiency, in per cent
+        assert 0 < float(row[-2]) < 100
     embedded = re.search(
         r'id="thermo-opt-summaries">(.*?)</script>', target.read_text("utf-8"), re.DOTALL
     )

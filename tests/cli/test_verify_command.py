@@ -135,7 +135,7 @@ def test_optimizers_that_need_a_closure_are_run():
     [
         ("torch.optim", "package.module:factory"),
         ("no.such.module:make", "can't be imported"),
-        ("torch.optim:Nothing", "has no 'Nothing'"),
+        ("torch.optim:Nothing", "has no attribute 'Nothing'"),
         ("math:pi", "callable"),
         ("torch.nn:Linear", "no torch Optimizer"),
         ("builtins:id", "returned int"),

@@ -206,6 +206,8 @@ def test_every_likelihood_is_exact_blockwise_on_one_example(kind, likelihood):
         if likelihood == "categorical"
         else torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64)
     )
+    if likelihood == "heteroscedastic":  # two means and two log-variances
+        model[-1], y = nn.Linear(model[-1].in_features, 4).double(), y[:, :2]
     options = {"sigma2": 0.7} if likelihood == "gaussian" else {}
     metric = make(kind, model, (x, y), likelihood=likelihood, **options)
     assert_blocks_exact(metric, model, oracle.dense_fisher(model, x, y, likelihood, **options))

@@ -1,6 +1,7 @@
 """``fully_shard`` over two gloo processes trains as one process does; other kinds of sharding are
 refused by name."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,7 @@ def work(rank: int, path: str) -> None:
     torch.save(found, f"{path}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # gloo's own threads may otherwise wait for each other for ever
 
 
 @pytest.fixture(scope="module")
