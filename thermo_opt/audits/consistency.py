@@ -7,19 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from thermo_opt.lenses.results import LensAudit
-
-_ALIGNMENT_KEYS = (
-    "alignment",
-    "alignment_lower",
-    "alignment_upper",
-    "downhill_lower",
-    "downhill_upper",
-    "uphill_lower",
-    "uphill_upper",
-    "held_by",
-    "alignment_lower_rest",
-)
+from thermo_opt.lenses.results import ALIGNMENT_KEYS, LensAudit
 
 
 def consistent(lenses: dict[str, LensAudit]) -> dict[str, LensAudit]:
@@ -57,7 +45,7 @@ def _without_contradiction(outputs: LensAudit, parameters: LensAudit) -> LensAud
     )
     notes = [note for note in outputs.summary["notes"] if "certified only from below" not in note]
     summary = type(outputs.summary)(outputs.summary)
-    summary |= dict.fromkeys(_ALIGNMENT_KEYS) | {"notes": [*notes, reason]}
+    summary |= dict.fromkeys(ALIGNMENT_KEYS) | {"notes": [*notes, reason]}
     steps = outputs.steps.assign(alignment_lower=np.nan, alignment_upper=np.nan)
     return replace(outputs, steps=steps, summary=summary)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from thermo_opt.describe.quantities import cost_unit, number, percent
 from thermo_opt.describe.ranking import ranking
-from thermo_opt.lenses.results import Audited
+from thermo_opt.lenses.results import ALIGNMENT_KEYS, Audited
 
 Summary = Mapping[str, Any]
 
@@ -21,20 +21,6 @@ LENS_WORDS = {
     "parameters": "weights and model",
     "optimizer-state": "weights and optimizer state",
 }
-
-
-ALIGNMENT_KEYS = (
-    "alignment",
-    "alignment_lower",
-    "alignment_upper",
-    "downhill_lower",
-    "downhill_upper",
-    "uphill_lower",
-    "uphill_upper",
-    "held_by",
-    "alignment_lower_rest",
-    "displacement_alignment",
-)
 
 
 def closest(audit: Audited) -> dict[str, Any]:
@@ -51,7 +37,7 @@ def closest(audit: Audited) -> dict[str, Any]:
     some = len(closer.steps) < len(audit.steps)
     if some and summary["alignment_lower"] is not None:
         return summary
-    known = {key: closer.summary[key] for key in ALIGNMENT_KEYS}
+    known = {key: closer.summary[key] for key in (*ALIGNMENT_KEYS, "displacement_alignment")}
     return summary | known | {"alignment_intervals": len(closer.steps) if some else None}
 
 

@@ -69,6 +69,20 @@ can't know a value. `thermo_opt.describe.quantities` says what each means, and w
 bound, or an estimate."""
 
 
+ALIGNMENT_KEYS = (
+    "alignment",
+    "alignment_lower",
+    "alignment_upper",
+    "downhill_lower",
+    "downhill_upper",
+    "uphill_lower",
+    "uphill_upper",
+    "held_by",
+    "alignment_lower_rest",
+)
+"""Keys of a summary that speak of the alignment of single optimizer steps."""
+
+
 class Summary(RenamedKeys):
     """A lens's summary, keys `SUMMARY_KEYS`; D and D* were called ``geodesic`` and ``frontier``
     before."""

@@ -98,9 +98,8 @@ class MinibatchMetric(TrainingMetric):
         else:
             u = metric.solve(g)
         last = self._direction
-        kept = [t.shape for t in last] == [
-            t.shape for t in g
-        ]  # else parameters were frozen or freed
+        # Parameters that were frozen or freed since have another list.
+        kept = [t.shape for t in last] == [t.shape for t in g]
         delta, along = dot(g, u), dot(g, last) if kept else 0.0
         if not math.isfinite(delta):
             return StepLengths.unknown()
