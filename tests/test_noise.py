@@ -41,26 +41,42 @@ def test_a_full_batch_has_no_noise():
     assert noise.noise_and_drift(delta, delta) == (0.0, pytest.approx(0.5 * (delta**2).sum() / 50))
 
 
-def chords_of(path, strides=(1, 2, 4, 8, 16, 32)):
-    return {
-        m: [
-            (k, k + m, float(np.mean((path[k + m] - path[k]) ** 2)))
-            for k in range(0, len(path) - m, m)
-        ]
-        for m in strides
-    }
+LAGS = (1, 2, 4, 8, 16)
+
+
+def products_of(path, lags=LAGS):
+    def product(k, m):
+        return float(np.mean((path[k + m] - path[k]) * (path[k + 3 * m] - path[k + 2 * m])))
+
+    return {m: [(k, product(k, m)) for k in range(0, len(path) - 3 * m, m)] for m in lags}
 
 
 def test_transport_is_the_motion_that_lasts_whatever_the_noise():
-    rng = np.random.default_rng(1)
-    velocity, scatter = 0.02, 0.1
-    path = np.cumsum(velocity + scatter * rng.normal(size=(257, N)), axis=0)
-    found = noise.transport(chords_of(path))
-    assert found.told
-    assert found.value == pytest.approx(256 * 0.5 * velocity**2, abs=4 * found.error)
-    assert found.error < 0.2 * found.value
-    coarse = noise.transport(chords_of(path[::2]), stride_steps=2)
-    assert coarse.value == pytest.approx(found.value, abs=3 * (coarse.error + found.error))
+    velocity, scatter, steps = 0.02, 0.1, np.arange(257)
+    found = []
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        path = np.cumsum(velocity + scatter * rng.normal(size=(257, 200)), axis=0)
+        found.append(noise.lasting_transport(products_of(path), steps))
+    truth = 256 * 0.5 * velocity**2
+    off = [(f.total.value - truth) / f.total.error for f in found]
+    assert abs(np.mean(off)) < 0.5
+    assert 0.5 < np.std(off) < 1.5  # the standard error is one
+    assert np.mean([f.total.told for f in found]) > 0.9
+    coarse = noise.lasting_transport(products_of(path[::2]), steps[::2])
+    gap = coarse.total.value - found[-1].total.value
+    assert abs(gap) < 3 * (coarse.total.error + found[-1].total.error)
+
+
+def test_a_motion_that_slows_down_is_read_at_the_right_time():
+    """Without noise, along a line, product of velocities = the squared one in the middle."""
+    k = np.arange(257)
+    path = np.repeat(np.exp(-k / 20.0)[:, None], 3, axis=1)
+    exact = 0.5 * np.sum(np.diff(path[:, 0]) ** 2)
+    found = noise.lasting_transport(products_of(path, (1,)), k)
+    assert found.total.value == pytest.approx(exact, rel=0.12)
+    per_step = 0.5 * (np.exp(-(found.step - 0.5) / 20) - np.exp(-(found.step + 0.5) / 20)) ** 2
+    assert found.rate == pytest.approx(per_step, rel=0.01)
 
 
 def test_a_stationary_process_transports_nothing_although_it_drifts():
@@ -69,16 +85,45 @@ def test_a_stationary_process_transports_nothing_although_it_drifts():
     path = descended(300, 0.0, rng)[44:]
     variance = ETA * S2 / (H * (2 - ETA * H))
     assert np.var(path) == pytest.approx(variance, rel=0.05)
-    assert 0.5 * ETA**2 * H**2 * variance > 0
-    assert not noise.transport(chords_of(path)).told
+    drift = [0.5 * ETA**2 * H**2 * np.mean(x**2) for x in path[:-1:4]]
+    moves = np.diff(path, axis=0)
+    adjacent = [(k, float(np.mean(moves[k] * moves[k + 1]))) for k in range(len(moves) - 1)]
+    at = np.arange(0, len(moves), 4)
+    found = noise.balanced_transport(adjacent, drift, at, len(moves))
+    housekeeping = len(moves) * 0.5 * ETA**2 * H**2 * variance
+    assert abs(found.total.value) < 3 * found.total.error < 0.2 * housekeeping
+    assert not noise.lasting_transport(products_of(path), np.arange(len(path))).total.told
+
+
+def test_lags_have_the_structure_of_the_process():
+    """½⟨δ_k, δ_{k+ℓ}⟩ of a stationary process is −(1−ηh)^{ℓ−1} of the housekeeping."""
+    rng = np.random.default_rng(5)
+    moves = np.diff(descended(500, 0.0, rng)[60:], axis=0)
+    housekeeping = 0.5 * ETA**2 * H**2 * ETA * S2 / (H * (2 - ETA * H))
+    for lag in (1, 2, 5):
+        found = 0.5 * np.mean(moves[:-lag] * moves[lag:])
+        assert found == pytest.approx(-housekeeping * (1 - ETA * H) ** (lag - 1), rel=0.1)
+
+
+def test_a_lower_bound_is_called_one():
+    """Where a longer lag gives significantly more, the longest is taken and said to be short."""
+    grown = {m: [(k, m**2 * v) for k in range(0, 60, m)] for m, v in ((1, 0.1), (2, 0.5), (4, 1.0))}
+    found = noise.lasting_transport(grown, np.arange(80))
+    assert found.lag == 4
+    short = noise.lasting_transport({m: grown[m] for m in (1, 2)}, np.arange(80))
+    assert short.lag == 2
+    assert noise.lasting_transport(grown, np.arange(80), memory=5.0).lag == 4
 
 
 def test_what_can_not_be_told():
     path = np.zeros((20, 3))
-    assert noise.transport(chords_of(path, (1, 2))) is None
-    assert noise.transport({}) is None
-    assert noise.transport(chords_of(np.zeros((257, 3))), memory=20) is None
+    assert noise.lasting_transport(products_of(path, (8,)), np.arange(20)) is None
+    assert noise.lasting_transport({}, np.arange(20)) is None
+    assert noise.lasting_transport(products_of(path, (1,)), np.arange(20), memory=20) is None
+    assert noise.balanced_transport([(0, 1.0)] * 9, [1.0], [0], 10) is None
     assert np.isnan(noise.over_run([1.0], [3], 10).error)
     assert noise.over_run([1.0], [3], 10).value == 10
+    assert noise.over_run([1.0, 3.0], [0, 10], 11).value == pytest.approx(22)
+    assert noise.over_run([1.0, 3.0], [0, 10], 11, start=10).value == 3
     with pytest.raises(ValueError, match="can't be compared"):
         noise.noise_and_drift(np.zeros((2, 3)), np.zeros((3, 3)))

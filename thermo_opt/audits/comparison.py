@@ -13,10 +13,16 @@ from thermo_opt.audits.auditor import at_steps
 from thermo_opt.audits.results import Audit
 from thermo_opt.describe.ranking import on_one_probe, ranking, snapshots_of
 from thermo_opt.errors import InputError
-from thermo_opt.lenses.results import LENSES, SUMMARY_KEYS
+from thermo_opt.lenses.results import LENSES, SUMMARY_KEYS, LensAudit
 
 _LEAST_COMMON = 3
 """Snapshots in common below which there is one interval only, and no efficiency."""
+
+
+_PARTS = tuple(
+    key + end for key in ("noise", "drift", "transport", "housekeeping") for end in ("", "_error")
+)
+"""Columns with the parts of a run's split (§11)."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class Comparison:
 
     Attributes:
         audits: Ranked ones first, the most efficient first; at common snapshots where there are.
-        table: One row per run and lens, columns `SUMMARY_KEYS` and ``probe``.
+        table: One row per run and lens, columns `SUMMARY_KEYS`, ``probe`` and the split's parts.
         notes: Sentences: to which snapshots runs were coarsened, or why there is no ranking.
     """
 
@@ -46,8 +52,10 @@ def compare(audits: Sequence[Audit]) -> pd.DataFrame:
         audits: What `audit` returns.
 
     Returns:
-        One row per run and lens, columns `SUMMARY_KEYS` and ``probe``; ``table.attrs["notes"]``
-        holds sentences on what was done to make the runs comparable, or why they are not ranked.
+        One row per run and lens, columns `SUMMARY_KEYS`, ``probe`` and the parts of the split,
+        ``noise, drift, transport, housekeeping`` each with its ``_error`` (§11).
+        ``table.attrs["notes"]`` holds sentences on what was done to make the runs comparable, or
+        why they are not ranked.
 
     Raises:
         InputError: Without audits.
@@ -68,14 +76,18 @@ def comparison(audits: Sequence[Audit]) -> Comparison:
     order = [*first, *(i for i in range(len(audits)) if i not in first)]
     audits = [audits[i] for i in order]
     rows = [
-        {**audit.lenses[lens].summary, "probe": audit.probe}
+        {**audit.lenses[lens].summary, "probe": audit.probe, **_parts(audit.lenses[lens])}
         for lens in LENSES
         for audit in audits
         if lens in audit.lenses
     ]
-    table = pd.DataFrame(rows, columns=[*SUMMARY_KEYS, "probe"])
+    table = pd.DataFrame(rows, columns=[*SUMMARY_KEYS, "probe", *_PARTS])
     table.attrs["notes"] = list(notes)
     return Comparison(audits, table, notes)
+
+
+def _parts(lens: LensAudit) -> dict[str, float | None]:
+    return {} if lens.split is None else {key: getattr(lens.split, key) for key in _PARTS}
 
 
 def _at_common_snapshots(audits: list[Audit]) -> tuple[list[Audit], list[str]]:

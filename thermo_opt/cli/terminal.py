@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from thermo_opt.describe import sentences as words
+from thermo_opt.describe import split as noise_words
 from thermo_opt.describe.quantities import QUANTITIES, number, percent, unit
 from thermo_opt.describe.standing import standing, with_standing
 from thermo_opt.errors import printable
@@ -32,8 +33,11 @@ _SPARE = (
     "length",
     "adam steadiness",
     "adam straightness",
-    "dissipation",
+    "transport",
     "span",
+    "dissipation",
+    "drift",
+    "noise",
     "stride",
 )
 """Columns of a comparison that a narrow terminal does without, the first of them first."""
@@ -120,6 +124,12 @@ def print_audit(audit: Audited) -> None:
             )
             cells = (_value(summary, quantity.key) for summary in audit.summaries)
             table.add_row(_name(quantity.name), notation.removesuffix(" ≥"), *cells)
+    for quantity in noise_words.SPLIT:
+        splits = [summary["split"] or {} for summary in audit.summaries]
+        if any(split.get(quantity.key) is not None for split in splits):
+            notation = " ".join(part for part in (quantity.symbol, quantity.unit) if part)
+            cells = (noise_words.with_error(split, quantity.key) for split in splits)
+            table.add_row(quantity.name, notation, *cells)
     console.print()
     console.print(table)
     _print_blind_spots(console, [audit])
@@ -177,6 +187,9 @@ def _comparison_table(rows: list[dict[str, Any]], console: Console) -> Table:
         row["span"] = f"{row['first_step']}–{row['last_step']}"
         row["losses"] = f"{number(row['loss_start'])} → {number(row['loss_end'])}"
         row["ε"] = _range(row["alignment_lower"], row["alignment_upper"])
+        for key in ("noise", "drift", "transport"):
+            split = row["split"] or {}
+            row[key] = split.get(key) if split.get("replicas") else None
         for key in ("alignment", "straightness", "steadiness"):
             row[f"adam {key}"] = _range(row[f"adam_{key}_lower"], row[f"adam_{key}_upper"])
     columns = {
@@ -184,6 +197,9 @@ def _comparison_table(rows: list[dict[str, Any]], console: Console) -> Table:
         "stride": "stride",
         "losses": "loss",
         "dissipation": "Q",
+        "noise": "noise",
+        "drift": "drift",
+        "transport": "transp.",
         "least_distance": "D*",
         "distance": "D",
         "length": "ℒ",

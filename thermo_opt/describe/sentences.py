@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from thermo_opt.describe import split
 from thermo_opt.describe.quantities import cost_unit, number, percent
 from thermo_opt.describe.ranking import ranking
 from thermo_opt.lenses.results import ALIGNMENT_KEYS, Audited
@@ -87,8 +88,8 @@ def headline(summary: Summary) -> str:
 
 
 def explanation(summary: Summary) -> list[str]:
-    """Up to four more sentences: the straight path's cost, the least possible one, and the
-    alignment."""
+    """Up to six more sentences: the straight path's cost, the least possible one, noise apart from
+    progress, and the alignment."""
     said = []
     unit = cost_unit(summary["clock"])
     total, irreducible = summary["dissipation"], summary["irreducible"]
@@ -105,7 +106,7 @@ def explanation(summary: Summary) -> list[str]:
             "To reach the same loss in that time, no optimizer and no network can pay less than "
             f"{number(least)} {unit}, {most}{percent(least / total)} of what this run paid."
         )
-    return said + alignment(summary)
+    return said + split.sentences(summary) + alignment(summary)
 
 
 def brief(summary: Summary) -> list[str]:

@@ -1,21 +1,30 @@
 """What of a run's dissipation was noise, and what went somewhere: the outputs lens's replicas and
-long lags (theory §11)."""
+products of displacements apart in time (theory §11)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from thermo_opt import noise
+from thermo_opt.lenses.lags import ADJACENT, Products, coordinates
 from thermo_opt.lenses.predictions import RecordedPredictions
-from thermo_opt.manifold import Point
-from thermo_opt.manifold.predictive import ON_SPHERES
 from thermo_opt.runs.replicas import Replica
+from thermo_opt.runs.run import RunInfo
 
-Chords = Mapping[int, Sequence[tuple[int, int, float]]]
+_STRETCHES = 12
+"""Stretches of a run that the split is told for, at most."""
+_TOLD_BY = 3.0
+"""Standard errors by which the transport of a stretch should stand out for a critical batch size:
+a run whose whole transport stands out by n times as many is cut into n² stretches."""
+_USUAL = 0.9
+"""Momentum of most optimizers that have one."""
+_LEAST_REPLICAS = 3
+"""Replicas in a stretch, at least."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +38,21 @@ class Split:
         drift_error: Its standard error.
         transport: The part of the drift that goes somewhere; None where the path can't tell.
         transport_error: Its standard error, also where the part itself is not told.
+        transport_lag: Steps apart of the displacements it was read from; 1 for neighbours.
         housekeeping: The rest of the drift, which undoes earlier noise; None where either is.
+        housekeeping_error: Its standard error.
+        critical_batch: B* = B·M²·Q_noise/Q_transport, M the optimizer's memory: momentum repeats
+            a minibatch's scatter over M steps. None where transport or batch size is not told.
+        critical_batch_error: Its standard error.
         replicas: Replica steps recorded.
+        reason: Why a part is None, in a sentence; None where all are told.
+        curve: Noise, drift and transport per step in stretches of the run, columns ``step,
+            step_end`` and each with its ``_error``, NaN where a stretch can't tell; empty without
+            replicas.
+        critical: The critical batch size in (fewer, so that transport is told) stretches, columns
+            ``step, step_end, noise, transport, critical_batch`` with errors, and
+            ``critical_batch_lower``, B* at least (two standard errors off), also where transport is
+            not told; empty without replicas or batch size.
     """
 
     noise: float | None
@@ -39,75 +61,234 @@ class Split:
     drift_error: float | None
     transport: float | None
     transport_error: float | None
+    transport_lag: float | None
     housekeeping: float | None
+    housekeeping_error: float | None
+    critical_batch: float | None
+    critical_batch_error: float | None
     replicas: int
+    reason: str | None
+    curve: pd.DataFrame = field(repr=False, compare=False)
+    critical: pd.DataFrame = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """As a plain dictionary."""
-        return asdict(self)
+        """As a plain dictionary, without the curves."""
+        tables = ("curve", "critical")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in tables}
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Noise and drift per step as sampled, (K,) each, at the replicas; or drift at every step, as
+    the ``rest`` of its dissipation."""
+
+    noise: np.ndarray
+    noise_at: np.ndarray
+    drift: np.ndarray
+    drift_at: np.ndarray
+    rest: bool
+
+    def sums(self, end: int, start: int = 0) -> dict[str, noise.Estimate]:
+        """Over a stretch; the drift of every step shares the error of the noise it is freed of."""
+        if not len(self.noise):
+            return dict.fromkeys(("noise", "drift"), noise.Estimate(np.nan, np.nan))
+        apart = noise.over_run(self.noise, self.noise_at, end, start)
+        drift = noise.over_run(self.drift, self.drift_at, end, start)
+        if self.rest:
+            drift = noise.Estimate(drift.value, float(np.hypot(drift.error, apart.error)))
+        return {"noise": apart, "drift": drift}
 
 
 def measure_split(
     source: RecordedPredictions,
     replicas: Sequence[Replica],
-    chords: Chords,
+    products: Products,
+    a: np.ndarray,
     steps: np.ndarray,
     memory: float,
+    batch_size: int | None,
 ) -> Split | None:
     """The split of a run's dissipation, or None where neither replicas nor its path tell anything.
 
     Args:
         source: The run's recorded predictions, whose family the replicas' are of.
         replicas: Its recorded replica steps.
-        chords: Chords of the audited path, per stride.
-        steps: Step numbers of the audited snapshots.
+        products: Of displacements along the audited path (`lags`).
+        a: (K,) squared lengths of the audited intervals, nats.
+        steps: (K+1,) step numbers of the audited snapshots.
         memory: The optimizer's memory in steps, 1/(1−μ).
+        batch_size: Loss terms per step, where known.
     """
     if source.likelihood == "heteroscedastic":
         return None
     total = int(steps[-1])
-    found = [r for r in replicas if r.step < total]
-    apart, drift = noise.Estimate(np.nan, np.nan), noise.Estimate(np.nan, np.nan)
-    if found:
-        pairs = np.array([_noise_and_drift(source, replica) for replica in found])
-        at = [replica.step for replica in found]
-        apart, drift = (noise.over_run(column, at, total) for column in pairs.T)
-    stride = np.diff(steps)
-    moved = None
-    if len(stride) and (stride[:-1] == stride[0]).all():
-        moved = noise.transport(chords, float(stride[0]), memory)
+    found = [r for r in replicas if steps[0] <= r.step < total]
+    sampled = _samples(source, found, a, steps)
+    moved = _transport(products, sampled, steps, memory)
     if not found and moved is None:
         return None
-    told = moved is not None and moved.told
-    housekeeping = drift.value - moved.value if found and moved is not None and told else None
+    apart, drift = sampled.sums(total).values()
+    told = moved is not None and moved.total.told
+    unknown = noise.Estimate(np.nan, np.nan)
+    way = moved.total if moved is not None else unknown
+    rest = _housekeeping(drift, way, moved) if told else unknown
+    scale = (batch_size or np.nan) * memory**2
+    batch = noise.ratio(apart, way, scale) if told and batch_size else unknown
     return Split(
         noise=_number(apart.value),
         noise_error=_number(apart.error),
         drift=_number(drift.value),
         drift_error=_number(drift.error),
-        transport=moved.value if moved is not None and told else None,
-        transport_error=None if moved is None else _number(moved.error),
-        housekeeping=housekeeping,
+        transport=way.value if told else None,
+        transport_error=_number(way.error),
+        transport_lag=None if moved is None else moved.lag,
+        housekeeping=_number(rest.value),
+        housekeeping_error=_number(rest.error),
+        critical_batch=_number(batch.value),
+        critical_batch_error=_number(batch.error),
         replicas=len(found),
+        reason=_reason(found, moved, batch_size),
+        curve=_curve(sampled, moved, total, _STRETCHES),
+        critical=_critical(sampled, moved, total, scale),
+    )
+
+
+def _samples(
+    source: RecordedPredictions, replicas: Sequence[Replica], a: np.ndarray, steps: np.ndarray
+) -> _Samples:
+    """Noise from the replicas, drift from the more precise of two: the replicas, or, where every
+    step was recorded, what is left of each step's dissipation."""
+    pairs = np.array([_noise_and_drift(source, r) for r in replicas]).reshape(-1, 2)
+    at = np.array([r.step for r in replicas])
+    alone = _Samples(pairs[:, 0], at, pairs[:, 1], at, False)
+    if not len(pairs) or not bool((np.diff(steps) == 1).all()):
+        return alone
+    scatter = np.interp(steps[:-1], at, pairs[:, 0])
+    rest = _Samples(pairs[:, 0], at, 0.5 * a - scatter, steps[:-1], True)
+    errors = [s.sums(int(steps[-1]))["drift"].error for s in (rest, alone)]
+    return rest if errors[0] <= errors[1] else alone
+
+
+def _transport(
+    products: Products, sampled: _Samples, steps: np.ndarray, memory: float
+) -> noise.Transport | None:
+    """From the balance of fluctuations, where the optimizer has no memory and every step was
+    recorded; from long lags otherwise, or where the balance is too noisy to tell."""
+    gaps = np.diff(steps)
+    if not len(gaps) or not (gaps[:-1] == gaps[0]).all():
+        return None
+    lasting = noise.lasting_transport(products, steps, memory)
+    if memory > 1 or gaps[0] != 1 or not len(sampled.noise):
+        return lasting
+    total = int(steps[-1])
+    shared = noise.over_run(sampled.noise, sampled.noise_at, total).error if sampled.rest else 0.0
+    balanced = noise.balanced_transport(
+        [(int(steps[k]), x) for k, x in products.get(ADJACENT, [])],
+        sampled.drift,
+        sampled.drift_at,
+        total,
+        shared,
+    )
+    if balanced is None or lasting is None:
+        return balanced or lasting
+    return lasting if lasting.total.told and not balanced.total.told else balanced
+
+
+def _housekeeping(
+    drift: noise.Estimate, way: noise.Estimate, moved: noise.Transport | None
+) -> noise.Estimate:
+    # balanced: ½(drift − ½⟨δ,δ₊⟩), whose error is that of the transport
+    error = way.error if moved is not None and moved.balanced else np.hypot(drift.error, way.error)
+    return noise.Estimate(drift.value - way.value, float(error))
+
+
+def _reason(
+    found: Sequence[Replica], moved: noise.Transport | None, batch_size: int | None
+) -> str | None:
+    said = []
+    if not found:
+        said.append("noise and drift are unknown without replicas: record with Recorder(replica=…)")
+    if moved is None:
+        said.append("transport is unknown: the recorded path is too short, or unevenly recorded")
+    elif not moved.total.told:
+        said.append(
+            f"transport can't be told from zero: {moved.total.value:.2g} ± {moved.total.error:.2g} "
+            "nats"
+        )
+    elif batch_size is None and found:
+        said.append("the critical batch size needs the batch size: record with batch_size=…")
+    if moved is not None and moved.total.told and moved.grows:
+        said.append(
+            "transport is a lower bound: products further apart in time than this record allows "
+            "would be larger"
+        )
+    return "; ".join(said) or None
+
+
+def _curve(sampled: _Samples, moved: noise.Transport | None, total: int, most: int) -> pd.DataFrame:
+    """The split per step in at most so many stretches with equally many replicas."""
+    at = sampled.noise_at
+    rows = []
+    count = min(most, max(1, len(at) // _LEAST_REPLICAS), len(at))
+    for part in np.array_split(np.arange(len(at)), count) if count else ():
+        start = int(at[part[0]])
+        end = total if part[-1] == len(at) - 1 else int(at[part[-1] + 1])
+        found = sampled.sums(end, start) | {"transport": noise.Estimate(np.nan, np.nan)}
+        if moved is not None:
+            found["transport"] = noise.over_run(moved.rate, moved.step, end, start)
+        row: dict[str, float] = {"step": start, "step_end": end}
+        for key, estimate in found.items():
+            row[key] = estimate.value / (end - start)
+            row[f"{key}_error"] = estimate.error / (end - start)
+        rows.append(row)
+    keys = [key + tail for key in ("noise", "drift", "transport") for tail in ("", "_error")]
+    return pd.DataFrame(rows, columns=["step", "step_end", *keys])
+
+
+def _critical(
+    sampled: _Samples, moved: noise.Transport | None, total: int, scale: float
+) -> pd.DataFrame:
+    """B*, ``scale`` times noise over transport, in as many stretches as are likely to be told."""
+    most = 0
+    if moved is not None and np.isfinite(scale) and len(sampled.noise):
+        told = moved.total.value / moved.total.error if moved.total.error > 0 else np.inf
+        most = int(min(_STRETCHES, max(1.0, max(told / _TOLD_BY, 0.0) ** 2)))
+    table = _curve(sampled, moved, total, most).drop(columns=["drift", "drift_error"])
+    found, least = [], []
+    for row in table.to_dict("records"):
+        apart = noise.Estimate(row["noise"], row["noise_error"])
+        way = noise.Estimate(row["transport"], row["transport_error"])
+        unknown = noise.Estimate(np.nan, np.nan)
+        found.append(noise.ratio(apart, way, scale) if way.told else unknown)
+        above = max(way.value, 0.0) + 2 * way.error
+        below = max(apart.value - 2 * apart.error, 0.0)
+        least.append(scale * below / above if above > 0 else np.nan)
+    return table.assign(
+        critical_batch=[e.value for e in found],
+        critical_batch_error=[e.error for e in found],
+        critical_batch_lower=least,
     )
 
 
 def _noise_and_drift(source: RecordedPredictions, replica: Replica) -> tuple[float, float]:
     parts = replica.load()
     before, step, other = (
-        _coordinates(source.recorded_point(parts[name], str(replica.path)), source.likelihood)
+        coordinates(source.recorded_point(parts[name], str(replica.path)), source.likelihood)
         for name in ("before", "step", "replica")
     )
     return noise.noise_and_drift(step - before, other - before)
 
 
-def _coordinates(point: Point, likelihood: str) -> np.ndarray:
-    """(n, width) coordinates whose small displacements have the Fisher-Rao length."""
-    u = 2 * point.u if likelihood in ON_SPHERES else point.u
-    if point.weights is not None:
-        u = u * np.sqrt(point.weights)[:, None]
-    return u.reshape(point.examples, -1) if len(u) % point.examples == 0 else u
-
-
 def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
+
+
+def memory(info: RunInfo) -> float:
+    """An optimizer's memory in steps: 1/(1−μ) of its momentum or first moment; 1 for one that has
+    none, and 10 where the record doesn't say."""
+    settings = info.settings
+    betas = info.betas
+    beta = betas[0] if betas is not None else settings.get("momentum")
+    if beta is None:
+        beta = 0.0 if info.optimizer == "SGD" else _USUAL
+    return 1 / (1 - float(beta)) if 0 <= float(beta) < 1 else 1 / (1 - _USUAL)

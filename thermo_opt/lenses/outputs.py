@@ -10,7 +10,7 @@ import numpy as np
 from thermo_opt.errors import InputError
 from thermo_opt.lenses.inputs import LensInputs, Unsupported
 from thermo_opt.lenses.measurements import Measurements
-from thermo_opt.lenses.noise import measure_split
+from thermo_opt.lenses.noise import measure_split, memory
 from thermo_opt.lenses.path import ends, landmarks, path_scalars
 from thermo_opt.lenses.predictions import (
     Predictions,
@@ -107,9 +107,15 @@ def measure(inputs: LensInputs) -> Measurements:
                 f"relative standard error of {error:.2g} for each squared distance; losses are "
                 f"exact"
             )
-        momentum = inputs.run.info.settings.get("momentum") or 0.0
-        memory = 1 / (1 - momentum) if isinstance(momentum, float) and 0 <= momentum < 1 else 10.0
-        split = measure_split(source, read_replicas(inputs.run.path), found.chords, audited, memory)
+        split = measure_split(
+            source,
+            read_replicas(inputs.run.path),
+            found.lagged,
+            a,
+            audited,
+            memory(inputs.run.info),
+            inputs.batch_size,
+        )
     held_by = (
         np.empty(0, dtype=int) if first.sketched else _holding(found.chi2_shares, source.targets)
     )

@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 from joblib import delayed
 
+from thermo_opt.lenses.lags import LAGS, LaggedProducts, Products
 from thermo_opt.lenses.predictions import Predictions, joined_points
 from thermo_opt.lenses.results import Landmarks
 from thermo_opt.manifold import Point, move, row_distances, squared_distance
@@ -21,13 +22,16 @@ from thermo_opt.workers import in_processes
 
 STRIDES = (1, 2, 4, 8, 16, 32, 64)
 """Strides of the coarse-graining curves, in snapshots."""
-_SEGMENT = 64
-"""Intervals that a unit of work spans, and so the largest stride of the coarse-graining curves."""
+_SEGMENT = 256
+"""Intervals that a unit of work spans: products of displacements apart in time don't cross its
+ends, nor may a stride of the coarse-graining curves be longer."""
 _AMPLITUDE_BYTES = 1 << 30
 """Memory the embedded predictions held at once may take; very wide probes get fewer strides."""
 _BLOCK_BYTES = 1 << 18
 """Predictions embedded at a time: enough to spread NumPy's overheads, few enough for the cache."""
 _LANDMARK_FLOATS = 20_000
+_LAGGED_BYTES = 1 << 23
+"""Size of one embedded prediction up to which displacements are held for products apart in time."""
 
 
 @dataclass
@@ -42,6 +46,7 @@ class PathScalars:
         chi2_shares: (n,) each example's share of χ², summed over the intervals with weight a; None
             without targets.
         chords: per stride m the list of (first, last, a) of the chords over m intervals.
+        lagged: products of displacements apart in time (`lags`), (first snapshot, product) per m.
         landmarks: (position, amplitudes) of the predictions kept for the trajectory map.
         stopped: the step of the first non-finite prediction (what precedes it was walked), or None.
     """
@@ -52,6 +57,7 @@ class PathScalars:
     chi2: list[float] = field(default_factory=list)
     chi2_shares: Array | None = None
     chords: dict[int, list[tuple[int, int, float]]] = field(default_factory=dict)
+    lagged: Products = field(default_factory=dict)
     landmarks: list[tuple[int, Array]] = field(default_factory=list)
     stopped: int | None = None
 
@@ -100,6 +106,9 @@ def path_scalars(
     kept = np.linspace(0, intervals, min(landmarks, intervals + 1)).round().astype(int)
     bytes_each = max(1, source.points(indices[:1]).w.nbytes)
     plan = _Plan(
+        lags=[m for m in LAGS if 3 * m <= intervals and m in strides]
+        if source.likelihood != "heteroscedastic" and bytes_each <= _LAGGED_BYTES
+        else [],
         strides=[m for m in strides if m <= max(1, intervals)][
             : max(1, _AMPLITUDE_BYTES // bytes_each)
         ],
@@ -139,6 +148,14 @@ def _added(parts: Sequence[PathScalars], examples: Sequence[int]) -> PathScalars
         if all(len(block) == len(found[0]) for block in found):
             a = mean([[c[2] for c in block] for block in found])
             chords[m] = [(first, last, x) for (first, last, _), x in zip(found[0], a, strict=True)]
+    lagged = {
+        m: [
+            (k, float(share @ [part.lagged[m][j][1] for part in parts]))
+            for j, (k, _) in enumerate(products)
+            if k + (3 * m or 2) < snapshots
+        ]
+        for m, products in parts[0].lagged.items()
+    }
     stopped = [part.stopped for part in parts if part.stopped is not None]
     return PathScalars(
         loss=mean([part.loss for part in parts]),
@@ -146,6 +163,7 @@ def _added(parts: Sequence[PathScalars], examples: Sequence[int]) -> PathScalars
         d=mean([part.d for part in parts]),
         chi2=mean([part.chi2 for part in parts]),
         chords=dict(sorted(chords.items())),
+        lagged=lagged,
         landmarks=parts[0].landmarks,
         stopped=min(stopped) if stopped else None,
     )
@@ -153,6 +171,7 @@ def _added(parts: Sequence[PathScalars], examples: Sequence[int]) -> PathScalars
 
 @dataclass(frozen=True)
 class _Plan:
+    lags: Sequence[int]
     strides: Sequence[int]
     first_order: bool
     marks: frozenset[int]
@@ -171,6 +190,8 @@ def _append(total: PathScalars, part: PathScalars) -> None:
         )
     for m, chords in part.chords.items():
         total.chords[m] += chords
+    for m, products in part.lagged.items():
+        total.lagged.setdefault(m, []).extend(products)
     total.landmarks += part.landmarks
     total.stopped = part.stopped
 
@@ -185,6 +206,7 @@ def _segment(
     out = PathScalars(chords={m: [] for m in plan.strides})
     end = min(start + _SEGMENT, len(indices) - 1)
     held: dict[int, tuple[int, Point]] = {}
+    lagged = LaggedProducts(plan.lags, source.likelihood)
     previous: Point | None = None
     k = start
     for begin in range(start, end + 1, plan.block):
@@ -197,6 +219,7 @@ def _segment(
             out.a += _squared_distances(previous, block, points, source.likelihood)
         for position, point in enumerate(points):
             k = begin + position
+            lagged.add(k, k - start, point)
             boundary = k == start > 0  # the segment before has seen this point as its last
             if (
                 k in plan.marks
@@ -233,6 +256,7 @@ def _segment(
             if first < k:
                 a = squared_distance(before, previous, source.likelihood)
                 out.chords[m].append((first, k, a))
+    out.lagged = lagged.found
     return out
 
 

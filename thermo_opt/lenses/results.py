@@ -13,6 +13,7 @@ import pandas as pd
 
 from thermo_opt.arguments import jsonable
 from thermo_opt.deprecated import RenamedKeys
+from thermo_opt.lenses.noise import Split
 from thermo_opt.manifold.initial import InitialPredictions
 
 LENSES = ("outputs", "parameters", "optimizer-state")
@@ -124,6 +125,7 @@ class LensAudit:
             parameter name), or None.
         landmarks: Predictions kept for the trajectory map, or None.
         start: The outputs lens's first predictions, as far as D* needs them; None without targets.
+        split: Noise apart from drift, over the run and along it (§11); None where nothing tells.
     """
 
     lens: str
@@ -134,6 +136,7 @@ class LensAudit:
     attribution: pd.DataFrame | None = None
     landmarks: Landmarks | None = None
     start: InitialPredictions | None = None
+    split: Split | None = None
 
 
 @runtime_checkable

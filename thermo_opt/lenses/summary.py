@@ -83,6 +83,8 @@ def summarise(
     # one interval is straight whatever was between
     several = _when(len(q) > 1 and measured.path and (measured.bounded or bool(one_step.all())))
     common, notes = _common(measured, run, lens, clock, step_unit)
+    if measured.split is not None and measured.split.replicas and measured.split.reason:
+        notes.append(measured.split.reason)
     summary = common | {
         "duration": whole(parts.duration),
         "dissipation": summed(parts.dissipation),
@@ -137,6 +139,7 @@ def summarise(
         measured.attribution,
         measured.landmarks,
         measured.start,
+        measured.split,
     )
 
 

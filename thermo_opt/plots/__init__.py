@@ -14,10 +14,12 @@ from thermo_opt.plots.curves import (
 from thermo_opt.plots.front import energy, pareto
 from thermo_opt.plots.maps import decomposition_bars, dissipation_heatmap, trajectory_map
 from thermo_opt.plots.overview import overview
+from thermo_opt.plots.split import critical_batch, split_bars, split_curve
 
 __all__ = [
     "alignment",
     "coarse_graining",
+    "critical_batch",
     "decomposition_bars",
     "dissipation_heatmap",
     "energy",
@@ -25,5 +27,7 @@ __all__ = [
     "overview",
     "pareto",
     "predicted_vs_realised",
+    "split_bars",
+    "split_curve",
     "trajectory_map",
 ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from thermo_opt.describe.sentences import headline
 from thermo_opt.lenses.results import Audited
-from thermo_opt.plots import curves, maps, series
+from thermo_opt.plots import curves, maps, series, split
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,6 +20,8 @@ def overview(audits: Audited | Iterable[Audited]) -> Figure:
 
     audits = series.as_list(audits)
     panels = [maps.decomposition_bars] if any(series.bar_lens(audit) for audit in audits) else []
+    if any(split.split_of(audit) for audit in audits):
+        panels.append(split.split_bars)
     panels.append(curves.loss_and_dissipation)
     if any(series.alignment_series(audit) for audit in audits):
         panels.append(curves.alignment)

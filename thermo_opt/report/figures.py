@@ -15,17 +15,20 @@ from thermo_opt.plots import series
 from thermo_opt.plots.palette import look
 from thermo_opt.report.maps import decomposition, dissipation_heatmap, trajectory_map
 from thermo_opt.report.spec import Figure, Spec, axis, layout, line, log_axis, numbers, units
+from thermo_opt.report.split import critical_batch, split_bars
 
 
 def figures(audits: Sequence[Audited]) -> list[Figure]:
     """Every figure that these audits support, in reading order."""
     drawn = [
         decomposition(audits),
+        split_bars(audits),
         loss_and_dissipation(audits),
         alignment(audits),
         trajectory_map(audits),
         coarse_graining(audits),
     ]
+    drawn.append(critical_batch(audits))
     drawn += [dissipation_heatmap(audits), predicted_vs_realised(audits)]
     return [figure for figure in drawn if figure is not None]
 

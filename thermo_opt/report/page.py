@@ -15,6 +15,7 @@ from typing import Any
 
 from thermo_opt import __version__
 from thermo_opt.describe import sentences as words
+from thermo_opt.describe import split as noise_words
 from thermo_opt.describe.quantities import DEFINED, PER_STEP, QUANTITIES, number, percent, unit
 from thermo_opt.describe.ranking import ranking
 from thermo_opt.describe.standing import with_standing
@@ -187,6 +188,29 @@ def _rows(audits: list[Audited]) -> list[dict[str, Any]]:
                 "cells": cells,
             }
         )
+    return rows + _split_rows(summaries)
+
+
+def _split_rows(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Noise, drift and their kin, where any run tells them."""
+    rows = []
+    for quantity in noise_words.SPLIT:
+        values = [(s.get("split") or {}).get(quantity.key) for s in summaries]
+        if all(value is None for value in values):
+            continue
+        cells = [
+            {"value": json.dumps(value), "text": noise_words.with_error(s["split"], quantity.key)}
+            for value, s in zip(values, summaries, strict=True)
+        ]
+        rows.append(
+            {
+                "key": f"split-{quantity.key}",
+                "name": quantity.name,
+                "symbol": quantity.symbol,
+                "unit": quantity.unit,
+                "cells": cells,
+            }
+        )
     return rows
 
 
@@ -200,7 +224,7 @@ def _definitions(audits: list[Audited]) -> list[dict[str, str]]:
             "meaning": q.meaning,
             "formula": q.formula,
         }
-        for q in DEFINED
+        for q in (*DEFINED, *(noise_words.SPLIT if _any_split(audits) else ()))
     ]
     items += [
         {"name": name, "symbol": symbol, "unit": measure, "meaning": meaning, "formula": ""}
@@ -209,6 +233,10 @@ def _definitions(audits: list[Audited]) -> list[dict[str, str]]:
     for item in items:
         item["unit"] = " or ".join(sorted({unit(item["unit"], clock) for clock in clocks}))
     return items
+
+
+def _any_split(audits: list[Audited]) -> bool:
+    return any((s["split"] or {}).get("replicas") for a in audits for s in a.summaries)
 
 
 def _policy(scripts: list[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from thermo_opt import thermodynamics
+from thermo_opt import noise, thermodynamics
 from thermo_opt.fisher.krylov import brackets
 from thermo_opt.fisher.metric import Bracket
 from thermo_opt.manifold import chi_squared, fisher_rao, least_distance
@@ -106,6 +106,8 @@ class Ingredients:
     step_size: Callable[[float, float, float], float] = step_size
     optimizer: Callable[[torch.nn.Module, float], torch.optim.Optimizer] = optimizer
     decaying_budget: Callable[[float, int], float] = decaying_budget
+    noise_and_drift: Callable[..., tuple[float, float]] = noise.noise_and_drift
+    balanced_transport: Callable[..., Any] = noise.balanced_transport
     drag_optimally: Callable[[float, float], protocols.TrapProtocol] = protocols.drag_optimally
     drag_linearly: Callable[[float, float], protocols.TrapProtocol] = protocols.drag_linearly
     stiffen_slowly: Callable[[float, float, float], protocols.TrapProtocol] = (

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from thermo_opt import thermodynamics
+from thermo_opt import noise, thermodynamics
 from thermo_opt.fisher.metric import Bracket
 from thermo_opt.manifold import fisher_rao, least_distance
 from thermo_opt.theory import flow
@@ -204,6 +204,21 @@ def _uniform_frontier(p_y: Array, target_loss: float) -> float:
     return float(2 * np.sqrt(np.mean(np.minimum(angles, low) ** 2)))
 
 
+def _one_step_alone(delta: Array, other: Array) -> tuple[float, float]:
+    """The whole step taken for drift, the gap to its replica for noise."""
+    return noise.noise_and_drift(delta, other)[0], 0.5 * float((delta**2).sum()) / len(delta)
+
+
+def _gap_unhalved(delta: Array, other: Array) -> tuple[float, float]:
+    apart, drift = noise.noise_and_drift(delta, other)
+    return 2 * apart, drift
+
+
+def _all_drift_arrives(adjacent: Any, drift: Array, at: Any, total: int) -> Any:
+    moved = noise.balanced_transport(adjacent, drift, at, total)
+    return replace(moved, total=noise.over_run(drift, at, total)) if moved else None
+
+
 def _mutant(claim: str, name: str, **parts: Any) -> Mutant:
     return Mutant(claim, name, Ingredients(**parts))
 
@@ -322,6 +337,13 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant("optimizer-state", "v̂ taken for the Fisher diagonal", moments_fisher=lambda m, v, b: v),
     _mutant(
         "optimizer-state", "B·v̂ without removing the mean", moments_fisher=lambda m, v, b: b * v
+    ),
+    _mutant(
+        "noise-and-drift", "drift of the step taken, no replica", noise_and_drift=_one_step_alone
+    ),
+    _mutant("noise-and-drift", "two steps' noise for one's", noise_and_drift=_gap_unhalved),
+    _mutant(
+        "noise-and-drift", "all drift taken for transport", balanced_transport=_all_drift_arrives
     ),
     _mutant("trap-dragging", "optimum without its jumps", drag_optimally=pr.drag_linearly),
     _mutant("trap-dragging", "jumps in the linear protocol", drag_linearly=pr.drag_optimally),

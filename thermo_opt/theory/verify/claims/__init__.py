@@ -11,7 +11,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from thermo_opt.theory.verify.claims import bounds, certificates, convergence, flows, geometry, trap
+from thermo_opt.theory.verify.claims import (
+    bounds,
+    certificates,
+    convergence,
+    flows,
+    geometry,
+    minibatch,
+    trap,
+)
 from thermo_opt.theory.verify.ingredients import Ingredients
 from thermo_opt.theory.verify.verdict import Check
 
@@ -41,6 +49,7 @@ CLAIMS: dict[str, Claim] = {
     "chi-squared": certificates.chi_squared_bound,
     "krylov-bracket": certificates.krylov_bracket,
     "optimizer-state": certificates.optimizer_state,
+    "noise-and-drift": minibatch.split,
     "trap-dragging": trap.dragging,
     "trap-stiffness": trap.stiffness,
 }

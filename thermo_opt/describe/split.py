@@ -1,0 +1,91 @@
+"""Noise apart from progress in words: a split's names, meanings and sentences (theory §11)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from thermo_opt.describe.quantities import Quantity, number, percent
+
+SPLIT = (
+    Quantity(
+        "noise",
+        "",
+        "Noise",
+        "nats",
+        "What minibatches scatter: the part of each step that another minibatch would have made "
+        "otherwise. Step clock.",
+        "½ tr Cov(δ)",
+    ),
+    Quantity(
+        "drift",
+        "",
+        "Drift",
+        "nats",
+        "What the expected steps dissipate: transport and housekeeping.",
+        "½ |E δ|²",
+    ),
+    Quantity(
+        "transport",
+        "",
+        "Transport",
+        "nats",
+        "The part of the drift that goes somewhere: what of the motion lasts.",
+        "½ ⟨δ, δ′⟩ of steps far apart",
+    ),
+    Quantity(
+        "housekeeping",
+        "",
+        "Housekeeping",
+        "nats",
+        "The part of the drift that undoes earlier noise.",
+        "drift − transport",
+    ),
+    Quantity(
+        "critical_batch",
+        "B*",
+        "Critical batch size",
+        "loss terms",
+        "Below it, noise costs more than transport, and a larger batch saves about as many steps; "
+        "above it, examples are wasted.",
+        "B · noise / transport",
+    ),
+)
+"""Quantities of ``summary["split"]``, each beside its ``_error``, one standard error."""
+
+
+def with_error(split: Mapping[str, Any] | None, key: str) -> str:
+    """A part with its standard error as a person reads it, "–" where it isn't told."""
+    value = (split or {}).get(key)
+    if value is None:
+        return "–"
+    error = (split or {}).get(f"{key}_error")
+    return f"{number(value)} ± {number(error, 2)}" if error else number(value)
+
+
+def sentences(summary: Mapping[str, Any]) -> list[str]:
+    """The split in two or three sentences; none where no replicas were recorded."""
+    split, total = summary["split"], summary["dissipation"]
+    if split is None or not split["replicas"] or not total:
+        return []
+    whole = split["noise"] + split["drift"]
+    share = percent(max(split["noise"] / whole, 0.0)) if whole > 0 else "none"
+    said = (
+        f"Step by step, {with_error(split, 'noise')} nats ({share}) are noise, the scatter of "
+        f"minibatches, and {with_error(split, 'drift')} are drift, what the expected steps "
+        "dissipate"
+    )
+    if split["transport"] is None:
+        said += "; how much of the drift went somewhere can’t be told"
+    else:
+        said += (
+            f": {with_error(split, 'transport')} of it went somewhere, "
+            f"{with_error(split, 'housekeeping')} undid earlier noise"
+        )
+    found = [said + "."]
+    if split["critical_batch"]:
+        found.append(
+            f"The critical batch size, where noise costs as much as transport, is about "
+            f"{with_error(split, 'critical_batch')} over the run."
+        )
+    return found
