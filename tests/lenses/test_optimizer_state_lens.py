@@ -102,7 +102,7 @@ def test_beside_a_probe_it_says_how_far_it_is_off(adam_run, small_model):
     audit = to.audit(adam_run, model=small_model())
     note = next(n for n in audit.lenses["optimizer-state"].summary["notes"] if "is off" in n)
     assert f"where the probe says {audit.summary['straightness']:.2g}" in note
-    assert "where the certified bracket on the probe is" in note
+    assert "where the probe certifies" in note
 
 
 def test_recorded_clipping_and_accumulation_are_said(tmp_path, make_run):

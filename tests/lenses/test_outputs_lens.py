@@ -378,3 +378,45 @@ def test_what_came_before_the_first_snapshot_is_said_to_be_unseen(adam_run):
         s = to.audit(run, lens=lens).summary
         assert s["first_step"] == 7
         assert any("the first snapshot is step 7" in note for note in s["notes"])
+
+
+def with_one_wrong(layout):
+    """Logits, targets and weights of 40 examples in several layouts, example 7 mislabelled: what
+    the outputs lens is given, and the likelihood."""
+    rng = np.random.default_rng(5)
+    progress = np.linspace(5, 12, 15).reshape(-1, *[1] * 3)
+    if layout == "multi-label":
+        y = rng.integers(0, 2, (40, 4))
+        truth = np.where(np.arange(40)[:, None] == 7, 1 - y, y)
+        return progress[..., 0] * (2 * truth - 1), y, None, "bernoulli"
+    y = rng.integers(0, 3, (40, 5))
+    truth = np.where(np.arange(40)[:, None] == 7, (y + 1) % 3, y)
+    z, weights = progress * np.eye(3)[truth], None
+    y[:, 3] = np.where(np.arange(40) % 2, -100, y[:, 3])
+    if layout == "soft":
+        y = np.where((y == -100)[..., None], -100.0, 0.99 * np.eye(3)[y % 3] + 0.01 / 3)
+    if layout == "weighted":
+        weights = np.where(np.arange(40) == 3, 0.0, 1 + np.arange(40) % 3)
+    if layout == "classes along axis 1":
+        z = np.moveaxis(z, -1, 2)
+    return z, y, weights, "categorical"
+
+
+@pytest.mark.parametrize(
+    "layout", ["positions", "soft", "weighted", "classes along axis 1", "multi-label"]
+)
+def test_the_example_that_holds_chi_squared_is_named_in_every_layout(layout):
+    z, y, weights, likelihood = with_one_wrong(layout)
+    steps = np.arange(len(z))
+    s = to.audit_predictions(z, y, steps=steps, weights=weights, likelihood=likelihood).summary
+    assert s["held_by"] == [7]
+    others = np.delete(np.arange(40), 7)
+    alone = to.audit_predictions(
+        z[:, others],
+        y[others],
+        steps=steps,
+        weights=None if weights is None else weights[others],
+        likelihood=likelihood,
+    ).summary
+    assert s["alignment_lower_rest"] == pytest.approx(alone["alignment_lower"], rel=1e-9)
+    assert s["alignment_lower_rest"] > s["alignment_lower"] + 0.1

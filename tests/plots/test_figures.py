@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ import matplotlib.pyplot as plt
 from tests.synthetic_audits import make_audit
 from thermo_opt import plots
 from thermo_opt.audits import Audit
+from thermo_opt.plots import series
 from thermo_opt.plots.palette import look
 from thermo_opt.plots.series import log_ticks, thin
 
@@ -57,20 +60,102 @@ def test_loss_and_dissipation_end_at_the_summary(audits: list[Audit]) -> None:
         assert line_low.get_ydata()[-1] == pytest.approx(audit.summary["dissipation"], rel=1e-12)
 
 
-def test_alignment_band_spans_the_bracket(audits: list[Audit]) -> None:
-    ax = plots.alignment(audits[0])
+def test_each_run_has_a_panel_of_shares_downhill_above_and_uphill_below(
+    audits: list[Audit],
+) -> None:
+    panels = plots.alignment(audits).child_axes
+    assert [panel.texts[0].get_text().split(",")[0] for panel in panels] == [
+        "adam",
+        r"sgd \$x\$ <b>",
+    ]
     steps = audits[0].lenses["parameters"].steps
-    extent = ax.collections[0].get_paths()[0].get_extents()
-    assert extent.y1 == pytest.approx(steps["alignment_upper"].max())
-    assert extent.y0 == pytest.approx(steps["alignment_lower"].min())
+    window = len(steps) // 20
+    drawn = [line for line in panels[0].lines if len(line.get_xdata()) > 2]
+    uphill = bool((steps["d"] < 0).any())
+    assert len(drawn) == 1 + uphill
+    for line, sign in zip(drawn, (1, -1), strict=False):
+        for k, y in enumerate(line.get_ydata()):
+            some = steps.iloc[k : k + window]
+            share = some["dissipation"] / some["dissipation"].sum()
+            inner = some["alignment_lower"] if sign > 0 else -some["alignment_upper"]
+            own = share[np.sign(some["d"]) == sign] * inner.clip(lower=0)
+            assert y == pytest.approx(sign * float(own.sum()), abs=1e-12)
+    bands = [np.concatenate([p.vertices for p in c.get_paths()]) for c in panels[0].collections]
+    highest = steps["alignment_upper"].max() + 1e-12
+    assert all((np.abs(band[:, 1]) <= highest).all() for band in bands)
 
 
-def test_an_upper_end_of_one_is_no_band(audits: list[Audit]) -> None:
+def test_an_upper_end_of_one_is_no_band() -> None:
     audit = make_audit("vacuous")
-    audit.lenses["outputs"].steps["alignment_upper"] = 1.0
-    ax = plots.alignment(audit)
-    assert not ax.collections
-    assert "lower bound" in ax.get_legend().get_texts()[0].get_text()
+    steps = audit.lenses["outputs"].steps
+    steps["alignment_lower"] = steps["alignment_lower"].abs()
+    steps["alignment_upper"] = 1.0
+    steps["d"] = steps["d"].abs()
+    (panel,) = plots.alignment(audit).child_axes
+    assert not any(len(c.get_paths()) for c in panel.collections)
+    assert np.isfinite(panel.lines[0].get_ydata()).all()
+
+
+def test_what_says_nothing_at_all_is_not_drawn() -> None:
+    steps = pd.DataFrame({"step": range(4), "step_end": range(1, 5), "d": 1.0, "dissipation": 1.0})
+    steps = steps.assign(alignment_lower=[0.0, 0.3, 0.3, 0.3], alignment_upper=[1, 1, 0.9, 0.5])
+    audit = make_audit("four")
+    audit.lenses["outputs"] = replace(audit.lenses["outputs"], steps=steps)
+    found = series.alignment_series(audit)
+    assert found is not None
+    np.testing.assert_array_equal(found.downhill[:, 0], [np.nan, 0.3, 0.3, 0.3])
+    np.testing.assert_array_equal(found.downhill[:, 1], [np.nan, np.nan, np.nan, 0.5])
+    assert not np.nan_to_num(found.uphill).any()
+
+
+def test_no_key_covers_data_and_titles_say_the_stride() -> None:
+    audits = [make_audit(f"run-{i}", seed=i, every=5, snapshots=9) for i in range(30)]
+    for draw in (plots.loss_and_dissipation, plots.coarse_graining, plots.trajectory_map):
+        figure = draw(audits).get_figure()
+        assert figure is not None
+        figure.canvas.draw()
+        if draw is plots.loss_and_dissipation:
+            assert any("every 5 steps" in ax.get_title("left") for ax in figure.findobj(plt.Axes))
+        keys = [(ax, key) for ax in figure.findobj(plt.Axes) if (key := ax.get_legend())]
+        assert len(keys) == 1
+        for ax, key in keys:
+            assert key.get_window_extent().x0 >= ax.get_window_extent().x1
+
+
+@pytest.mark.parametrize("runs", [1, 40])
+def test_the_overview_names_the_runs_once_and_gives_each_its_room(runs: int) -> None:
+    audits = [make_audit(f"run-{i}", seed=i, snapshots=9, parameters=i < 9) for i in range(runs)]
+    figure = plots.overview(audits)
+    figure.canvas.draw()
+    keys = [key for ax in figure.findobj(plt.Axes) if (key := ax.get_legend())]
+    assert [key.get_texts()[0].get_text() for key in keys] == ["irreducible"]
+    assert len(figure.legends) == (runs > 1)
+    titles = [ax.get_title("left") for ax in figure.findobj(plt.Axes)]
+    assert sum(title.startswith("Which layers") for title in titles) == min(runs, 6)
+    names = [t for ax in figure.findobj(plt.Axes) for t in ax.texts if t.get_text() == "run-0"]
+    assert len(names) == 1  # of the alignment's panels
+
+
+def test_losses_over_decades_are_drawn_on_a_logarithmic_axis() -> None:
+    audit = make_audit("far")
+    steps = audit.lenses["outputs"].steps
+    upper, _ = plots.loss_and_dissipation(audit).child_axes
+    assert upper.get_yscale() == "linear"
+    steps["loss_end"] /= np.linspace(1, 1000, len(steps))
+    upper, _ = plots.loss_and_dissipation(audit).child_axes
+    assert upper.get_yscale() == "log"
+
+
+def test_layers_are_named_without_what_all_share() -> None:
+    audit = make_audit("deep", parameters=True)
+    lens = audit.lenses["parameters"]
+    assert lens.attribution is not None
+    names = [f"model.h.{i}.{part}" for i in range(6) for part in ("weight", "bias")]
+    named = replace(lens, attribution=lens.attribution.set_axis(names, axis=1))
+    audit.lenses["parameters"] = named
+    found = series.heat(audit)
+    assert found is not None
+    assert found.layers == [f"layer {i}" for i in range(6)]
 
 
 def test_coarse_curves_are_the_audits(audits: list[Audit]) -> None:
@@ -139,13 +224,13 @@ def test_given_axes_are_used(audits: list[Audit]) -> None:
 def test_overview_has_the_panels_the_lenses_allow(audits: list[Audit], weights_only: Audit) -> None:
     titles = {ax.get_title(loc="left") for ax in audits[0].plot().findobj(plt.Axes)}
     assert {
-        "Where the dissipation went",
+        "Where the dissipation went, seen every step",
         "Coarse-graining",
-        "Which layers dissipated: adam",
+        "Which layers dissipated: adam, every interval",
     } <= titles
     few = plots.overview(weights_only)
     assert {ax.get_title(loc="left") for ax in few.findobj(plt.Axes)} - {""} == {
-        "Loss and dissipation"
+        "Loss and dissipation, seen every step"
     }
     few.canvas.draw()
     plots.overview(audits).canvas.draw()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import pandas as pd
 
 from thermo_opt import arguments
 from thermo_opt.audits.auditor import at_steps
 from thermo_opt.audits.results import Audit
-from thermo_opt.describe.ranking import on_one_probe, ranking, snapshots_of
+from thermo_opt.describe.ranking import coarsened, on_one_probe, ranking, snapshots_of
 from thermo_opt.errors import InputError
 from thermo_opt.lenses.results import LENSES, SUMMARY_KEYS, LensAudit
 
@@ -105,18 +104,9 @@ def _at_common_snapshots(audits: list[Audit]) -> tuple[list[Audit], list[str]]:
     common = sorted(set(taken[0]).intersection(*taken[1:]))
     if len(common) < _LEAST_COMMON or any(audit.inputs is None for audit in audits):
         return audits, []
-    coarsened = [
+    again = [
         audit if list(steps) == common else at_steps(audit, common)
         for audit, steps in zip(audits, taken, strict=True)
     ]
     names = [audit.run for audit, steps in zip(audits, taken, strict=True) if list(steps) != common]
-    unit = audits[0].summary["step_unit"]
-    gaps = {end - start for start, end in pairwise(common)}
-    every = (
-        f"every {gaps.pop()} {unit}s" if len(gaps) == 1 else f"at {len(common)} {unit}s, unevenly"
-    )
-    return coarsened, [
-        f"Compared at the snapshots that all runs have, {every} from {common[0]} to {common[-1]}: "
-        f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''} "
-        "recorded others too, which are left out here."
-    ]
+    return again, [coarsened(names, common, audits[0].summary["step_unit"])]

@@ -11,43 +11,59 @@ from thermo_opt.lenses.results import ALIGNMENT_KEYS, LensAudit
 
 
 def consistent(lenses: dict[str, LensAudit]) -> dict[str, LensAudit]:
-    """The same lenses, the outputs lens without an alignment that the parameter lens contradicts,
-    the optimizer-state lens with a note on how far it is off."""
+    """The same lenses, the run's alignment told by one of outputs and parameter lens where both
+    would contradict each other, the optimizer-state lens with a note on how far it is off."""
     found = dict(lenses)
     outputs, parameters = found.get("outputs"), found.get("parameters")
     if outputs is not None and parameters is not None:
-        found["outputs"] = _without_contradiction(outputs, parameters)
+        found["outputs"], found["parameters"] = _one_alignment(outputs, parameters)
     if (adam := found.get("optimizer-state")) is not None:
-        found["optimizer-state"] = _held_against(adam, found.get("outputs"), parameters)
+        found["optimizer-state"] = _held_against(
+            adam, found.get("outputs"), found.get("parameters")
+        )
     return found
 
 
-def _without_contradiction(outputs: LensAudit, parameters: LensAudit) -> LensAudit:
+def _one_alignment(outputs: LensAudit, parameters: LensAudit) -> tuple[LensAudit, LensAudit]:
     """First-order quantities along the predictions' arc and along the weights' step agree for
-    small steps only. Where an interval's χ² end exceeds the bracket from the weights, or the means
-    do, the outputs lens leaves alignment to the parameter lens."""
+    small steps only. Where an interval's χ² end exceeds the bracket from the weights, or the run's
+    would, the outputs lens leaves alignment to the parameter lens. Else, where the latter looked at
+    some intervals only, their mean is not the run's, which the outputs lens bounds."""
     columns = ["step", "alignment_lower", "alignment_upper"]
     both = outputs.steps[columns].merge(parameters.steps[columns], on="step")
     apart = (both["alignment_lower_x"] > both["alignment_upper_y"] + 1e-9) | (
         both["alignment_upper_x"] < both["alignment_lower_y"] - 1e-9
     )
-    means = [lens.summary for lens in (outputs, parameters)]
-    low, high = means[0]["alignment_lower"], means[1]["alignment_upper"]
-    means_apart = low is not None and high is not None and low > high
-    if not apart.any() and not means_apart:
-        return outputs
-    reason = (
-        f"alignment is left to the parameter lens: in {int(apart.sum())} of {len(both)} intervals "
-        "the steps are too long for the predictions' arc and the weights' step to agree at first "
-        "order"
-        if apart.any()
-        else "alignment is left to the parameter lens, which looked at other intervals"
-    )
-    notes = [note for note in outputs.summary["notes"] if "certified only from below" not in note]
-    summary = type(outputs.summary)(outputs.summary)
+    looked, count = len(parameters.steps), len(outputs.steps)
+    if apart.any():
+        reason = (
+            f"alignment is left to the parameter lens: in {int(apart.sum())} of {len(both)} "
+            "intervals the steps are too long for the predictions' arc and the weights' step to "
+            "agree at first order"
+        )
+        steps = outputs.steps.assign(alignment_lower=np.nan, alignment_upper=np.nan)
+        return replace(_left_to_another(outputs, reason), steps=steps), parameters
+    low, high = outputs.summary["alignment_lower"], parameters.summary["alignment_upper"]
+    if low is None or high is None:
+        return outputs, parameters
+    if looked < count:
+        reason = (
+            f"alignment was bracketed in {looked} of {count} intervals, one by one: their mean is "
+            "not the run's, which is left to the outputs lens"
+        )
+        return outputs, _left_to_another(parameters, reason)
+    if low > high:  # they weigh the same intervals by other lengths
+        reason = "alignment is left to the parameter lens, whose bracket is the narrower one"
+        return _left_to_another(outputs, reason), parameters
+    return outputs, parameters
+
+
+def _left_to_another(lens: LensAudit, reason: str) -> LensAudit:
+    """The lens without the run's alignment."""
+    notes = [note for note in lens.summary["notes"] if "certified only from below" not in note]
+    summary = type(lens.summary)(lens.summary)
     summary |= dict.fromkeys(ALIGNMENT_KEYS) | {"notes": [*notes, reason]}
-    steps = outputs.steps.assign(alignment_lower=np.nan, alignment_upper=np.nan)
-    return replace(outputs, steps=steps, summary=summary)
+    return replace(lens, summary=summary)
 
 
 def _held_against(
@@ -59,15 +75,22 @@ def _held_against(
         other = None if outputs is None else outputs.summary[key]
         if own[f"adam_{key}_lower"] is not None and other is not None:
             said.append(f"{key} {_between(own, f'adam_{key}')}, where the probe says {other:.2g}")
-    closer = parameters if parameters is not None else outputs
-    if closer is not None and own["adam_alignment_lower"] is not None:
+    for closer in (parameters, outputs):
+        if closer is None or own["adam_alignment_lower"] is None:
+            continue
         low, high = (closer.summary[f"alignment_{end}"] for end in ("lower", "upper"))
         if low is not None and high is not None:
-            certified = f"{low:.2g} to {high:.2g}"
-            said.append(
-                f"alignment {_between(own, 'adam_alignment')}, where the certified bracket on the "
-                f"probe is {certified}"
+            certified = f"at least {low:.2g}" if high >= 1 else f"{low:.2g} to {high:.2g}"
+            some = (
+                f" in {len(closer.steps)} of {len(adam.steps)} intervals"
+                if len(closer.steps) < len(adam.steps)
+                else ""
             )
+            said.append(
+                f"alignment {_between(own, 'adam_alignment')}, where the probe certifies "
+                f"{certified}{some}"
+            )
+            break
     if not said:
         return adam
     summary = type(own)(own)

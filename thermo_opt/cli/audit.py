@@ -16,6 +16,7 @@ from thermo_opt.cli.options import (
     Key,
     Kind,
     Label,
+    LeftOut,
     Lens,
     Likelihood,
     Model,
@@ -25,16 +26,13 @@ from thermo_opt.cli.options import (
     Sigma2,
     Steps,
     Stride,
-    setting,
+    with_settings,
 )
 from thermo_opt.cli.pages import check_page
 from thermo_opt.errors import InputError
 
 if TYPE_CHECKING:
     from thermo_opt.audits import Audit
-
-LeftOut = tuple[str, str]
-"""A run that could not be audited, and why."""
 
 
 def audit(
@@ -101,7 +99,8 @@ def compare(
             lens, clock, stride, model, probe, batch_size, steps, jobs, likelihood, sigma2, kind
         ),
     )
-    print_compared([labelled(audit, label or []) for audit in audits], json, html, left_out)
+    named = [a.named(with_settings(a.run, a.settings, label or [])) for a in audits]
+    print_compared(named, json, html, left_out)
 
 
 def _options(
@@ -179,19 +178,10 @@ def print_compared(
     from thermo_opt.cli import terminal
 
     compared = comparison.comparison(audits)
-    for run, reason in left_out:
-        terminal.warn(f"left out: {reason if run in reason else f'{run}: {reason}'}")
+    terminal.warn_left_out(left_out)
     if not json:
         terminal.print_comparison(compared.audits, compared.table)
     _finish(compared.audits, json, html, left_out)
-
-
-def labelled(audit: Audit, keys: Sequence[str]) -> Audit:
-    """The audit under a name that carries these recorded settings, as ``run (lr 0.1)``."""
-    if not keys:
-        return audit
-    said = ", ".join(f"{key} {setting(audit.run, audit.settings, key)}" for key in keys)
-    return audit.named(f"{audit.run} ({said})")
 
 
 def _finish(

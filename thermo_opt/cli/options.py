@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,6 +87,16 @@ Steps = Annotated[
 ]
 Jobs = Annotated[int, typer.Option(help="Processes.")]
 Output = Annotated[Path, typer.Option(help="Where to write the report page.")]
+
+
+LeftOut = tuple[str, str]
+"""A run that could not be read or audited, and why."""
+
+
+def with_settings(run: str, settings: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """A run's name with these recorded settings, as ``run (lr 0.1)``."""
+    said = ", ".join(f"{key} {setting(run, settings, key)}" for key in keys)
+    return f"{run} ({said})" if keys else run
 
 
 def setting(run: str, settings: Mapping[str, Any], key: str) -> str:

@@ -4,13 +4,14 @@ page."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thermo_opt.cli.options import Key, Likelihood, Sigma2
+from thermo_opt.cli.options import Key, Label, LeftOut, Likelihood, Sigma2, setting, with_settings
 from thermo_opt.cli.pages import check_page
 from thermo_opt.errors import InputError
 
@@ -52,10 +53,19 @@ def pareto(
     key: Key = None,
     likelihood: Likelihood = None,
     sigma2: Sigma2 = None,
+    group_by: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Recorded setting to group runs by, as lr or optimizer; may be repeated. "
+            "Default: optimizer.",
+            metavar="SETTING",
+        ),
+    ] = None,
+    label: Label = None,
     jobs: Annotated[int, typer.Option(help="Processes; more than one pays for large probes.")] = 1,
 ) -> None:
     """Draw what runs took, in time and dissipation, to reach a loss, beside the frontier that none
-    can cross."""
+    can cross. A run that can't be read is left out with a sentence."""
     from thermo_opt.cli import terminal
     from thermo_opt.fronts import CLOCK_OF
     from thermo_opt.fronts import pareto as speed_cost_front
@@ -68,14 +78,22 @@ def pareto(
     replay = {"model": model, "probe": probe} if model is not None or probe is not None else None
     reading = {"format": format, "key": key, "likelihood": likelihood, "sigma2": sigma2}
     with terminal.Bars() as bars:
-        tracks = read_trajectories(
+        tracks, left_out = read_trajectories(
             runs, CLOCK_OF[x], reading, replay, jobs, bars("reading runs", len(runs))
         )
-    front = speed_cost_front(tracks, target_loss=target_loss, x=x)
+    groups = None
+    if group_by:
+        groups = [
+            ", ".join(f"{key} {setting(track.run, track.settings, key)}" for key in group_by)
+            for track in tracks
+        ]
+    named = [replace(t, run=with_settings(t.run, t.settings, label or [])) for t in tracks]
+    front = speed_cost_front(named, target_loss=target_loss, x=x, groups=groups)
+    terminal.warn_left_out(left_out)
     if html is not None:
         front.to_html(html)
     if json:
-        terminal.print_json(front.to_json())
+        terminal.print_json(front.to_json(left_out=left_out))
         return
     print_front(front)
     if html is not None:
@@ -89,34 +107,43 @@ def read_trajectories(
     replay: dict[str, Any] | None = None,
     jobs: int = 1,
     advance: Callable[[int], None] | None = None,
-) -> list[Trajectory]:
-    """Each run's line in the speed-cost plane, in the order given; InputError names what can't be
-    read."""
+) -> tuple[list[Trajectory], list[LeftOut]]:
+    """The runs' lines in the speed-cost plane, in the order given, and (run, reason) of those among
+    several that have none; InputError where none of them has."""
     from joblib import delayed
 
     from thermo_opt.workers import in_processes
 
-    tracks = []
+    tracks, left_out = [], []
     work = (delayed(_read)(path, clock, dict(reading), replay) for path in paths)
-    for track in in_processes(work, jobs):
-        tracks.append(track)
+    for path, found in zip(paths, in_processes(work, jobs), strict=True):
+        if isinstance(found, str):
+            left_out.append((str(path), found))
+        else:
+            tracks.append(found)
         if advance is not None:
             advance(1)
-    return tracks
+    if not tracks:
+        raise InputError(left_out[0][1])
+    return tracks, left_out
 
 
 def _read(
     path: Path, clock: str, reading: dict[str, Any], replay: dict[str, Any] | None
-) -> Trajectory:
+) -> Trajectory | str:
+    """A run's line, or why it has none."""
     from thermo_opt.fronts import read_trajectory, trajectory_of
     from thermo_opt.runs import load_run
 
-    run = load_run(path, **reading)
-    if replay is None:
-        return read_trajectory(run, clock)
-    from thermo_opt.audits import audit
+    try:
+        run = load_run(path, **reading)
+        if replay is None:
+            return read_trajectory(run, clock)
+        from thermo_opt.audits import audit
 
-    return trajectory_of(audit(run, lens="outputs", clock=clock, **replay))
+        return trajectory_of(audit(run, lens="outputs", clock=clock, **replay))
+    except InputError as error:
+        return str(error)
 
 
 def print_front(front: ParetoFront) -> None:
@@ -138,7 +165,8 @@ def _print_target(console: Any, front: ParetoFront, target: Target) -> None:
     from rich.table import Table
 
     from thermo_opt.cli.terminal import plain
-    from thermo_opt.describe.quantities import DURATION_UNITS, cost_unit, number, percent
+    from thermo_opt.describe.quantities import DURATION_UNITS, cost_unit, number
+    from thermo_opt.report.front import costs
 
     rows = front.rows(target.target_loss).sort_values("time", kind="stable", na_position="last")
     others = rows[~rows["on_front"]].index
@@ -158,20 +186,8 @@ def _print_target(console: Any, front: ParetoFront, target: Target) -> None:
     ):
         table.add_column(name, justify="right", no_wrap=True)
     for row in shown.to_dict("records"):
-        if row["censored"]:
-            values = [
-                f"> {number(row['duration'])}",
-                f"> {number(row['dissipation_total'])}",
-                number(row["least_distance"]),
-                "–",
-            ]
-        else:
-            values = [number(row[key]) for key in ("time", "dissipation", "least_distance")] + [
-                percent(row["efficiency"])
-            ]
-        table.add_row(
-            plain(row["run"]), plain(row["group"]), *values, "★" if row["on_front"] else ""
-        )
+        star = "★" if row["on_front"] else ""
+        table.add_row(plain(row["run"]), plain(row["group"]), *costs(row), star)
     console.print(table)
     if len(shown) < len(rows):
         console.print(

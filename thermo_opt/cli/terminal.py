@@ -176,6 +176,12 @@ def warn(text: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(plain(f"thermo-opt: {text}"))
 
 
+def warn_left_out(left_out: Iterable[tuple[str, str]]) -> None:
+    """A line on stderr for each run that was left out, with the reason."""
+    for run, reason in left_out:
+        warn(f"left out: {reason if run in reason else f'{run}: {reason}'}")
+
+
 def say(text: str) -> None:
     """A line on stdout, as it is."""
     Console(highlight=False, soft_wrap=True).print(plain(text))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
+from thermo_opt.describe.quantities import number
 from thermo_opt.lenses.results import Audited
 
 _HARDLY = 0.5
@@ -33,6 +35,26 @@ def snapshots_of(audit: Audited) -> tuple[int, ...]:
     """Step numbers of the snapshots that an audit's headline lens used."""
     steps = audit.steps
     return (*steps["step"].tolist(), int(steps["step_end"].iloc[-1]))
+
+
+def coarsened(runs: Sequence[str], common: Sequence[int], unit: str) -> str:
+    """A sentence: runs were compared at these snapshots, and some had recorded others too."""
+    gaps = {end - start for start, end in pairwise(common)}
+    every = (
+        (f"every {number(gap)} {unit}s" if (gap := min(gaps)) > 1 else f"every {unit}")
+        if len(gaps) == 1
+        else f"at {len(common)} {unit}s, unevenly"
+    )
+    return (
+        f"Compared at the snapshots that all runs have, {every} from {common[0]} to {common[-1]}: "
+        f"{named(runs)} recorded others too, which are left out here."
+    )
+
+
+def named(runs: Sequence[str], most: int = 4) -> str:
+    """A list of runs in a sentence, its end counted where it is long."""
+    more = len(runs) - most
+    return ", ".join(runs[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def on_one_probe(audits: Sequence[Audited]) -> list[int]:

@@ -29,7 +29,8 @@ def closest(audit: Audited) -> dict[str, Any]:
     lens that knows it best.
 
     ``alignment_intervals`` is the number of intervals that the parameter lens looked at, where its
-    alignment is told and it did not look at all; else None.
+    alignment is told and it did not look at all; else None. An alignment of some intervals is none
+    of the run's, so it is told only where no other is.
     """
     summary = dict(audit.summary) | {"alignment_intervals": None}
     closer = audit.lenses.get("parameters")
@@ -48,6 +49,16 @@ def seen_every(summary: Summary) -> str:
     span = summary["last_step"] - summary["first_step"]
     about = "" if span == stride * summary["steps"] else "about "
     return f"every {unit}" if stride == 1 else f"{about}every {number(stride)} {unit}s"
+
+
+def seen(audits: Sequence[Audited]) -> str:
+    """How often these runs were seen, in words for a title."""
+    summaries = sorted((audit.summary for audit in audits), key=lambda s: float(s["stride"]))
+    said = list(dict.fromkeys(seen_every(summary) for summary in summaries))
+    if len(said) == 1:
+        return f"seen {said[0]}"
+    first, last = summaries[0], summaries[-1]
+    return f"seen every {number(first['stride'])} to {number(last['stride'])} {last['step_unit']}s"
 
 
 def headline(summary: Summary) -> str:

@@ -17,9 +17,12 @@ import pandas as pd
 from thermo_opt import arguments
 from thermo_opt.arguments import jsonable
 from thermo_opt.audits.results import Audit
+from thermo_opt.describe.quantities import number
 from thermo_opt.errors import InputError
+from thermo_opt.fronts.common import at_common_snapshots
 from thermo_opt.fronts.dominance import attainable_hypervolume, hull, hypervolume, pareto_mask
 from thermo_opt.fronts.trajectory import Trajectory, trajectory_of
+from thermo_opt.lenses.results import SCHEMA_VERSION
 
 CLOCK_OF = {
     "steps": "step",
@@ -47,6 +50,9 @@ COLUMNS = (
     "lowest_loss",
     "duration",
     "dissipation_total",
+    "first_step",
+    "stride",
+    "every_step",
     "path",
 )
 """Columns of a front's table; see `ParetoFront`."""
@@ -93,14 +99,17 @@ class ParetoFront:
     bounds. ``least_distance``: D*(L*) from the run's own starting predictions; ``efficiency``
     ``D*²/(2QT)`` ≤ 1; ``dissipation_scaled``: Q times (`Target.least_distance`/D*)², which puts
     runs of different starts under one hyperbola; ``on_front``: not dominated in (time,
-    dissipation/D*²); ``energy``: joules to the crossing, where the run logged them. ``targets``:
-    one `Target` each.
+    dissipation/D*²); ``energy``: joules to the crossing, where the run logged them; ``first_step``,
+    ``stride``, ``every_step``: what of the run was seen: where not every step was, dissipations are
+    lower bounds and efficiencies upper ones. ``targets``: one `Target` each. ``notes``: sentences:
+    at which snapshots the runs were compared, and what isn't seen.
     """
 
     x: str
     clock: str
     targets: tuple[Target, ...]
     table: pd.DataFrame
+    notes: tuple[str, ...] = ()
 
     @property
     def hypervolume(self) -> float:
@@ -153,9 +162,9 @@ class ParetoFront:
 
         return write_front(self, path)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values: ``x, clock, hypervolume, coverage, targets`` and ``runs``, the table's
-        rows; None for NaN."""
+    def to_dict(self, left_out: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
+        """Plain values: ``schema_version, x, clock, hypervolume, coverage, notes, targets``,
+        ``runs``, the table's rows, and ``left_out``; None for NaN."""
         targets = [
             {
                 "target_loss": target.target_loss,
@@ -169,17 +178,25 @@ class ParetoFront:
             for target in self.targets
         ]
         return {
+            "schema_version": SCHEMA_VERSION,
             "x": self.x,
             "clock": self.clock,
             "hypervolume": self.hypervolume,
             "coverage": self.coverage,
+            "notes": list(self.notes),
             "targets": targets,
             "runs": [jsonable(row) for row in self.table.to_dict("records")],
+            "left_out": [{"run": run, "reason": reason} for run, reason in left_out],
         }
 
-    def to_json(self, path: str | PathLike[str] | None = None) -> str:
-        """`to_dict` as strict JSON, also written to ``path`` if given."""
-        text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
+    def to_json(
+        self,
+        path: str | PathLike[str] | None = None,
+        left_out: Sequence[tuple[str, str]] = (),
+    ) -> str:
+        """`to_dict` as strict JSON, also written to ``path`` if given; ``left_out``: (run, reason)
+        of the runs that have no line."""
+        text = json.dumps(self.to_dict(left_out), indent=2, allow_nan=False)
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")
         return text
@@ -204,13 +221,15 @@ def pareto(
     extremes: give one to compare fronts.
 
     Time and dissipation at the crossing are interpolated along the geodesic between snapshots, and
-    are those of the recorded path: with sparse snapshots, dissipation is a lower bound. Runs of
-    different starts are made comparable by dividing Q by each run's own D*². A run that begins at
-    or below a target is refused: it has nothing to reach.
+    are those of the recorded path: with sparse snapshots, dissipation is a lower bound. Runs are
+    compared at the snapshots that all of them have; those recorded more often are read again at
+    these, which ``notes`` says. Runs of different starts are made comparable by dividing Q by each
+    run's own D*². A run that begins at or below a target is refused: it has nothing to reach.
 
-    Raises InputError for runs whose probes, likelihoods or clocks differ (naming them), runs
-    without the outputs lens or targets, and a target that no run reaches, that isn't below every
-    run's start, or that rounding can't resolve. Cost: O(runs x (snapshots + probe)) a target.
+    Raises InputError for runs whose probes, likelihoods, clocks or units of steps differ (naming
+    them), runs that share too few snapshots, runs without the outputs lens or targets, and a target
+    that no run reaches, that isn't below every run's start, or that rounding can't resolve. Cost:
+    O(runs x (snapshots + probe)) a target.
     """
     audits = arguments.listed(
         "audits", audits, (Audit, Trajectory), "give a list of what to.audit returns"
@@ -238,6 +257,8 @@ def pareto(
             f"these tracks were read on clock {tracks[0].clock!r}: read them with clock={clock!r}"
         )
     _comparable(tracks)
+    tracks, notes = at_common_snapshots(tracks)
+    notes += _unseen(tracks)
     if groups is not None and len(groups) != len(tracks):
         raise InputError(
             f"there are {len(groups)} groups for {len(tracks)} runs: give one label a run"
@@ -251,7 +272,7 @@ def pareto(
     found = [_front(tracks, labels, target, corner) for target in targets]
     table = pd.concat([rows for _, rows in found], ignore_index=True)
     name = next(word for word, own_clock in CLOCK_OF.items() if own_clock == clock)
-    return ParetoFront(name, clock, tuple(target for target, _ in found), table)
+    return ParetoFront(name, clock, tuple(target for target, _ in found), table, tuple(notes))
 
 
 def _front(
@@ -301,6 +322,9 @@ def _front(
             "lowest_loss": [track.best for track in tracks],
             "duration": [track.time[-1] for track in tracks],
             "dissipation_total": [track.dissipation[-1] for track in tracks],
+            "first_step": [int(track.steps[0]) for track in tracks],
+            "stride": [track.stride for track in tracks],
+            "every_step": [track.every_step for track in tracks],
             "path": [track.path for track in tracks],
         },
         columns=list(COLUMNS),
@@ -316,12 +340,31 @@ def _comparable(tracks: Sequence[Trajectory]) -> None:
         [track.probe or "none" for track in tracks],
         "record or replay them on one probe",
     )
+    _same("unit of steps", names, [track.step_unit for track in tracks], "compare them apart")
     kinds = [
         track.start.likelihood
         + (f" (σ² = {track.start.sigma2:g})" if track.start.log_p_y is None else "")
         for track in tracks
     ]
     _same("likelihood", names, kinds, "losses of different likelihoods can't be compared")
+
+
+def _unseen(tracks: Sequence[Trajectory]) -> list[str]:
+    """What the snapshots of these runs don't show, in sentences."""
+    said, unit, begin = [], tracks[0].step_unit, int(tracks[0].steps[0])
+    if not all(track.every_step for track in tracks):
+        stride = max(track.stride for track in tracks)
+        apart = f"{number(stride)} {unit}{'' if stride == 1 else 's'}"
+        said.append(
+            f"Not every optimizer step was seen, the snapshots lying {apart} apart: dissipations "
+            "are lower bounds, efficiencies and dominated shares upper bounds."
+        )
+    if begin > 0:
+        said.append(
+            f"The first snapshot is {unit} {begin}: what came before it is not seen, and in no "
+            "number here."
+        )
+    return said
 
 
 def _same(what: str, names: Sequence[str], values: Sequence[str], remedy: str) -> None:

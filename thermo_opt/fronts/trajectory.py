@@ -11,7 +11,8 @@ the crossing exactly, not only at snapshots (§4, §5).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import numpy as np
 import pandas as pd
 
 from thermo_opt import thermodynamics as td
+from thermo_opt.audits.auditor import at_steps
 from thermo_opt.audits.results import Audit
 from thermo_opt.errors import InputError
-from thermo_opt.lenses.inputs import LensInputs
+from thermo_opt.lenses.inputs import LensInputs, recorded_settings
 from thermo_opt.lenses.path import path_scalars
 from thermo_opt.lenses.predictions import RecordedPredictions, array_of, targets_of
 from thermo_opt.manifold.initial import InitialPredictions
@@ -50,7 +52,9 @@ class Crossing:
 @dataclass(frozen=True)
 class Trajectory:
     """A run's line: ``steps``, ``loss`` (nats), ``time`` and ``dissipation`` since the start, each
-    (K+1,) over snapshots; ``energy``, joules since the start, where each step logged them."""
+    (K+1,) over snapshots; ``energy``, joules since the start, where each step logged them.
+    ``step_unit``: what its steps count; ``settings``: what the record says of how it was trained;
+    ``source``: what it was read from, so that it can be read at fewer snapshots."""
 
     run: str
     path: str
@@ -63,6 +67,9 @@ class Trajectory:
     time: np.ndarray
     dissipation: np.ndarray
     energy: np.ndarray | None = None
+    step_unit: str = "step"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    source: Audit | Run | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def along(
@@ -101,6 +108,34 @@ class Trajectory:
     def best(self) -> float:
         """The lowest loss at any snapshot (nats)."""
         return float(np.min(self.loss))
+
+    @property
+    def stride(self) -> float:
+        """Steps between successive snapshots, their median."""
+        return float(np.median(np.diff(self.steps)))
+
+    @property
+    def every_step(self) -> bool:
+        """Whether every optimizer step was seen, so that nothing is a bound because of the
+        stride."""
+        return self.step_unit == "step" and bool((np.diff(self.steps) == 1).all())
+
+    def at(self, steps: Sequence[int]) -> Trajectory:
+        """The same run at fewer of its snapshots, those of these step numbers (§4).
+
+        Raises:
+            InputError: When it isn't known where the run was read from.
+        """
+        if isinstance(self.source, Run):
+            again = read_trajectory(self.source, self.clock, steps)
+        elif isinstance(self.source, Audit) and self.source.inputs is not None:
+            again = trajectory_of(at_steps(self.source, steps), self.clock)
+        else:
+            raise InputError(
+                f"{self.run} can't be seen at fewer snapshots, since it isn't known where it was "
+                "read from: audit it again"
+            )
+        return replace(again, run=self.run)
 
     def crossing(self, target_loss: float) -> Crossing:
         """Where the line first meets ``target_loss``, below the loss at the start (see the module's
@@ -164,14 +199,24 @@ def trajectory_of(audit: Audit, clock: str | None = None) -> Trajectory:
         energy=_energy(audit.curve, steps),
         a=lens.steps["a"].to_numpy(),
         tau=tau,
+        step_unit=lens.summary["step_unit"],
+        settings=audit.settings,
+        source=audit,
     )
 
 
-def read_trajectory(run: Run, clock: str = "step") -> Trajectory:
+def read_trajectory(
+    run: Run, clock: str = "step", steps: Sequence[int] | None = None
+) -> Trajectory:
     """The line of a run from the predictions it recorded: what `trajectory_of` its audit gives,
     without the audit's other work.
 
     Cost: one reading of the snapshots.
+
+    Args:
+        run: The run.
+        clock: What time is.
+        steps: Step numbers of the snapshots to use, by default all.
 
     Raises:
         InputError: As `trajectory_of`, and for a run without recorded predictions.
@@ -190,25 +235,30 @@ def read_trajectory(run: Run, clock: str = "step") -> Trajectory:
         raise InputError(
             f"{run.path}: the probe has no targets, so the run has no loss; record it with targets"
         )
-    found = path_scalars(source, range(len(run.snapshots)), strides=(), first_order=False)
+    wanted = None if steps is None else set(steps)
+    indices = [k for k, step in enumerate(source.steps) if wanted is None or step in wanted]
+    found = path_scalars(source, indices, strides=(), first_order=False)
     if len(found.loss) < 2:
         raise InputError(
             f"{run.path}: the predictions are NaN or infinite from its first steps: there is no "
             "path to follow"
         )
-    steps = np.array(source.steps[: len(found.loss)])
+    seen = np.array([source.steps[k] for k in indices[: len(found.loss)]])
     return Trajectory.along(
         run=run.name,
         path=str(run.path),
         optimizer=run.info.optimizer,
         probe=None if run.probe is None else run.probe.fingerprint,
         clock=clock,
-        start=InitialPredictions.of(source.point(0), source.likelihood, source.sigma2),
-        steps=steps,
+        start=InitialPredictions.of(source.point(indices[0]), source.likelihood, source.sigma2),
+        steps=seen,
         loss=np.array(found.loss),
-        energy=_energy(run.steps, steps),
+        energy=_energy(run.steps, seen),
         a=np.array(found.a),
-        tau=_tau(str(run.path), run.steps, run.info.batch_size, clock, steps),
+        tau=_tau(str(run.path), run.steps, run.info.batch_size, clock, seen),
+        step_unit=run.info.step_unit,
+        settings=recorded_settings(run),
+        source=run,
     )
 
 

@@ -116,9 +116,9 @@ def measure(inputs: LensInputs) -> Measurements:
             memory(inputs.run.info),
             inputs.batch_size,
         )
-    held_by = (
-        np.empty(0, dtype=int) if first.sketched else _holding(found.chi2_shares, source.targets)
-    )
+    held_by = np.empty(0, dtype=int)
+    if found.chi2_shares is not None and not first.sketched:
+        held_by = _holding(found.chi2_shares, source.owners(indices[0]))
     rest = None
     if len(held_by):
         others = path_scalars(source.leaving_out(held_by), indices, strides=(), jobs=inputs.jobs)
@@ -151,18 +151,16 @@ def _directed(a: Sequence[float], d: Sequence[float]) -> np.ndarray:
     return np.where(np.isfinite(d) & (np.array(a) > _RESOLUTION), d, np.nan)
 
 
-def _holding(shares: np.ndarray | None, targets: np.ndarray | None) -> np.ndarray:
+def _holding(shares: np.ndarray, owners: np.ndarray) -> np.ndarray:
     """The few examples (of the probe's first axis) that hold most of χ² over the run; none where
-    it is spread."""
-    if shares is None or targets is None:
-        return np.empty(0, dtype=int)
-    count = len(targets)
-    if len(shares) != count:  # several counted positions per example
-        owner = np.arange(targets.size) // (targets.size // count)
-        owner = owner[(targets != -100).reshape(-1)]
-        if len(owner) != len(shares):
-            return np.empty(0, dtype=int)
-        shares = np.bincount(owner, shares, count)
+    it is spread.
+
+    Args:
+        shares: (rows,) of χ².
+        owners: (rows,) the example that each row is of.
+    """
+    shares = np.bincount(owners, shares)
+    count = len(np.unique(owners))
     few = max(1, int(_FEW * count))
     worst = np.argsort(-shares, kind="stable")[:few]
     total = shares.sum()

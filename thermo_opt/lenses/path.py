@@ -43,7 +43,7 @@ class PathScalars:
         a: (K,) squared Fisher–Rao distance of each interval (nats).
         d: (K,) first-order decrease of the loss along each interval's geodesic (nats).
         chi2: (K,) the certificate Δ ≤ χ² at each interval's start (nats).
-        chi2_shares: (n,) each example's share of χ², summed over the intervals with weight a; None
+        chi2_shares: (rows,) each row's share of χ², summed over the intervals with weight a; None
             without targets.
         chords: per stride m the list of (first, last, a) of the chords over m intervals.
         lagged: products of displacements apart in time (`lags`), (first snapshot, product) per m.
@@ -321,17 +321,14 @@ def _rows(block: Point, part: slice) -> Point:
 
 
 def _count_shares(out: PathScalars, point: Point, a: float, likelihood: str) -> None:
-    """Add each example's share of χ² at an interval's start, with weight a."""
+    """Add each row's share of χ² at an interval's start, with weight a."""
     chi2 = chi_squared_rows(point, likelihood)
     if chi2 is None:
         return
-    if len(chi2) % point.examples:
-        return  # outputs of several per example, some left out: no share per example
     infinite = np.isinf(chi2)
-    chi2 = np.where(infinite, 1.0, 0.0) if infinite.any() else chi2
-    shares = chi2.reshape(point.examples, -1).sum(axis=1)
+    shares = np.where(infinite, 1.0, 0.0) if infinite.any() else chi2
     total = shares.sum()
-    added = shares * (a / total) if total > 0 else np.zeros(point.examples)
+    added = shares * (a / total) if total > 0 else np.zeros(len(shares))
     out.chi2_shares = added if out.chi2_shares is None else out.chi2_shares + added
 
 

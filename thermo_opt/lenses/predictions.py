@@ -112,6 +112,25 @@ class Predictions(ABC):
             other.weights = np.delete(self.weights, examples, axis=0)
         return other
 
+    def owners(self, index: int) -> np.ndarray:
+        """The example (of the probe's first axis) that each row of a snapshot's `Point` is of."""
+        shape = self.shape(index)
+        kept = shape[0] - (0 if self.without is None else len(self.without))
+        weights, targets = self._weights(shape), self.targets
+        leading: tuple[int, ...] = (kept,)  # a row is an example,
+        if self.likelihood == "bernoulli":  # one of its labels,
+            leading = (kept, *shape[1:])
+        elif self.likelihood == "categorical":  # or one of its counted predictions
+            axis = likelihoods.class_axis(shape, None if targets is None else targets.shape)
+            leading = (kept, *np.delete(shape, axis)[1:].tolist())
+        counted = np.ones(leading, dtype=bool)
+        if self.likelihood == "categorical" and targets is not None:
+            ignored = targets == likelihoods.IGNORED
+            counted &= ~(ignored if ignored.ndim == len(leading) else ignored[..., 0])
+        if weights is not None:
+            counted &= likelihoods.checked_weights(weights, leading) > 0
+        return np.nonzero(counted)[0]
+
     def blocks(self, index: int) -> list[Predictions]:
         """The same predictions in blocks of examples small enough to be embedded side by side.
 

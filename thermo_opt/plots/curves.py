@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from thermo_opt.describe.quantities import cost_unit
+from thermo_opt.describe.sentences import seen
 from thermo_opt.lenses.results import Audited
 from thermo_opt.plots import series
 from thermo_opt.plots.axes import (
-    KEY,
     given_or_new,
+    in_rows,
+    key_beside,
     log_axes,
+    log_axis,
     plain,
     quiet,
     say_nothing_known,
@@ -31,20 +34,27 @@ def units(audits: list[Audited]) -> str:
     return " or ".join(sorted({cost_unit(audit.summary["clock"]) for audit in audits}))
 
 
-def loss_and_dissipation(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> Axes:
-    """Loss (nats per example) above, dissipation Q spent so far (nats) below, against the training
-    step (theory §3)."""
+def loss_and_dissipation(
+    audits: Audited | Iterable[Audited], ax: Axes | None = None, *, key: bool = True
+) -> Axes:
+    """Loss (nats per example) above, on a logarithmic axis where it spans decades, dissipation Q
+    spent so far (nats) below, against the training step (theory §3); ``key``: name the runs beside
+    it."""
     audits = series.as_list(audits)
     ax = given_or_new(ax, height=5.0)
-    upper, lower = stacked(ax, "Loss and dissipation")
+    upper, lower = stacked(ax, f"Loss and dissipation, {seen(audits)}")
+    losses = []
     for i, audit in enumerate(audits):
         style = look(i)
         step, loss, _ = series.loss_curve(audit)
         if len(step):
             upper.plot(step, loss, style.linestyle, color=style.hex, label=plain(audit.run))
+            losses.append(loss)
         step, spent = series.cumulative_dissipation(audit.headline)
         if len(step):
             lower.plot(step, spent, style.linestyle, color=style.hex)
+    if series.spans_decades(losses):
+        log_axis(upper, "y")
     if not lower.lines:
         lower.text(
             0.5,
@@ -59,50 +69,75 @@ def loss_and_dissipation(audits: Audited | Iterable[Audited], ax: Axes | None = 
     upper.set_ylabel("loss (nats)")
     lower.set_ylabel(f"Q so far ({units(audits)})")
     lower.set_xlabel("training step")
-    _key(upper, audits)
+    if key and len(audits) > 1:
+        key_beside(upper)
     return ax
 
 
 def alignment(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> Axes:
-    """Alignment ε of each interval (theory §3): a band where a bracket is known, a line where a
-    value or a lower bound is."""
-    audits = series.as_list(audits)
-    ax = given_or_new(ax)
-    drawn = False
-    for i, audit in enumerate(audits):
-        found = series.alignment_series(audit)
-        if found is None:
-            continue
-        drawn = True
-        style = look(i)
-        name = plain(f"{audit.run} ({found.kind})")
-        if found.kind == "bracket":
-            ax.fill_between(
-                found.step,
-                found.lower,
-                found.upper,
-                color=style.hex,
-                alpha=0.25,
-                linewidth=0,
-                label=name,
-            )
-            ax.plot(found.step, (found.lower + found.upper) / 2, style.linestyle, color=style.hex)
-        else:
-            ax.plot(found.step, found.lower, style.linestyle, color=style.hex, label=name)
+    """Shares of the dissipation along the natural gradient, downhill above the line and uphill
+    below it, as running means: a panel a run (theory §3).
+
+    Lines: certified lower ends. Bands: up to the upper ends, where these say anything.
+    """
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    drawn = [
+        (i, audit, found)
+        for i, audit in enumerate(series.as_list(audits))
+        if (found := series.alignment_series(audit)) is not None
+    ]
+    shown = drawn[: series.MAX_PANELS]
+    ax = given_or_new(ax, height=max(3.0, 1.2 + alignment_height(len(shown))))
     if not drawn:
         say_nothing_known(ax, "No lens knows the alignment of these runs.")
         return ax
-    quiet(ax, "Alignment with the natural gradient")
-    ax.axhline(0, color="0.6", linewidth=0.8)
-    ax.set_xlabel("training step")
-    ax.set_ylabel("alignment ε")
-    ax.legend(**KEY)
+    more = f" ({len(shown)} of {len(drawn)} runs)" if len(drawn) > len(shown) else ""
+    over = list(dict.fromkeys(window_words(found) for _, _, found in shown))
+    said = f", {over[0]}" if len(over) == 1 else ""
+    panels = in_rows(ax, len(shown), f"Share along the natural gradient{said}{more}")
+    for panel, (i, audit, found) in zip(panels, shown, strict=True):
+        style = look(i)
+        for sign, (low, high) in ((1, found.downhill.T), (-1, found.uphill.T)):
+            if not np.nanmax(high, initial=0.0) > 0 and not np.nanmax(low, initial=0.0) > 0:
+                continue
+            panel.fill_between(
+                found.step, sign * low, sign * high, color=style.hex, alpha=0.25, linewidth=0
+            )
+            panel.plot(found.step, sign * low, style.linestyle, color=style.hex)
+        panel.axhline(0, color="0.6", linewidth=0.8)
+        panel.text(
+            0.0,
+            1.0,
+            plain(audit.run) + ("" if said else f", {window_words(found)}"),
+            transform=panel.transAxes,
+            va="bottom",
+            fontsize="small",
+        )
+    bottom, top = panels[0].get_ylim()
+    panels[0].set_ylim(max(bottom, -1.0), min(top, 1.0))
+    panels[0].yaxis.set_major_locator(MaxNLocator(3 if len(shown) < 8 else 2))
+    panels[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    panels[-1].set_xlabel("training step")
     return ax
 
 
-def coarse_graining(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> Axes:
+def alignment_height(runs: int) -> float:
+    """Inches that the panels of so many runs want."""
+    return runs * (2.6 if runs == 1 else 0.95 if runs <= 8 else 0.6)
+
+
+def window_words(found: series.AlignmentSeries) -> str:
+    """What a point of the alignment's figure is a mean over."""
+    over = "single steps" if found.window == 1 else f"means over {found.window} steps"
+    return f"{over}, {found.looked_at} looked at" if found.looked_at else over
+
+
+def coarse_graining(
+    audits: Audited | Iterable[Audited], ax: Axes | None = None, *, key: bool = True
+) -> Axes:
     """ℒ_m (√nats) above and Q_m (nats) below against the sampling stride in optimizer steps, log
-    axes (theory §4)."""
+    axes (theory §4); ``key``: name the runs and their exponents H beside it."""
     audits = series.as_list(audits)
     ax = given_or_new(ax, height=5.0)
     tables = [(i, audit, series.coarse_curves(audit.headline)) for i, audit in enumerate(audits)]
@@ -113,9 +148,7 @@ def coarse_graining(audits: Audited | Iterable[Audited], ax: Axes | None = None)
     upper, lower = stacked(ax, "Coarse-graining")
     for i, audit, table in tables:
         style = look(i)
-        name = plain(audit.run)
-        if audit.headline.hurst is not None:
-            name += f", H = {audit.headline.hurst:.2f}"
+        name = exponent_words(audit)
         for panel, column in ((upper, "length"), (lower, "dissipation")):
             panel.plot(
                 table["stride_steps"],
@@ -131,16 +164,26 @@ def coarse_graining(audits: Audited | Iterable[Audited], ax: Axes | None = None)
     upper.set_ylabel("length ℒ (√nats)")
     lower.set_ylabel(f"Q ({units(audits)})")
     lower.set_xlabel("sampling stride (optimizer steps)")
-    upper.legend(**KEY)
+    if key:
+        key_beside(upper)
     return ax
 
 
-def predicted_vs_realised(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> Axes:
+def exponent_words(audit: Audited) -> str:
+    """A run's name, with its exponent H where that is known."""
+    name = plain(audit.run)
+    return name if audit.headline.hurst is None else f"{name}, H = {audit.headline.hurst:.2f}"
+
+
+def predicted_vs_realised(
+    audits: Audited | Iterable[Audited], ax: Axes | None = None, *, key: bool = True
+) -> Axes:
     """Each interval's predicted ½a against its realised KL divergence (nats, log axes), and the
-    line of agreement."""
+    line of agreement; ``key``: name the runs beside it."""
+    audits = series.as_list(audits)
     ax = given_or_new(ax)
     span = np.array([np.inf, -np.inf])
-    for i, audit in enumerate(series.as_list(audits)):
+    for i, audit in enumerate(audits):
         found = series.realised(audit)
         if found is None:
             continue
@@ -160,15 +203,11 @@ def predicted_vs_realised(audits: Audited | Iterable[Audited], ax: Axes | None =
     if span[0] > span[1]:
         say_nothing_known(ax, "No lens measured the realised divergence of these runs.")
         return ax
-    quiet(ax, "Predicted and realised dissipation")
+    quiet(ax, f"Predicted and realised dissipation, {seen(audits)}")
     ax.plot(span, span, "--", color="0.5", linewidth=1)
     log_axes(ax)
     ax.set_xlabel("predicted ½a (nats)")
     ax.set_ylabel("realised KL (nats)")
-    ax.legend(**KEY)
+    if key:
+        key_beside(ax)
     return ax
-
-
-def _key(ax: Axes, audits: list[Audited]) -> None:
-    if len(audits) > 1:
-        ax.legend(**KEY)

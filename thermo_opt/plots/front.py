@@ -10,7 +10,7 @@ import pandas as pd
 
 from thermo_opt.describe.quantities import DURATION_UNITS, cost_unit, number, percent
 from thermo_opt.errors import InputError
-from thermo_opt.plots.axes import KEY, given_or_new, log_axes, plain, quiet
+from thermo_opt.plots.axes import given_or_new, key_beside, log_axes, plain, quiet
 from thermo_opt.plots.palette import look
 
 if TYPE_CHECKING:
@@ -61,6 +61,10 @@ class Front(Protocol):
     @property
     def table(self) -> pd.DataFrame:
         """One row per run and target."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """At which snapshots the runs were compared, and what isn't seen."""
 
     @property
     def groups(self) -> list[str]:
@@ -152,7 +156,7 @@ def pareto(front: Front, ax: Axes | None = None, target_loss: float | None = Non
         )
     ax.set_xlabel(f"time to reach it ({DURATION_UNITS[front.clock]})")
     ax.set_ylabel(cost_label(front, target))
-    ax.legend(**KEY)
+    key_beside(ax)
     return ax
 
 
@@ -189,7 +193,7 @@ def energy(front: Front, ax: Axes | None = None, target_loss: float | None = Non
     log_axes(ax)
     ax.set_xlabel(f"dissipation Q ({cost_unit(front.clock)})")
     ax.set_ylabel("energy (J)")
-    ax.legend(**KEY)
+    key_beside(ax)
     return ax
 
 

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from thermo_opt.describe.quantities import cost_unit, number
+from thermo_opt.describe.quantities import cost_unit, number, percent
+from thermo_opt.describe.sentences import seen
 from thermo_opt.lenses.results import Audited
 from thermo_opt.plots import series
-from thermo_opt.plots.axes import KEY, given_or_new, plain, quiet, say_nothing_known
+from thermo_opt.plots.axes import NAME, given_or_new, key_beside, plain, quiet, say_nothing_known
 from thermo_opt.plots.curves import units
 from thermo_opt.plots.palette import PARTS, look
+from thermo_opt.plots.series import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,9 +49,10 @@ def decomposition_bars(audits: Audited | Iterable[Audited], ax: Axes | None = No
                 edgecolor=look(i).hex,
             )
             left += summary[part]
-        text = f"{audit.run}  {number(summary['dissipation'])} {cost_unit(summary['clock'])}"
+        amount = f"{number(summary['dissipation'])} {cost_unit(summary['clock'])}"
+        text = f"{shortened(audit.run, NAME)}  {amount}"
         ax.text(0, row - 0.27, text, va="bottom", ha="left", fontsize="small", parse_math=False)
-    quiet(ax, "Where the dissipation went")
+    quiet(ax, f"Where the dissipation went, {seen(audits)}")
     ax.grid(False, axis="y")
     ax.set_yticks([])
     ax.set_ylim(max(len(rows), 2.5) - 0.6, -1.05)
@@ -58,16 +61,18 @@ def decomposition_bars(audits: Audited | Iterable[Audited], ax: Axes | None = No
         Patch(facecolor=to_rgba("0.35", o), edgecolor="0.35", label=part)
         for part, o in PARTS.items()
     ]
-    ax.legend(handles=patches, ncols=3, loc="upper right", **KEY)
+    key_beside(ax, patches)
     return ax
 
 
-def trajectory_map(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> Axes:
+def trajectory_map(
+    audits: Audited | Iterable[Audited], ax: Axes | None = None, *, key: bool = True
+) -> Axes:
     """The runs' recorded predictions on one plane of intensive principal components
     (`manifold.trajectory_map`).
 
-    Open marker: start; filled marker: end. Runs recorded on another probe than the first are named
-    in the title.
+    Open marker: start; filled marker: end. Runs recorded on another probe than the first are
+    counted below it. ``key``: name the runs beside it.
     """
     audits = series.as_list(audits)
     ax = given_or_new(ax, height=4.8)
@@ -87,13 +92,14 @@ def trajectory_map(audits: Audited | Iterable[Audited], ax: Axes | None = None) 
         )
         ax.plot(*run.xy[0], style.marker, color=style.hex, markerfacecolor="none", markersize=8)
         ax.plot(*run.xy[-1], style.marker, color=style.hex, markersize=8)
-    left_out = plain(f"; on another probe: {', '.join(found.left_out)}") if found.left_out else ""
-    quiet(ax, f"Paths of the predictions ({found.explained:.0%} of the spread{left_out})")
+    quiet(ax, f"Paths of the predictions ({percent(found.explained)} of the spread)")
     ax.set_aspect("equal", adjustable="datalim")
-    ax.set_xlabel("first intensive component")
+    others = len(found.left_out)
+    more = f"\n(not drawn, on another probe: {others} run{'s' * (others > 1)})" if others else ""
+    ax.set_xlabel(f"first intensive component{more}")
     ax.set_ylabel("second intensive component")
-    if len(audits) > 1:
-        ax.legend(**KEY)
+    if key and len(audits) > 1:
+        key_beside(ax)
     return ax
 
 
@@ -103,7 +109,7 @@ def dissipation_heatmap(audit: Audited, ax: Axes | None = None) -> Axes:
     from matplotlib.colors import LogNorm
 
     found = series.heat(audit)
-    ax = given_or_new(ax, height=1.5 + 0.25 * (0 if found is None else len(found.layers)))
+    ax = given_or_new(ax, height=map_height(0 if found is None else len(found.layers)))
     if found is None or not (found.values > 0).any():
         say_nothing_known(ax, "No lens attributes this run's dissipation to layers.")
         return ax
@@ -118,7 +124,7 @@ def dissipation_heatmap(audit: Audited, ax: Axes | None = None) -> Axes:
     ax.invert_yaxis()
     ax.set_xlabel("training step")
     ax.set_title(
-        f"Which layers dissipated: {plain(audit.run)}",
+        f"Which layers dissipated: {plain(audit.run)}, {intervals_words(audit)}",
         loc="left",
         fontsize="medium",
         fontweight="bold",
@@ -126,3 +132,15 @@ def dissipation_heatmap(audit: Audited, ax: Axes | None = None) -> Axes:
     if (figure := ax.get_figure()) is not None:
         figure.colorbar(image, ax=ax, label=f"dissipation ({units([audit])})", pad=0.02)
     return ax
+
+
+def map_height(layers: int) -> float:
+    """Inches that the heat map of so many layers wants."""
+    return 1.5 + 0.25 * layers
+
+
+def intervals_words(audit: Audited) -> str:
+    """Which of a run's intervals the lens that attributes them looked at."""
+    looked = next(len(x.steps) for x in audit.lenses.values() if x.attribution is not None)
+    every = "every interval"
+    return every if looked == len(audit.steps) else f"{looked} of {len(audit.steps)} intervals"

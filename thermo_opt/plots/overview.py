@@ -2,53 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from thermo_opt.describe.sentences import headline
 from thermo_opt.lenses.results import Audited
 from thermo_opt.plots import curves, maps, series, split
+from thermo_opt.plots.axes import KEY
+from thermo_opt.plots.palette import look
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_HEIGHT = 3.9
+"""Inches of a row of panels."""
+_KEY_COLUMNS = 4
+
+Panel = tuple[Callable[..., "Axes"], float | None]
+"""What draws a panel of these runs, and its height where it takes a row of its own."""
 
 
 def overview(audits: Audited | Iterable[Audited]) -> Figure:
-    """The panels these audits support, two a row, on a pyplot figure; with one run, the headline
-    sentence above them."""
+    """The panels these audits support, two a row, on a pyplot figure; those with a part for each
+    run get a row of their own where the runs are many. With one run, the headline sentence stands
+    above them; with several, one key below them."""
     import matplotlib.pyplot as plt
 
     audits = series.as_list(audits)
-    panels = [maps.decomposition_bars] if any(series.bar_lens(audit) for audit in audits) else []
-    if any(split.split_of(audit) for audit in audits):
-        panels.append(split.split_bars)
-    panels.append(curves.loss_and_dissipation)
-    if any(series.alignment_series(audit) for audit in audits):
-        panels.append(curves.alignment)
-    if series.trajectory_series(audits) is not None:
-        panels.append(maps.trajectory_map)
-    if any(len(series.coarse_curves(audit.headline)) > 1 for audit in audits):
-        panels.append(curves.coarse_graining)
-    if any(series.realised(audit) for audit in audits):
-        panels.append(curves.predicted_vs_realised)
-    mapped = [audit for audit in audits if series.heat(audit) is not None]
-    rows = (len(panels) + 1) // 2 + len(mapped)
-    figure = plt.figure(figsize=(11, 3.9 * rows), layout="constrained")
-    grid = figure.add_gridspec(rows, 2)
+    rows = _rows(_panels(audits))
+    maps_of = [(audit, h) for audit in audits if (h := series.heat(audit)) is not None]
+    maps_of = maps_of[: series.MAX_MAPS]
+    heights = [height for _, height in rows] + [maps.map_height(len(h.layers)) for _, h in maps_of]
+    figure = plt.figure(figsize=(11, sum(heights)), layout="constrained")
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)  # type: ignore[union-attr,call-arg]
-    for position, draw in enumerate(panels):
-        alone = position == len(panels) - 1 and len(panels) % 2 == 1
-        draw(
-            audits, figure.add_subplot(grid[position // 2, slice(0, 2) if alone else position % 2])
-        )
-    for row, audit in enumerate(mapped, start=(len(panels) + 1) // 2):
+    for row, (draws, _) in enumerate(rows):
+        for column, draw in enumerate(draws):
+            cell = grid[row, column] if len(draws) > 1 else grid[row, :]
+            draw(audits, figure.add_subplot(cell))
+    for row, (audit, _) in enumerate(maps_of, start=len(rows)):
         maps.dissipation_heatmap(audit, figure.add_subplot(grid[row, :]))
     if len(audits) == 1:
         figure.suptitle(
             headline(audits[0].summary), x=0.01, ha="left", fontsize="large", parse_math=False
         )
+    else:
+        _key_below(figure, audits)
     if "inline" in plt.get_backend().lower():
         plt.close(
             figure
         )  # a notebook shows the returned figure; left open, it would be shown twice
     return figure
+
+
+def _panels(audits: list[Audited]) -> list[Panel]:
+    found: list[Panel] = []
+    bars = sum(series.bar_lens(audit) is not None for audit in audits)
+    aligned = sum(series.alignment_series(audit) is not None for audit in audits)
+    if bars:
+        found.append((maps.decomposition_bars, 1.4 + 0.45 * bars if bars > 6 else None))
+    halves = sum(split.split_of(audit) is not None for audit in audits)
+    if halves:
+        found.append((split.split_bars, 1.6 + 0.45 * halves if halves > 6 else None))
+    found.append((partial(curves.loss_and_dissipation, key=False), None))
+    if aligned:
+        tall = 1.2 + curves.alignment_height(min(aligned, series.MAX_PANELS))
+        found.append((curves.alignment, tall if aligned > 3 else None))
+    if series.trajectory_series(audits) is not None:
+        found.append((partial(maps.trajectory_map, key=False), None))
+    if any(len(series.coarse_curves(audit.headline)) > 1 for audit in audits):
+        found.append((partial(curves.coarse_graining, key=False), None))
+    if any(series.realised(audit) for audit in audits):
+        found.append((partial(curves.predicted_vs_realised, key=False), None))
+    return found
+
+
+def _rows(panels: list[Panel]) -> list[tuple[list[Callable[..., Axes]], float]]:
+    """Panels two a row in order, those of a height of their own alone."""
+    rows: list[tuple[list[Callable[..., Axes]], float]] = []
+    waiting: list[Callable[..., Axes]] = []
+    for draw, height in panels:
+        if height is not None:
+            rows.append(([draw], height))
+            continue
+        waiting.append(draw)
+        if len(waiting) == 2:
+            rows.append((waiting, _HEIGHT))
+            waiting = []
+    return rows + ([(waiting, _HEIGHT)] if waiting else [])
+
+
+def _key_below(figure: Figure, audits: list[Audited]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for i, audit in enumerate(audits):
+        style = look(i)
+        handle = Line2D([], [], color=style.hex, marker=style.marker, markersize=4)
+        handle.set_linestyle(style.linestyle)
+        handle.set_label(curves.exponent_words(audit))
+        handles.append(handle)
+    columns = min(_KEY_COLUMNS, len(handles))
+    figure.legend(handles=handles, loc="outside lower left", ncols=columns, **KEY)

@@ -7,6 +7,7 @@ blindness; runs also differ by dash and marker, so no figure relies on colour al
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 OKABE_ITO = {
     "blue": "#0072B2",
@@ -21,6 +22,9 @@ PARTS = {"irreducible": 1.0, "detour": 0.45, "pacing": 0.15}
 """Opacity of each part of a run's dissipation, in the run's own colour."""
 
 
+LineStyle = Literal["-", "--", ":", "-."]
+
+
 @dataclass(frozen=True)
 class Look:
     """How one run is drawn: a key of `OKABE_ITO`, a dash and a marker in the words of both drawing
@@ -28,7 +32,7 @@ class Look:
 
     colour: str
     dash: str
-    linestyle: str
+    linestyle: LineStyle
     symbol: str
     marker: str
 
@@ -37,7 +41,12 @@ class Look:
         return OKABE_ITO[self.colour]
 
 
-_DASHES = (("solid", "-"), ("dash", "--"), ("dot", ":"), ("dashdot", "-."))
+_DASHES: tuple[tuple[str, LineStyle], ...] = (
+    ("solid", "-"),
+    ("dash", "--"),
+    ("dot", ":"),
+    ("dashdot", "-."),
+)
 _MARKERS = (
     ("circle", "o"),
     ("square", "s"),

@@ -16,6 +16,21 @@ CURVE_POINTS = 1500
 """More points than this on a curve can't be told apart on a screen; curves are thinned to about
 this many."""
 
+WINDOWS = 20
+"""Windows of running means side by side in a run: enough to see it change, few enough to read."""
+
+WIDE = 0.5
+"""Width of a bracket of a share from which on its upper end isn't drawn."""
+
+MAX_PANELS = 40
+"""Runs of which each gets a panel of its own."""
+
+MAX_MAPS = 6
+"""Runs whose heat maps are drawn."""
+
+DECADES = 30.0
+"""Ratio of the largest loss to the least from which on losses are drawn on a logarithmic axis."""
+
 MAX_LAYERS = 32
 """Rows of the heat map; when a model has more layers, the least dissipating ones are summed into
 one row."""
@@ -56,6 +71,20 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [tick for e in exponents for f in factors if low <= (tick := f * 10.0**e) <= high]
 
 
+def spans_decades(values: Sequence[np.ndarray]) -> bool:
+    """Whether these curves are better seen on a logarithmic axis."""
+    joined = np.concatenate([np.empty(0), *values])
+    return bool(joined.size and joined.min() > 0 and joined.max() >= DECADES * joined.min())
+
+
+def shortened(text: str, length: int) -> str:
+    """Shortened in the middle, where names of runs and layers differ least."""
+    if len(text) <= length:
+        return text
+    half = (length - 1) // 2
+    return f"{text[:half]}…{text[-(length - 1 - half) :]}"
+
+
 def _curve(x: Iterable[float], y: Iterable[float]) -> tuple[np.ndarray, np.ndarray]:
     x, y = finite(x, y)
     return thin(x, y)
@@ -85,45 +114,79 @@ def cumulative_dissipation(lens: LensAudit) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class AlignmentSeries:
-    """Alignment of one run: mid-interval steps and bounds; an open side of the bracket is NaN."""
+    """Shares of one run's dissipation that lay along the natural gradient, as running means.
+
+    ``lens``: which knows them. ``step`` (K,): middles of the windows. ``window``: intervals that a
+    mean is over. ``downhill``, ``uphill`` (K, 2): certified lower and upper ends; an upper end is
+    NaN where it says next to nothing, a lower one too where it is zero besides. ``looked_at``: the
+    intervals, where these are some of the run's.
+    """
 
     lens: str
     step: np.ndarray
-    lower: np.ndarray
-    upper: np.ndarray
-    kind: str  # "bracket", "value" or "lower bound"
+    window: int
+    downhill: np.ndarray
+    uphill: np.ndarray
+    looked_at: int | None
 
 
 def alignment_series(audit: Audited) -> AlignmentSeries | None:
-    """Alignment from the lens that knows it best: parameters, then outputs; None if neither
-    does."""
+    """Alignment from the lens that knows it best: parameters, then outputs; None if neither does
+    (§3)."""
     for name in ("parameters", "outputs"):
         lens = audit.lenses.get(name)
-        if lens is None:
+        if lens is None or not lens.steps["alignment_lower"].notna().any():
             continue
-        steps = lens.steps
-        lower = steps["alignment_lower"].to_numpy(dtype=np.float64)
-        upper = steps["alignment_upper"].to_numpy(dtype=np.float64)
-        keep = np.isfinite(lower)
-        if not keep.any():
+        step, lower, upper, q, d = finite(
+            (lens.steps["step"] + lens.steps["step_end"]) / 2,
+            lens.steps["alignment_lower"],
+            lens.steps["alignment_upper"].fillna(1.0),
+            lens.steps["dissipation"],
+            lens.steps["d"],
+        )
+        if not q.sum() > 0:
             continue
-        step = (
-            steps["step"].to_numpy(dtype=np.float64) + steps["step_end"].to_numpy(dtype=np.float64)
-        ) / 2
-        step, lower, upper = step[keep], lower[keep], upper[keep]
-        if not np.isfinite(upper).all() or np.all(
-            upper[lower < 1] >= 1
-        ):  # an upper end of 1 says nothing
-            kind = "lower bound"
-        elif np.allclose(lower, upper, rtol=1e-9, atol=1e-12):
-            kind = "value"
-        else:
-            kind = "bracket"
-        if len(step) > CURVE_POINTS:
-            index = np.linspace(0, len(step) - 1, CURVE_POINTS).astype(int)
-            step, lower, upper = step[index], lower[index], upper[index]
-        return AlignmentSeries(name, step, lower, upper, kind)
+        window = max(1, len(step) // WINDOWS)
+        down = _shares(lower, upper, d > 0, q, window)
+        up = _shares(-upper, -lower, d < 0, q, window)
+        middle = np.convolve(step, np.ones(window) / window, "valid")
+        kept = np.unique(np.linspace(0, len(middle) - 1, CURVE_POINTS).round().astype(int))
+        some = len(lens.steps) < len(audit.steps)
+        return AlignmentSeries(
+            name,
+            middle[kept],
+            window,
+            _said(down[kept]),
+            _said(up[kept]),
+            len(lens.steps) if some else None,
+        )
     return None
+
+
+def _shares(
+    lower: np.ndarray, upper: np.ndarray, here: np.ndarray, q: np.ndarray, window: int
+) -> np.ndarray:
+    """Running means (K, 2) of |ε|'s bracket where the step went this way, 0 where the other; an
+    upper end of 1 tells nothing."""
+    upper = np.where((upper < 1) | (lower >= 1), upper, np.nan)
+    ends = np.stack([np.maximum(lower, 0.0), upper], axis=1)
+    return _running_mean(np.where(here[:, None], ends, 0.0), q, window)
+
+
+def _running_mean(values: np.ndarray, weights: np.ndarray, window: int) -> np.ndarray:
+    """Weighted means over ``window`` successive rows; NaN where the weights vanish."""
+    ones = np.ones(window)
+    total = np.convolve(weights, ones, "valid")
+    sums = [np.convolve(column * weights, ones, "valid") for column in values.T]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.stack(sums, axis=1) / np.where(total > 0, total, np.nan)[:, None]
+
+
+def _said(ends: np.ndarray) -> np.ndarray:
+    """The ends of brackets without those that say nothing."""
+    low, high = ends.T
+    wide = ~(high - low <= WIDE)
+    return np.stack([np.where(wide & (low <= 0), np.nan, low), np.where(wide, np.nan, high)], 1)
 
 
 def parts(lens: LensAudit) -> dict[str, float] | None:
@@ -171,7 +234,7 @@ def heat(audit: Audited) -> Heat | None:
     if lens is None or lens.attribution is None or lens.attribution.empty:
         return None
     table = lens.attribution
-    layers = [str(name).rpartition(".")[0] or str(name) for name in table.columns]
+    layers = _without_common([str(n).rpartition(".")[0] or str(n) for n in table.columns])
     summed = table.T.groupby(layers, sort=False).sum().T
     if summed.shape[1] > MAX_LAYERS:
         largest = set(summed.sum().nlargest(MAX_LAYERS - 1).index)
@@ -184,6 +247,16 @@ def heat(audit: Audited) -> Heat | None:
         + lens.steps["step_end"].to_numpy(dtype=np.float64)
     ) / 2
     return Heat([str(c) for c in summed.columns], step, summed.to_numpy(dtype=np.float64).T)
+
+
+def _without_common(layers: list[str]) -> list[str]:
+    """Names of layers without the modules that all of them are in, which tell nothing."""
+    parts = [layer.split(".") for layer in layers]
+    shared = 0
+    while all(len(p) > shared + 1 for p in parts) and len({p[shared] for p in parts}) == 1:
+        shared += 1
+    names = [".".join(p[shared:]) for p in parts]
+    return [f"layer {name}" if name.isdigit() else name for name in names]
 
 
 def realised(audit: Audited) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:

@@ -12,9 +12,9 @@ import pandas as pd
 from thermo_opt.describe.quantities import number
 from thermo_opt.lenses.noise import Split
 from thermo_opt.lenses.results import Audited
-from thermo_opt.plots.axes import KEY, given_or_new, plain, quiet, say_nothing_known
+from thermo_opt.plots.axes import NAME, given_or_new, key_beside, plain, quiet, say_nothing_known
 from thermo_opt.plots.palette import OKABE_ITO, look
-from thermo_opt.plots.series import as_list
+from thermo_opt.plots.series import as_list, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +67,8 @@ def split_bars(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> A
             )
             left += width
             ax.errorbar(left, row, xerr=error, color="0.25", linewidth=1, capsize=2)
-        text = f"{audit.run}  {number((split.noise or 0) + (split.drift or 0))} nats"
+        amount = number((split.noise or 0) + (split.drift or 0))
+        text = f"{shortened(audit.run, NAME)}  {amount} nats"
         ax.text(0, row - 0.27, text, va="bottom", ha="left", fontsize="small", parse_math=False)
     quiet(ax, "Noise apart from progress")
     ax.grid(False, axis="y")
@@ -79,7 +80,7 @@ def split_bars(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> A
         Patch(facecolor=to_rgba("0.35", OPACITY[part]), edgecolor="0.35", label=part)
         for part in seen
     ]
-    ax.legend(handles=patches, ncols=len(patches), loc="upper right", **KEY)
+    key_beside(ax, patches)
     return ax
 
 
@@ -101,7 +102,7 @@ def split_curve(audit: Audited, ax: Axes | None = None) -> Axes:
     ax.set_yscale("log")
     ax.set_xlabel("training step")
     ax.set_ylabel("dissipation per step (nats)")
-    ax.legend(**KEY)
+    key_beside(ax)
     return ax
 
 
@@ -151,7 +152,7 @@ def critical_batch(audits: Audited | Iterable[Audited], ax: Axes | None = None) 
     ax.set_yscale("log")
     ax.set_xlabel("training step")
     ax.set_ylabel("B* (loss terms)")
-    ax.legend(**KEY)
+    key_beside(ax)
     return ax
 
 

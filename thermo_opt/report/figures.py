@@ -8,13 +8,25 @@ from html import escape
 
 import numpy as np
 
-from thermo_opt.describe.quantities import cost_unit
-from thermo_opt.describe.sentences import LENS_WORDS
+from thermo_opt.describe.quantities import cost_unit, percent
+from thermo_opt.describe.sentences import LENS_WORDS, seen
 from thermo_opt.lenses.results import Audited
 from thermo_opt.plots import series
+from thermo_opt.plots.curves import window_words
 from thermo_opt.plots.palette import look
 from thermo_opt.report.maps import decomposition, dissipation_heatmap, trajectory_map
-from thermo_opt.report.spec import Figure, Spec, axis, layout, line, log_axis, numbers, units
+from thermo_opt.report.spec import (
+    Figure,
+    Spec,
+    axis,
+    label,
+    layout,
+    line,
+    log_axis,
+    numbers,
+    panel_title,
+    units,
+)
 from thermo_opt.report.split import critical_batch, split_bars
 
 
@@ -37,10 +49,12 @@ def loss_and_dissipation(audits: Sequence[Audited]) -> Figure | None:
     """Loss above, dissipation spent so far below, against the training step."""
     data: list[Spec] = []
     sources = set()
+    losses = []
     for i, audit in enumerate(audits):
         step, loss, source = series.loss_curve(audit)
         if len(step):
             sources.add(source)
+            losses.append(loss)
             data.append(line(i, audit, step, loss, "loss %{y:.4g} nats"))
         step, spent = series.cumulative_dissipation(audit.headline)
         if len(step):
@@ -50,9 +64,12 @@ def loss_and_dissipation(audits: Sequence[Audited]) -> Figure | None:
             )
     if not data:
         return None
+    name, place = "loss (nats / example)", [0.55, 1]
     frame = layout(
         xaxis=axis("training step", anchor="y2"),
-        yaxis=axis("loss (nats / example)", domain=[0.55, 1]),
+        yaxis=log_axis(name, np.concatenate(losses), domain=place)
+        if series.spans_decades(losses)
+        else axis(name, domain=place),
         yaxis2=axis(f"Q so far ({units(audits)})", domain=[0, 0.45], rangemode="tozero"),
     )
     measured = " and ".join(
@@ -61,7 +78,7 @@ def loss_and_dissipation(audits: Sequence[Audited]) -> Figure | None:
     )
     return Figure(
         "loss-and-dissipation",
-        "Loss and dissipation along the training",
+        f"Loss and dissipation along the training, {seen(audits)}",
         f"Above: the loss, {measured}. Below: the dissipation spent up to each step. A steep "
         "stretch below, "
         "under a flat one above, is cost that bought little."
@@ -76,67 +93,101 @@ def loss_and_dissipation(audits: Sequence[Audited]) -> Figure | None:
 
 
 def alignment(audits: Sequence[Audited]) -> Figure | None:
-    """ε over steps: a band where only a bracket is known, a line where a value or a lower bound is
-    (theory §3, §5)."""
-    data: list[Spec] = []
-    kinds: dict[str, None] = {}
-    for i, audit in enumerate(audits):
-        found = series.alignment_series(audit)
-        if found is None:
-            continue
-        kinds[_ALIGNMENT_WORDS[found.kind].format(lens=LENS_WORDS[found.lens])] = None
-        colour = look(i).colour
-        if found.kind == "bracket":
-            outline = {
-                "type": "scatter",
-                "mode": "lines",
-                "x": numbers(np.concatenate([found.step, found.step[::-1]])),
-                "y": numbers(np.concatenate([found.upper, found.lower[::-1]])),
-                "fill": "toself",
-                "fillcolor": f"@{colour}:0.25",
-                "line": {"width": 0, "color": f"@{colour}"},
-                "hoverinfo": "skip",
-                "name": escape(audit.run),
-                "meta": {"run": i},
-            }
-            data.append(outline)
-            middle = (found.lower + found.upper) / 2
-            trace = line(
-                i,
-                audit,
-                found.step,
-                middle,
-                "alignment between %{customdata[0]:.3f} and %{customdata[1]:.3f}",
-            )
-            trace["customdata"] = [
-                [float(lo), float(up)] for lo, up in zip(found.lower, found.upper, strict=True)
-            ]
-        else:
-            word = "alignment" if found.kind == "value" else "alignment at least"
-            trace = line(i, audit, found.step, found.lower, word + " %{y:.3f}")
-        data.append(trace)
-    if not data:
+    """Shares of the dissipation along the natural gradient, downhill up and uphill down: a panel a
+    run, lines for certified lower ends, bands up to the upper ends (theory §3, §5)."""
+    drawn = [
+        (i, audit, found)
+        for i, audit in enumerate(audits)
+        if (found := series.alignment_series(audit)) is not None
+    ]
+    if not drawn:
         return None
-    frame = layout(xaxis=axis("training step"), yaxis=axis("alignment ε", zeroline=True))
+    shown = drawn[: series.MAX_PANELS]
+    height = 250 if len(shown) == 1 else 96 if len(shown) <= 8 else 60
+    total = (height + _NAME) * len(shown)
+    data: list[Spec] = []
+    over = list(dict.fromkeys(window_words(found) for _, _, found in shown))
+    frame = layout(annotations=[])
+    ends = np.concatenate([[0.0]] + [_drawn_ends(found) for _, _, found in shown])
+    low, high = (1.06 * float(end) for end in (ends.min(), ends.max()))
+    for n, (i, audit, found) in enumerate(shown):
+        panel = "" if n == 0 else str(n + 1)
+        for sign, word, share in ((1, "downhill", found.downhill), (-1, "uphill", found.uphill)):
+            if np.nanmax(share, initial=0.0) > 0:
+                data += _band(i, audit, found.step, sign * share, word, f"y{panel}")
+        ceiling = 1 - n * (height + _NAME) / total
+        frame[f"yaxis{panel}"] = axis(
+            "share",
+            domain=[max(ceiling - (height + _NAME) / total, 0.0), ceiling - _NAME / total],
+            range=[low, high],
+            zeroline=True,
+            nticks=6 if len(shown) == 1 else 3,
+            tickformat=".0%",
+        )
+        frame["annotations"].append(panel_title(label(audit.run, 34), ceiling - _NAME / total))
+    frame["xaxis"] = axis("training step", anchor=f"y{len(shown) if len(shown) > 1 else ''}")
+    lenses = dict.fromkeys(LENS_WORDS[found.lens] for _, _, found in shown)
+    more = f" Shown: {len(shown)} of {len(drawn)} runs." if len(shown) < len(drawn) else ""
     return Figure(
         "alignment",
-        "Alignment with the natural gradient",
-        "The share of each step’s dissipation that bought first-order decrease of the loss: 1 for "
-        "the natural gradient "
-        f"itself, negative uphill. {' '.join(kinds)}",
-        "Line chart of the alignment of each step with the natural gradient, one line or band a "
-        "run.",
+        f"Alignment with the natural gradient, {seen(audits)}",
+        "The share of the dissipation that lay along it: above the line downhill, below it uphill. "
+        "The rest bought no first-order decrease of the loss. Lines: certified "
+        f"lower ends, from {' and '.join(lenses)}. Bands: up to the certified upper ends, where "
+        f"these say anything. Points: {' or '.join(over)}.{more}",
+        "Line charts of the share of the dissipation along the natural gradient against the "
+        "training step, one panel a run.",
         data,
         frame,
-        360,
+        54 + total,
     )
 
 
-_ALIGNMENT_WORDS = {
-    "bracket": "Bands: certified from below and above, from {lens}.",
-    "value": "Lines: from {lens}.",
-    "lower bound": "Lines: certified lower bounds, from {lens}.",
-}
+_LISTED = 8
+"""Runs whose exponents are listed one by one."""
+_NAME = 20
+"""Height in pixels of a panel's title."""
+
+
+def _drawn_ends(found: series.AlignmentSeries) -> np.ndarray:
+    shares = np.concatenate([found.downhill.ravel(), -found.uphill.ravel()])
+    return shares[np.isfinite(shares)]
+
+
+def _band(
+    index: int, audit: Audited, step: np.ndarray, share: np.ndarray, word: str, panel: str
+) -> list[Spec]:
+    """A line along the lower ends and, piece by piece where the upper ends are known, a band."""
+    low, high = share.T
+    trace = line(index, audit, step, low, f"%{{customdata}} {word}")
+    trace["customdata"] = [
+        f"at least {percent(abs(a))}" if np.isnan(b) else f"{percent(abs(a))} to {percent(abs(b))}"
+        for a, b in zip(low, high, strict=True)
+    ]
+    known = np.isfinite(high)
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for piece in np.split(np.arange(len(step)), np.flatnonzero(np.diff(known)) + 1):
+        if known[piece[0]]:
+            x += [*numbers(step[piece]), *numbers(step[piece][::-1]), None]
+            y += [*numbers(high[piece]), *numbers(low[piece][::-1]), None]
+    if not x:
+        return [trace | {"yaxis": panel}]
+    colour = look(index).colour
+    band = {
+        "type": "scatter",
+        "mode": "lines",
+        "x": x[:-1],
+        "y": y[:-1],
+        "fill": "toself",
+        "fillcolor": f"@{colour}:0.25",
+        "line": {"width": 0, "color": f"@{colour}"},
+        "hoverinfo": "skip",
+        "name": escape(audit.run),
+        "meta": {"run": index},
+        "yaxis": panel,
+    }
+    return [band, trace | {"yaxis": panel}]
 
 
 def coarse_graining(audits: Sequence[Audited]) -> Figure | None:
@@ -179,11 +230,15 @@ def coarse_graining(audits: Sequence[Audited]) -> Figure | None:
         yaxis=log_axis("length ℒ (√nats)", drawn["length"], domain=[0.55, 1]),
         yaxis2=log_axis(f"dissipation Q ({units(audits)})", drawn["dissipation"], domain=[0, 0.45]),
     )
-    said = (
-        f" Exponent H (1: steady drift, ½: minibatch noise): {', '.join(exponents)}."
-        if exponents
-        else ""
-    )
+    said = ""
+    if exponents:
+        values = [h for a in audits if (h := a.headline.hurst) is not None]
+        listed = (
+            ", ".join(exponents)
+            if len(exponents) <= _LISTED
+            else f"from {min(values):.2f} to {max(values):.2f}"
+        )
+        said = f" Exponent H (1: steady drift, ½: minibatch noise): {listed}."
     return Figure(
         "coarse-graining",
         "How much the sampling hides",
@@ -243,7 +298,7 @@ def predicted_vs_realised(audits: Sequence[Audited]) -> Figure | None:
     )
     return Figure(
         "predicted-vs-realised",
-        "Predicted and realised dissipation",
+        f"Predicted and realised dissipation, {seen(audits)}",
         "Each point is an audited interval: the metric’s prediction against the Kullback–Leibler "
         "divergence really "
         "measured. On the dashed line they agree.",

@@ -3,6 +3,7 @@ that opens offline."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 from os import PathLike
 from pathlib import Path
@@ -56,7 +57,7 @@ def sentences(front: Front) -> list[str]:
             f"To reach loss {number(target.target_loss)}, "
             f"{'no other run is' if alone else 'no run is'} both faster and "
             f"cheaper than {names}: {'it dominates' if alone else 'together they dominate'} "
-            f"{percent(target.coverage)} of "
+            f"{'' if rows['every_step'].all() else 'at most '}{percent(target.coverage)} of "
             "what the universal frontier leaves possible"
             + (f"; {missed} of {len(rows)} runs never reach it." if missed else ".")
         )
@@ -65,7 +66,19 @@ def sentences(front: Front) -> list[str]:
             "The runs start from different predictions, so each one’s dissipation is scaled by its "
             "own D*²."
         )
-    return said
+    return [*said, *front.notes]
+
+
+def costs(row: Mapping[Any, Any]) -> list[str]:
+    """Time, dissipation, least distance and efficiency of a table's row as a person reads them:
+    "≥" and "≤" before bounds, ">" where the run ended first."""
+    least = number(row["least_distance"])
+    if row["censored"]:
+        ends = [number(row[key]) for key in ("duration", "dissipation_total")]
+        return [f"> {ends[0]}", f"> {ends[1]}", least, "–"]
+    low, high = ("", "") if row["every_step"] else ("≥ ", "≤ ")
+    spent, efficiency = number(row["dissipation"]), percent(row["efficiency"])
+    return [number(row["time"]), low + spent, least, high + efficiency]
 
 
 def _figure(front: Front, target: FrontTarget, position: int) -> Figure:
@@ -116,14 +129,11 @@ def _figure(front: Front, target: FrontTarget, position: int) -> Figure:
                 "x": numbers(own["time"]),
                 "y": numbers(own["dissipation_scaled"]),
                 "customdata": [
-                    [escape(str(run)), number(q), percent(efficiency)]
-                    for run, q, efficiency in zip(
-                        own["run"], own["dissipation"], own["efficiency"], strict=True
-                    )
+                    [escape(str(row["run"])), *costs(row)[1::2]] for row in own.to_dict("records")
                 ],
                 "marker": {"color": f"@{style.colour}", "symbol": style.symbol, "size": 9},
                 "hovertemplate": "<b>%{customdata[0]}</b> (%{fullData.name})<br>after %{x:.4g} "
-                f"{DURATION_UNITS[front.clock]}<br>Q = %{{customdata[1]}} {cost_unit(front.clock)}"
+                f"{DURATION_UNITS[front.clock]}<br>Q %{{customdata[1]}} {cost_unit(front.clock)}"
                 "<br>efficiency %{customdata[2]}<extra></extra>",
             }
         )
@@ -181,13 +191,9 @@ def _rows(front: Front) -> list[dict[str, Any]]:
                     "on_front": row["on_front"],
                     "cells": [
                         number(row["target_loss"]),
-                        f"> {number(row['duration'])}" if row["censored"] else number(row["time"]),
-                        f"> {number(row['dissipation_total'])}"
-                        if row["censored"]
-                        else number(row["dissipation"]),
-                        number(row["least_distance"]),
-                        "–" if row["censored"] else percent(row["efficiency"]),
+                        *costs(row),
                         number(row["lowest_loss"]),
+                        number(row["stride"]),
                     ],
                 }
             )

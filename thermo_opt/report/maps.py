@@ -10,10 +10,23 @@ from typing import Any
 import numpy as np
 
 from thermo_opt.describe.quantities import cost_unit, number, percent
+from thermo_opt.describe.sentences import seen
 from thermo_opt.lenses.results import Audited
 from thermo_opt.plots import series
+from thermo_opt.plots.maps import intervals_words
 from thermo_opt.plots.palette import PARTS, look
-from thermo_opt.report.spec import Figure, Spec, axis, label, layout, line, null, numbers, units
+from thermo_opt.report.spec import (
+    Figure,
+    Spec,
+    axis,
+    label,
+    layout,
+    line,
+    null,
+    numbers,
+    panel_title,
+    units,
+)
 
 
 def decomposition(audits: Sequence[Audited]) -> Figure | None:
@@ -67,7 +80,7 @@ def decomposition(audits: Sequence[Audited]) -> Figure | None:
     ]
     return Figure(
         "decomposition",
-        "Where the dissipation went",
+        f"Where the dissipation went, {seen(audits)}",
         "Irreducible: what a straight path at constant speed would have cost. Detour: the price of "
         "a longer path. "
         "Pacing: the price of uneven speed. The three add up to the dissipation exactly.",
@@ -131,7 +144,7 @@ def trajectory_map(audits: Sequence[Audited]) -> Figure | None:
     )
     return Figure(
         "trajectory-map",
-        "The paths, in the space of predictions",
+        f"The paths, in the space of predictions, {seen(audits)}",
         "Each point is a recorded set of predictions; points far apart are easy to tell apart "
         "(intensive principal "
         "components). Open markers: start. Large filled markers: end. "
@@ -146,13 +159,16 @@ def trajectory_map(audits: Sequence[Audited]) -> Figure | None:
 def dissipation_heatmap(audits: Sequence[Audited]) -> Figure | None:
     """Layers × steps, a panel a run: each layer's part δ_lᵀ(Fδ)_l of the dissipation on one
     logarithmic colour scale."""
-    panels = [
+    known = [
         (audit, found)
         for audit in audits
         if (found := series.heat(audit)) is not None and (found.values > 0).any()
     ]
-    if not panels:
+    if not known:
         return None
+    panels = known[: series.MAX_MAPS]
+    columns = list(dict.fromkeys(intervals_words(audit) for audit, _ in panels))
+    more = f" Shown: {len(panels)} of {len(known)} runs." if len(panels) < len(known) else ""
     positive = np.concatenate([found.values[found.values > 0] for _, found in panels])
     top = float(np.log10(positive.max()))
     bottom = max(float(np.log10(positive.min())), top - 6)
@@ -193,17 +209,7 @@ def dissipation_heatmap(audits: Sequence[Audited]) -> Figure | None:
             showgrid=False,
         )
         frame["annotations"].append(
-            {
-                "text": label(audit.run, 30),
-                "xref": "paper",
-                "x": 0,
-                "xanchor": "left",
-                "yref": "paper",
-                "y": ceiling - _PANEL_TITLE / total,
-                "yanchor": "bottom",
-                "showarrow": False,
-                "font": {"size": 13},
-            }
+            panel_title(label(audit.run, 34), ceiling - _PANEL_TITLE / total)
         )
         ceiling = floor
     frame["xaxis"] = axis(
@@ -232,10 +238,10 @@ def dissipation_heatmap(audits: Sequence[Audited]) -> Figure | None:
     }
     return Figure(
         "dissipation-heatmap",
-        "Which layers dissipated, and when",
+        f"Which layers dissipated, and when, {seen(audits)}",
         "Each interval’s dissipation by layer; the layers sum to the whole. Blank where a layer’s "
         "part is not positive: its "
-        "motion cancelled that of others.",
+        f"motion cancelled that of others. Columns: {' or '.join(columns)}.{more}",
         "Heat map of dissipation by layer and training step of "
         f"{', '.join(audit.run for audit, _ in panels)}.",
         data,

@@ -17,7 +17,7 @@ import numpy as np
 from thermo_opt.describe.quantities import cost_unit, number
 from thermo_opt.lenses.results import Audited
 from thermo_opt.plots.palette import look
-from thermo_opt.plots.series import log_ticks
+from thermo_opt.plots.series import log_ticks, shortened
 
 Spec = dict[str, Any]
 
@@ -111,13 +111,24 @@ def layout(**options: Any) -> Spec:
     return base | options
 
 
+def panel_title(text: str, bottom: float) -> Spec:
+    """A title above a panel whose upper edge lies at ``bottom`` (in parts of the figure)."""
+    return {
+        "text": text,
+        "xref": "paper",
+        "x": 0,
+        "xanchor": "left",
+        "yref": "paper",
+        "y": bottom,
+        "yanchor": "bottom",
+        "showarrow": False,
+        "font": {"size": 13},
+    }
+
+
 def label(text: str, length: int) -> str:
-    """Shortened in the middle, where names of runs and layers differ least, and escaped for
-    plotly's markup."""
-    if len(text) > length:
-        half = (length - 1) // 2
-        text = f"{text[:half]}…{text[-(length - 1 - half) :]}"
-    return escape(text)
+    """Shortened, and escaped for plotly's markup."""
+    return escape(shortened(text, length))
 
 
 def null(value: float) -> float | None:
