@@ -14,6 +14,7 @@ COMMANDS = {
     "ablate": "what each part of NGD-T contributes; its default damping",
     "alignment": "alignment of optimizers' steps with the natural gradient, at the same points",
     "budget": "realised KL over NGD-T's budget, step by step, over twelve networks and losses",
+    "critical-batch": "the critical batch size of audits against brute force over batch sizes",
     "bench": "speed and memory of a step, an audit, a front, Fisher products",
     "figures": "the README's two pictures",
     "campaign": "kills and full disks at random moments, with counts",
@@ -21,7 +22,11 @@ COMMANDS = {
     "installs": "the lowest and newest allowed dependencies; the wheel outside the checkout",
     "readme": "the tables of analysis/README.md from the CSVs",
 }
-MODULES = {"table": "study_table", "alignment": "study_alignment"}
+MODULES = {
+    "table": "study_table",
+    "alignment": "study_alignment",
+    "critical-batch": "critical_batch",
+}
 """Where a command's module is called otherwise."""
 
 

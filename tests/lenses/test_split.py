@@ -11,6 +11,7 @@ from torch import nn
 import thermo_opt as to
 from thermo_opt import plots
 from thermo_opt.describe.sentences import explanation
+from thermo_opt.errors import InputError
 from thermo_opt.lenses.noise import memory
 from thermo_opt.report.page import render
 from thermo_opt.runs.run import RunInfo
@@ -68,7 +69,7 @@ def test_parts_are_those_of_the_closed_form(audits):
         assert abs(split["housekeeping"] - rest) < 4 * split["housekeeping_error"] + 0.05 * rest
         assert abs(split["transport"] - transport) < 4 * split["transport_error"]
         assert split["drift"] == pytest.approx(split["transport"] + split["housekeeping"])
-        b_star = batch * noise / transport
+        b_star = batch * noise / (transport + rest)
         assert abs(split["critical_batch"] - b_star) < 4 * split["critical_batch_error"]
         whole = split["noise"] + split["drift"]
         assert whole == pytest.approx(audit.summary["dissipation"], rel=0.1)
@@ -93,11 +94,54 @@ def test_the_curve_adds_up_to_the_run(audits):
     assert (told["critical_batch_lower"] <= told["critical_batch"]).all()
 
 
-def test_momentum_repeats_noise(tmp_path):
-    """M² in B*: momentum spreads each minibatch's kick over M steps."""
-    found = recorded(tmp_path / "m", 512, momentum=0.5).headline.split
-    assert found.transport_lag >= 2
-    assert found.critical_batch == pytest.approx(4 * 512 * found.noise / found.transport)
+def test_critical_batch_of_one_run_and_of_several(audits, tmp_path):
+    one = to.critical_batch(audits[1])
+    assert one.batch_size == 32
+    assert (np.diff(one.step) > 0).all()
+    h = np.linspace(0.3, 3.0, WIDTH)
+    m2 = np.array([0.25 * (1 - ETA * h) ** (2 * k) for k in range(STEPS)])
+    drift = (h**2 * (m2 + ETA / 32 / (h * (2 - ETA * h)))).sum(axis=1)
+    spans = [slice(int(i), int(j)) for i, j in zip(one.step, one.step_end, strict=True)]
+    known = WIDTH / np.array([drift[span].mean() for span in spans])
+    assert np.nanmedian(np.abs(one.value - known) / one.error) < 2
+    worth = (one.step_end - one.step) / (1 + known / 32)
+    assert one.overall.value == pytest.approx((worth * known).sum() / worth.sum(), rel=0.25)
+    assert one.steps_saved(64) == pytest.approx(
+        1 - (1 + one.overall.value / 64) / (1 + one.overall.value / 32)
+    )
+    assert one.examples_saved(16) > 0 > one.examples_saved(64)
+    more = to.critical_batch([audits[1], recorded(tmp_path / "other", 32, seed=3)])
+    assert more.overall.error < one.overall.error
+    with pytest.raises(InputError, match="differ in batch size"):
+        to.critical_batch(audits[:2])
+    with pytest.raises(InputError, match="at least one"):
+        to.critical_batch([])
+
+
+def test_a_schedule_follows_the_critical_batch(audits):
+    found = to.critical_batch(audits[0])
+    schedule = found.schedule()
+    assert schedule.batch_sizes.sum() == STEPS * 2
+    assert schedule.batch_sizes.min() >= 1
+    assert schedule.noise.value == pytest.approx(audits[0].summary["split"]["noise"])
+    wide = to.critical_batch(audits[1]).schedule(least=4, most=64)
+    assert wide.batch_sizes.sum() == STEPS * 32
+    assert wide.batch_sizes.min() >= 4
+    assert wide.batch_sizes.max() <= 65
+    assert wide.batch_sizes[-1] > wide.batch_sizes[0]  # B* grows while the mean decays
+    with pytest.raises(InputError, match="no room"):
+        found.schedule(least=4)
+
+
+def test_momentum_has_a_memory(tmp_path):
+    audit = recorded(tmp_path / "m", 512, momentum=0.5)
+    split = audit.headline.split
+    assert split.memory == 2
+    assert split.transport_lag >= 2
+    assert split.critical_batch is None
+    assert "momentum" in split.reason
+    with pytest.raises(InputError, match="without momentum"):
+        to.critical_batch(audit)
     assert memory(RunInfo("SGD", {"momentum": 0.9})) == pytest.approx(10)
     assert memory(RunInfo("SGD")) == 1
     assert memory(RunInfo("Adam", {"betas": [0.8, 0.99]})) == pytest.approx(5)

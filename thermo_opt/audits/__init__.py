@@ -2,9 +2,20 @@
 it supports."""
 
 from thermo_opt.audits.auditor import audit
+from thermo_opt.audits.batch_size import BatchSchedule, CriticalBatch, critical_batch
 from thermo_opt.audits.comparison import compare
 from thermo_opt.audits.predictions import audit_predictions
 from thermo_opt.audits.results import Audit
 from thermo_opt.audits.schedule import EvenSchedule, even_schedule
 
-__all__ = ["Audit", "EvenSchedule", "audit", "audit_predictions", "compare", "even_schedule"]
+__all__ = [
+    "Audit",
+    "BatchSchedule",
+    "CriticalBatch",
+    "EvenSchedule",
+    "audit",
+    "audit_predictions",
+    "compare",
+    "critical_batch",
+    "even_schedule",
+]

@@ -46,9 +46,9 @@ SPLIT = (
         "B*",
         "Critical batch size",
         "loss terms",
-        "Below it, noise costs more than transport, and a larger batch saves about as many steps; "
-        "above it, examples are wasted.",
-        "B · noise / transport",
+        "Where noise costs as much as drift: below it a larger batch saves about as many steps, "
+        "above it examples are wasted. Of optimizers without momentum.",
+        "B · noise / drift",
     ),
 )
 """Quantities of ``summary["split"]``, each beside its ``_error``, one standard error."""
@@ -85,7 +85,7 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
     found = [said + "."]
     if split["critical_batch"]:
         found.append(
-            f"The critical batch size, where noise costs as much as transport, is about "
+            f"The critical batch size, where noise costs as much as drift, is about "
             f"{with_error(split, 'critical_batch')} over the run."
         )
     return found

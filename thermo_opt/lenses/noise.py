@@ -13,16 +13,20 @@ import pandas as pd
 from thermo_opt import noise
 from thermo_opt.lenses.lags import ADJACENT, Products, coordinates
 from thermo_opt.lenses.predictions import RecordedPredictions
+from thermo_opt.noise import Estimate
 from thermo_opt.runs.replicas import Replica
 from thermo_opt.runs.run import RunInfo
 
 _STRETCHES = 12
 """Stretches of a run that the split is told for, at most."""
 _TOLD_BY = 3.0
-"""Standard errors by which the transport of a stretch should stand out for a critical batch size:
-a run whose whole transport stands out by n times as many is cut into n² stretches."""
+"""Standard errors by which the drift of a stretch should stand out for a critical batch size: a
+run whose whole drift stands out by n times as many is cut into n² stretches."""
 _USUAL = 0.9
 """Momentum of most optimizers that have one."""
+_MUCH = 3.0
+"""Times by which the error of long lags must be smaller for them to be preferred to the balance,
+which is free of their bias."""
 _LEAST_REPLICAS = 3
 """Replicas in a stretch, at least."""
 
@@ -41,18 +45,20 @@ class Split:
         transport_lag: Steps apart of the displacements it was read from; 1 for neighbours.
         housekeeping: The rest of the drift, which undoes earlier noise; None where either is.
         housekeeping_error: Its standard error.
-        critical_batch: B* = B·M²·Q_noise/Q_transport, M the optimizer's memory: momentum repeats
-            a minibatch's scatter over M steps. None where transport or batch size is not told.
+        critical_batch: B* = B·Q_noise/Q_drift, for an optimizer without momentum: momentum mixes
+            earlier minibatches into the drift. None there, and where drift or batch size is not
+            told.
         critical_batch_error: Its standard error.
         replicas: Replica steps recorded.
         reason: Why a part is None, in a sentence; None where all are told.
+        memory: M, the optimizer's memory in steps, 1/(1−μ).
         curve: Noise, drift and transport per step in stretches of the run, columns ``step,
             step_end`` and each with its ``_error``, NaN where a stretch can't tell; empty without
             replicas.
-        critical: The critical batch size in (fewer, so that transport is told) stretches, columns
-            ``step, step_end, noise, transport, critical_batch`` with errors, and
-            ``critical_batch_lower``, B* at least (two standard errors off), also where transport is
-            not told; empty without replicas or batch size.
+        critical: The critical batch size in (fewer, so that drift is told) stretches, columns
+            ``step, step_end, noise, drift, critical_batch`` with errors, and
+            ``critical_batch_lower``, B* at least (two standard errors off), also where drift is not
+            told; empty without replicas or batch size, and with momentum.
     """
 
     noise: float | None
@@ -68,6 +74,7 @@ class Split:
     critical_batch_error: float | None
     replicas: int
     reason: str | None
+    memory: float
     curve: pd.DataFrame = field(repr=False, compare=False)
     critical: pd.DataFrame = field(repr=False, compare=False)
 
@@ -88,14 +95,14 @@ class _Samples:
     drift_at: np.ndarray
     rest: bool
 
-    def sums(self, end: int, start: int = 0) -> dict[str, noise.Estimate]:
+    def sums(self, end: int, start: int = 0) -> dict[str, Estimate]:
         """Over a stretch; the drift of every step shares the error of the noise it is freed of."""
         if not len(self.noise):
-            return dict.fromkeys(("noise", "drift"), noise.Estimate(np.nan, np.nan))
+            return dict.fromkeys(("noise", "drift"), Estimate(np.nan, np.nan))
         apart = noise.over_run(self.noise, self.noise_at, end, start)
         drift = noise.over_run(self.drift, self.drift_at, end, start)
         if self.rest:
-            drift = noise.Estimate(drift.value, float(np.hypot(drift.error, apart.error)))
+            drift = Estimate(drift.value, float(np.hypot(drift.error, apart.error)))
         return {"noise": apart, "drift": drift}
 
 
@@ -129,11 +136,12 @@ def measure_split(
         return None
     apart, drift = sampled.sums(total).values()
     told = moved is not None and moved.total.told
-    unknown = noise.Estimate(np.nan, np.nan)
+    unknown = Estimate(np.nan, np.nan)
     way = moved.total if moved is not None else unknown
     rest = _housekeeping(drift, way, moved) if told else unknown
-    scale = (batch_size or np.nan) * memory**2
-    batch = noise.ratio(apart, way, scale) if told and batch_size else unknown
+    scale = float(batch_size or np.nan) if memory <= 1 else np.nan
+    batch = noise.ratio(apart, drift, scale) if drift.told else unknown
+    curve = _curve(sampled, moved, total)
     return Split(
         noise=_number(apart.value),
         noise_error=_number(apart.error),
@@ -147,9 +155,10 @@ def measure_split(
         critical_batch=_number(batch.value),
         critical_batch_error=_number(batch.error),
         replicas=len(found),
-        reason=_reason(found, moved, batch_size),
-        curve=_curve(sampled, moved, total, _STRETCHES),
-        critical=_critical(sampled, moved, total, scale),
+        reason=_reason(found, moved, batch_size, memory),
+        memory=memory,
+        curve=curve,
+        critical=critical_table(curve, scale),
     )
 
 
@@ -173,7 +182,7 @@ def _transport(
     products: Products, sampled: _Samples, steps: np.ndarray, memory: float
 ) -> noise.Transport | None:
     """From the balance of fluctuations, where the optimizer has no memory and every step was
-    recorded; from long lags otherwise, or where the balance is too noisy to tell."""
+    recorded; from long lags otherwise, or where these are far more precise."""
     gaps = np.diff(steps)
     if not len(gaps) or not (gaps[:-1] == gaps[0]).all():
         return None
@@ -191,19 +200,21 @@ def _transport(
     )
     if balanced is None or lasting is None:
         return balanced or lasting
-    return lasting if lasting.total.told and not balanced.total.told else balanced
+    rough = balanced.total.error > _MUCH * lasting.total.error
+    return lasting if rough else balanced
 
 
-def _housekeeping(
-    drift: noise.Estimate, way: noise.Estimate, moved: noise.Transport | None
-) -> noise.Estimate:
+def _housekeeping(drift: Estimate, way: Estimate, moved: noise.Transport | None) -> Estimate:
     # balanced: ½(drift − ½⟨δ,δ₊⟩), whose error is that of the transport
     error = way.error if moved is not None and moved.balanced else np.hypot(drift.error, way.error)
-    return noise.Estimate(drift.value - way.value, float(error))
+    return Estimate(drift.value - way.value, float(error))
 
 
 def _reason(
-    found: Sequence[Replica], moved: noise.Transport | None, batch_size: int | None
+    found: Sequence[Replica],
+    moved: noise.Transport | None,
+    batch_size: int | None,
+    memory: float,
 ) -> str | None:
     said = []
     if not found:
@@ -215,7 +226,9 @@ def _reason(
             f"transport can't be told from zero: {moved.total.value:.2g} ± {moved.total.error:.2g} "
             "nats"
         )
-    elif batch_size is None and found:
+    if found and memory > 1:
+        said.append("the critical batch size is not told with momentum, which mixes minibatches")
+    elif found and batch_size is None:
         said.append("the critical batch size needs the batch size: record with batch_size=…")
     if moved is not None and moved.total.told and moved.grows:
         said.append(
@@ -225,15 +238,15 @@ def _reason(
     return "; ".join(said) or None
 
 
-def _curve(sampled: _Samples, moved: noise.Transport | None, total: int, most: int) -> pd.DataFrame:
+def _curve(sampled: _Samples, moved: noise.Transport | None, total: int) -> pd.DataFrame:
     """The split per step in at most so many stretches with equally many replicas."""
     at = sampled.noise_at
     rows = []
-    count = min(most, max(1, len(at) // _LEAST_REPLICAS), len(at))
+    count = min(_STRETCHES, max(1, len(at) // _LEAST_REPLICAS), len(at))
     for part in np.array_split(np.arange(len(at)), count) if count else ():
         start = int(at[part[0]])
         end = total if part[-1] == len(at) - 1 else int(at[part[-1] + 1])
-        found = sampled.sums(end, start) | {"transport": noise.Estimate(np.nan, np.nan)}
+        found = sampled.sums(end, start) | {"transport": Estimate(np.nan, np.nan)}
         if moved is not None:
             found["transport"] = noise.over_run(moved.rate, moved.step, end, start)
         row: dict[str, float] = {"step": start, "step_end": end}
@@ -245,29 +258,36 @@ def _curve(sampled: _Samples, moved: noise.Transport | None, total: int, most: i
     return pd.DataFrame(rows, columns=["step", "step_end", *keys])
 
 
-def _critical(
-    sampled: _Samples, moved: noise.Transport | None, total: int, scale: float
-) -> pd.DataFrame:
-    """B*, ``scale`` times noise over transport, in as many stretches as are likely to be told."""
-    most = 0
-    if moved is not None and np.isfinite(scale) and len(sampled.noise):
-        told = moved.total.value / moved.total.error if moved.total.error > 0 else np.inf
-        most = int(min(_STRETCHES, max(1.0, max(told / _TOLD_BY, 0.0) ** 2)))
-    table = _curve(sampled, moved, total, most).drop(columns=["drift", "drift_error"])
-    found, least = [], []
-    for row in table.to_dict("records"):
-        apart = noise.Estimate(row["noise"], row["noise_error"])
-        way = noise.Estimate(row["transport"], row["transport_error"])
-        unknown = noise.Estimate(np.nan, np.nan)
-        found.append(noise.ratio(apart, way, scale) if way.told else unknown)
-        above = max(way.value, 0.0) + 2 * way.error
+def critical_table(curve: pd.DataFrame, scale: float) -> pd.DataFrame:
+    """B*, ``scale`` times noise over drift, from a split's curve: its stretches joined to as
+    many as are likely to be told apart from zero. Columns as `Split.critical`."""
+    span = (curve["step_end"] - curve["step"]).to_numpy(float)
+    way = _summed(curve, "drift", span)
+    count = 0
+    if np.isfinite(scale) and np.isfinite(way.value):
+        told = way.value / way.error if way.error > 0 else np.inf
+        count = int(min(len(span), max(1.0, max(told / _TOLD_BY, 0.0) ** 2)))
+    rows = []
+    for part in np.array_split(np.arange(len(span)), count) if count else ():
+        length = span[part].sum()
+        row = {"step": curve["step"].iloc[part[0]], "step_end": curve["step_end"].iloc[part[-1]]}
+        apart, here = (
+            _summed(curve.iloc[part], key, span[part] / length) for key in ("noise", "drift")
+        )
+        star = noise.ratio(apart, here, scale) if here.told else Estimate(np.nan, np.nan)
+        above = max(here.value, 0.0) + 2 * here.error
         below = max(apart.value - 2 * apart.error, 0.0)
-        least.append(scale * below / above if above > 0 else np.nan)
-    return table.assign(
-        critical_batch=[e.value for e in found],
-        critical_batch_error=[e.error for e in found],
-        critical_batch_lower=least,
-    )
+        row |= {"noise": apart.value, "noise_error": apart.error}
+        row |= {"drift": here.value, "drift_error": here.error}
+        row |= {"critical_batch": star.value, "critical_batch_error": star.error}
+        rows.append(row | {"critical_batch_lower": scale * below / above if above > 0 else np.nan})
+    keys = [k + e for k in ("noise", "drift", "critical_batch") for e in ("", "_error")]
+    return pd.DataFrame(rows, columns=["step", "step_end", *keys, "critical_batch_lower"])
+
+
+def _summed(curve: pd.DataFrame, key: str, weights: np.ndarray) -> Estimate:
+    value, error = curve[key].to_numpy(float), curve[f"{key}_error"].to_numpy(float)
+    return Estimate(float(weights @ value), float(np.sqrt(weights**2 @ np.nan_to_num(error) ** 2)))
 
 
 def _noise_and_drift(source: RecordedPredictions, replica: Replica) -> tuple[float, float]:

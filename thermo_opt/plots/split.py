@@ -146,7 +146,7 @@ def critical_batch(audits: Audited | Iterable[Audited], ax: Axes | None = None) 
         if used:
             ax.axhline(used, color=style.hex, linewidth=0.8, alpha=0.6)
     if not drawn:
-        say_nothing_known(ax, "No run tells a critical batch size: record replicas and batch_size.")
+        say_nothing_known(ax, "No run without momentum, with replicas and a batch size.")
         return ax
     quiet(ax, "Critical batch size")
     ax.set_yscale("log")

@@ -123,7 +123,7 @@ def critical_batch(audits: Sequence[Audited]) -> Figure | None:
     return Figure(
         "critical-batch",
         "Critical batch size",
-        "Where noise would cost as much as transport. A run far below it (dotted: the batch size "
+        "Where noise would cost as much as drift. A run far below it (dotted: the batch size "
         "used) would need fewer steps with larger batches at hardly more examples; one far above "
         "it spends examples for few steps.",
         "Line chart of the critical batch size against the training step, one line a run.",
