@@ -108,11 +108,20 @@ def plain(name: str) -> str:
     return markdown(_read(name).drop(columns="machine"), 3)
 
 
+def critical_batches() -> str:
+    """B* by brute force, from audits, and the simple noise scale."""
+    table = _read("critical_batch").dropna(subset="B*")
+    found = table.pivot(index="task", columns="of", values="B*").reset_index()
+    ratio = found["audit"] / found["brute force"]
+    return markdown(found.assign(**{"audit / brute force": ratio}).rename_axis(columns=None), 1)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "studies": studies,
     "alignments": alignments,
     "ablations": ablations,
     "steps": steps,
+    "critical-batches": critical_batches,
     **{
         name: lambda name=name: plain(name)  # type: ignore[misc]
         for name in ("alignment", "damping", "bench_audit", "bench_fisher", "bench_pareto")
