@@ -14,10 +14,11 @@ from thermo_opt import arguments, likelihoods
 from thermo_opt.audits.consistency import consistent
 from thermo_opt.audits.results import Audit
 from thermo_opt.errors import InputError
-from thermo_opt.lenses import optimizer_state, outputs, parameters
+from thermo_opt.lenses import counterfactual, optimizer_state, outputs, parameters
+from thermo_opt.lenses.counterfactual import CounterfactualMeasurements
 from thermo_opt.lenses.inputs import LensInputs, Progress, Unsupported, recorded_settings
 from thermo_opt.lenses.measurements import AdamMeasurements, Measurements
-from thermo_opt.lenses.results import LENSES, LensAudit
+from thermo_opt.lenses.results import BY_NAME, LENSES, LensAudit
 from thermo_opt.lenses.summary import summarise
 from thermo_opt.runs import Run, load_run
 from thermo_opt.runs.probe import as_probe
@@ -25,10 +26,13 @@ from thermo_opt.runs.probe import as_probe
 _SAMPLED_INTERVALS = 32
 """Intervals the parameter lens looks at when nobody asked for it by name."""
 
-_MEASURE: dict[str, Callable[[LensInputs], Measurements | AdamMeasurements]] = {
+_MEASURE: dict[
+    str, Callable[[LensInputs], Measurements | AdamMeasurements | CounterfactualMeasurements]
+] = {
     "outputs": outputs.measure,
     "parameters": parameters.measure,
     "optimizer-state": optimizer_state.measure,
+    "counterfactual": counterfactual.measure,
 }
 
 
@@ -55,7 +59,8 @@ def audit(
     rest went (§2-5, §9).
 
     ``run``: a `Run` or a path. ``lens``: one or several of ``outputs``, ``parameters``,
-    ``optimizer-state``; by default every lens the record supports, the reasons why others could not
+    ``optimizer-state``, ``counterfactual`` (only by name); by default every other lens the record
+    supports, the reasons why others could not
     look being kept in ``missing``. ``clock``: the unit of τ (step, flow, wall, examples, tokens);
     by default the one its recorder named, else step. ``stride``: audit every ``stride``-th snapshot
     (and the last): coarser audits give lower bounds. ``model`` (a module, or
@@ -127,12 +132,16 @@ def audit(
 def at_steps(audit: Audit, steps: Sequence[int]) -> Audit:
     """The same run audited again at fewer snapshots, those of these step numbers.
 
-    The parameter lens, dear and of single steps, is left out.
+    The lenses of single steps, which are dear, are left out.
     """
     assert audit.inputs is not None
     position = {snapshot.step: i for i, snapshot in enumerate(audit.inputs.run.snapshots)}
     inputs = replace(audit.inputs, indices=[position[step] for step in steps], intervals=None)
-    again = _audit(inputs, [name for name in audit.lenses if name != "parameters"], required=True)
+    again = _audit(
+        inputs,
+        [name for name in audit.lenses if name in ("outputs", "optimizer-state")],
+        required=True,
+    )
     return replace(again, run=audit.run, inputs=audit.inputs).named(audit.run)
 
 
@@ -182,7 +191,7 @@ def _spread(count: int) -> list[int] | None:
 
 def _lenses(lens: str | Sequence[str] | None) -> Sequence[str]:
     if lens is None:
-        return LENSES
+        return [name for name in LENSES if name not in BY_NAME]
     names = (
         [lens]
         if isinstance(lens, str)

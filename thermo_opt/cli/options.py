@@ -21,7 +21,10 @@ Html = Annotated[
 ]
 Lens = Annotated[
     list[str] | None,
-    typer.Option(help="outputs, parameters or optimizer-state; may be repeated. Default: all."),
+    typer.Option(
+        help="outputs, parameters, optimizer-state (default: these), or counterfactual; may be "
+        "repeated."
+    ),
 ]
 Clock = Annotated[
     str | None,

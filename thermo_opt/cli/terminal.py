@@ -19,9 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from thermo_opt.describe import counterfactual as other_words
 from thermo_opt.describe import sentences as words
 from thermo_opt.describe import split as noise_words
-from thermo_opt.describe.quantities import QUANTITIES, number, percent, unit
+from thermo_opt.describe.quantities import QUANTITIES, Quantity, number, percent, unit
 from thermo_opt.describe.standing import standing, with_standing
 from thermo_opt.errors import printable
 from thermo_opt.lenses.results import Audited
@@ -124,15 +125,22 @@ def print_audit(audit: Audited) -> None:
             )
             cells = (_value(summary, quantity.key) for summary in audit.summaries)
             table.add_row(_name(quantity.name), notation.removesuffix(" ≥"), *cells)
-    for quantity in noise_words.SPLIT:
-        splits = [summary["split"] or {} for summary in audit.summaries]
-        if any(split.get(quantity.key) is not None for split in splits):
-            notation = " ".join(part for part in (quantity.symbol, quantity.unit) if part)
-            cells = (noise_words.with_error(split, quantity.key) for split in splits)
-            table.add_row(quantity.name, notation, *cells)
+    _add_rows(table, noise_words.SPLIT, [s["split"] for s in audit.summaries])
+    _add_rows(table, other_words.COUNTERFACTUAL, [s["counterfactual"] for s in audit.summaries])
     console.print()
     console.print(table)
     _print_blind_spots(console, [audit])
+
+
+def _add_rows(
+    table: Table, quantities: Sequence[Quantity], parts: Sequence[Mapping[str, Any] | None]
+) -> None:
+    """Rows of what a summary holds by name in one entry, with standard errors where there are."""
+    for quantity in quantities:
+        if any((part or {}).get(quantity.key) is not None for part in parts):
+            notation = " ".join(part for part in (quantity.symbol, quantity.unit) if part)
+            cells = (noise_words.with_error(part, quantity.key) for part in parts)
+            table.add_row(quantity.name, notation.replace("ratio", ""), *cells)
 
 
 def print_comparison(audits: Sequence[Audited], table: pd.DataFrame) -> None:

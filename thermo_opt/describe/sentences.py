@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from thermo_opt.describe import split
+from thermo_opt.describe import counterfactual, split
 from thermo_opt.describe.quantities import cost_unit, number, percent
 from thermo_opt.describe.ranking import ranking
 from thermo_opt.lenses.results import ALIGNMENT_KEYS, Audited
@@ -21,6 +21,7 @@ LENS_WORDS = {
     "outputs": "recorded predictions",
     "parameters": "weights and model",
     "optimizer-state": "weights and optimizer state",
+    "counterfactual": "weights, model and minibatches",
 }
 
 
@@ -66,6 +67,8 @@ def headline(summary: Summary) -> str:
     (theory §4)."""
     if summary["lens"] == "optimizer-state":
         return _adam(summary)
+    if summary["lens"] == "counterfactual":
+        return counterfactual.sentences(summary)[0]
     total = summary["dissipation"]
     if total is None:
         return "What this run dissipated, in nats, is not known through this lens."
@@ -117,6 +120,8 @@ def explanation(summary: Summary) -> list[str]:
             "To reach the same loss in that time, no optimizer and no network can pay less than "
             f"{number(least)} {unit}, {most}{percent(least / total)} of what this run paid."
         )
+    if summary["lens"] == "counterfactual":
+        said += counterfactual.sentences(summary)[1:]
     return said + split.sentences(summary) + alignment(summary)
 
 

@@ -56,6 +56,7 @@ STANDING: dict[str, dict[str, tuple[str, str]]] = {
         "alignment_lower_rest": ("unknown", "unknown"),
         "displacement_alignment": ("unknown", "estimate"),
     },
+    "counterfactual": {},
     "optimizer-state": {
         "duration": ("exact", "exact"),
         "loss_start": ("estimate", "estimate"),

@@ -16,8 +16,11 @@ from thermo_opt.deprecated import RenamedKeys
 from thermo_opt.lenses.noise import Split
 from thermo_opt.manifold.initial import InitialPredictions
 
-LENSES = ("outputs", "parameters", "optimizer-state")
+LENSES = ("outputs", "parameters", "optimizer-state", "counterfactual")
 """Every lens, in the order in which an audit prefers them for its headline."""
+
+BY_NAME = ("counterfactual",)
+"""Lenses that look only when asked for by name."""
 
 SCHEMA_VERSION = 2
 """Of the JSON: 2 since D and D* are ``distance`` and ``least_distance``, the optimizer-state lens
@@ -50,6 +53,7 @@ SUMMARY_KEYS = (
     "alignment_lower",
     "alignment_upper",
     "split",
+    "counterfactual",
     "downhill_lower",
     "downhill_upper",
     "uphill_lower",
@@ -115,7 +119,11 @@ class LensAudit:
             unknown; losses and a, d in nats per example); the parameter lens adds ``kl_realised,
             null_decrease, displacement_alignment``. The optimizer-state lens has ``step, step_end,
             tau, adam_alignment_lower, adam_alignment_upper, adam_share_lower, adam_share_upper,
-            loss, loss_end``, the share being that of the path's dissipation in Adam's metric.
+            loss, loss_end``, the share being that of the path's dissipation in Adam's metric. The
+            counterfactual lens has ``step, step_end, loss, loss_end`` (on the probe), ``nats,
+            nats_held`` (realised KL on the step's minibatch and on the probe), ``decrease,
+            decrease_held`` (fall of the loss there), and the last three again after ``natural_``
+            and ``kfac_``, of the natural gradient's step of the same nats.
         summary: See `SUMMARY_KEYS`.
         coarse: The coarse-graining curves, columns ``stride`` (m, in recorded snapshots),
             ``stride_steps`` (median optimizer steps), ``length`` (ℒ_m), ``dissipation`` (Q_m),

@@ -10,6 +10,7 @@ import pandas as pd
 
 from thermo_opt import thermodynamics as td
 from thermo_opt.errors import InputError
+from thermo_opt.lenses.counterfactual import CounterfactualMeasurements
 from thermo_opt.lenses.measurements import AdamMeasurements, Measurements
 from thermo_opt.lenses.results import SUMMARY_KEYS, LensAudit, Summary
 from thermo_opt.manifold.precision import ABOVE
@@ -23,7 +24,7 @@ _NARROW = 0.1
 
 
 def summarise(
-    measured: Measurements | AdamMeasurements,
+    measured: Measurements | AdamMeasurements | CounterfactualMeasurements,
     run: str,
     lens: str,
     clock: str,
@@ -42,6 +43,8 @@ def summarise(
     Raises:
         InputError: When the clock stands still while the run moves.
     """
+    if isinstance(measured, CounterfactualMeasurements):
+        return _counterfactual(measured, run, lens, clock, step_unit)
     if isinstance(measured, AdamMeasurements):
         return _adam(measured, run, lens, clock, step_unit)
     _refuse_standing_clock(run, clock, measured, measured.a)
@@ -185,6 +188,63 @@ def _adam(measured: AdamMeasurements, run: str, lens: str, clock: str, step_unit
     )
     empty = pd.DataFrame(columns=["stride", "stride_steps", "length", "dissipation", "a_mean"])
     return LensAudit(lens, steps, summary, empty)
+
+
+def _counterfactual(
+    measured: CounterfactualMeasurements, run: str, lens: str, clock: str, step_unit: str
+) -> LensAudit:
+    """Sums over the steps looked at: what they bought, and what others would have for the same
+    nats. A share compares those steps only for which the other step could be made."""
+    columns: dict[str, np.ndarray] = {
+        "step": measured.step,
+        "step_end": measured.step + 1,
+        "loss": measured.loss,
+        "loss_end": measured.loss_end,
+    }
+    keys = ("nats", "nats_held", "decrease", "decrease_held")
+    for key in keys:
+        columns[key] = np.array([getattr(one, key) for one in measured.own])
+    for name, prefix in (("exact", "natural"), ("kfac", "kfac")):
+        for key in keys[1:]:
+            columns[f"{prefix}_{key}"] = np.array(
+                [np.nan if one is None else getattr(one, key) for one in measured.other[name]]
+            )
+    steps = pd.DataFrame(columns)
+    found: dict[str, float | int | None] = {"steps": len(steps)}
+    found |= {key: float(steps[key].sum()) for key in keys}
+    found["held_share"] = _share(steps["nats_held"], steps["nats"])
+    for prefix in ("natural", "kfac"):
+        made = steps[steps[f"{prefix}_decrease"].notna()]
+        for key in keys[1:]:
+            found[f"{prefix}_{key}"] = float(made[f"{prefix}_{key}"].sum()) if len(made) else None
+        for key in keys[2:]:
+            found[f"{prefix}_share{key.removeprefix('decrease')}"] = _share(
+                made[key], made[f"{prefix}_{key}"]
+            )
+    summary = Summary(dict.fromkeys(SUMMARY_KEYS))
+    summary |= {
+        "run": run,
+        "lens": lens,
+        "clock": clock,
+        "step_unit": step_unit,
+        "first_step": int(measured.step[0]),
+        "last_step": int(measured.step[-1]) + 1,
+        "stride": 1.0,
+        "every_step": False,
+        "steps": len(steps),
+        "loss_start": _number(measured.loss[0]),
+        "loss_end": _number(measured.loss_end[-1]),
+        "counterfactual": found,
+        "notes": list(measured.notes),
+    }
+    empty = pd.DataFrame(columns=["stride", "stride_steps", "length", "dissipation", "a_mean"])
+    return LensAudit(lens, steps, summary, empty)
+
+
+def _share(part: pd.Series, whole: pd.Series) -> float | None:
+    """Ratio of two sums, None where it means nothing."""
+    total = float(whole.sum())
+    return float(part.sum()) / total if total > 0 else None
 
 
 def _common(

@@ -5,6 +5,7 @@ Matplotlib is imported when the first figure is drawn. The Axes may be left out:
 makes its own.
 """
 
+from thermo_opt.plots.counterfactual import counterfactual, held_out
 from thermo_opt.plots.curves import (
     alignment,
     coarse_graining,
@@ -19,10 +20,12 @@ from thermo_opt.plots.split import critical_batch, split_bars, split_curve
 __all__ = [
     "alignment",
     "coarse_graining",
+    "counterfactual",
     "critical_batch",
     "decomposition_bars",
     "dissipation_heatmap",
     "energy",
+    "held_out",
     "loss_and_dissipation",
     "overview",
     "pareto",

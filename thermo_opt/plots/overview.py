@@ -10,6 +10,7 @@ from thermo_opt.describe.sentences import headline
 from thermo_opt.lenses.results import Audited
 from thermo_opt.plots import curves, maps, series, split
 from thermo_opt.plots.axes import KEY
+from thermo_opt.plots.counterfactual import held_out, looked_at
 from thermo_opt.plots.palette import look
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def _panels(audits: list[Audited]) -> list[Panel]:
         found.append((partial(maps.trajectory_map, key=False), None))
     if any(len(series.coarse_curves(audit.headline)) > 1 for audit in audits):
         found.append((partial(curves.coarse_graining, key=False), None))
+    if any(looked_at(audit) is not None for audit in audits):
+        found.append((held_out, None))
     if any(series.realised(audit) for audit in audits):
         found.append((partial(curves.predicted_vs_realised, key=False), None))
     return found

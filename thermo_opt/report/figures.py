@@ -14,6 +14,7 @@ from thermo_opt.lenses.results import Audited
 from thermo_opt.plots import series
 from thermo_opt.plots.curves import window_words
 from thermo_opt.plots.palette import look
+from thermo_opt.report.counterfactual import counterfactual
 from thermo_opt.report.maps import decomposition, dissipation_heatmap, trajectory_map
 from thermo_opt.report.spec import (
     Figure,
@@ -40,7 +41,7 @@ def figures(audits: Sequence[Audited]) -> list[Figure]:
         trajectory_map(audits),
         coarse_graining(audits),
     ]
-    drawn.append(critical_batch(audits))
+    drawn += [critical_batch(audits), counterfactual(audits)]
     drawn += [dissipation_heatmap(audits), predicted_vs_realised(audits)]
     return [figure for figure in drawn if figure is not None]
 

@@ -14,9 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from thermo_opt import __version__
+from thermo_opt.describe import counterfactual as other_words
 from thermo_opt.describe import sentences as words
 from thermo_opt.describe import split as noise_words
-from thermo_opt.describe.quantities import DEFINED, PER_STEP, QUANTITIES, number, percent, unit
+from thermo_opt.describe.quantities import (
+    DEFINED,
+    PER_STEP,
+    QUANTITIES,
+    Quantity,
+    number,
+    percent,
+    unit,
+)
 from thermo_opt.describe.ranking import ranking
 from thermo_opt.describe.standing import with_standing
 from thermo_opt.errors import InputError
@@ -188,30 +197,32 @@ def _rows(audits: list[Audited]) -> list[dict[str, Any]]:
                 "cells": cells,
             }
         )
-    return rows + _split_rows(summaries)
+    rows += _rows_of(summaries, "split", noise_words.SPLIT)
+    return rows + _rows_of(summaries, "counterfactual", other_words.COUNTERFACTUAL)
 
 
-def _split_rows(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Noise, drift and their kin, where any run tells them."""
-    rows = []
-    for quantity in noise_words.SPLIT:
-        values = [(s.get("split") or {}).get(quantity.key) for s in summaries]
-        if all(value is None for value in values):
-            continue
-        cells = [
-            {"value": json.dumps(value), "text": noise_words.with_error(s["split"], quantity.key)}
-            for value, s in zip(values, summaries, strict=True)
-        ]
-        rows.append(
-            {
-                "key": f"split-{quantity.key}",
-                "name": quantity.name,
-                "symbol": quantity.symbol,
-                "unit": quantity.unit,
-                "cells": cells,
-            }
-        )
-    return rows
+def _rows_of(
+    summaries: list[dict[str, Any]], entry: str, quantities: Sequence[Quantity]
+) -> list[dict[str, Any]]:
+    """Rows of what summaries hold by name in one entry, where any run tells them."""
+    parts = [summary.get(entry) or {} for summary in summaries]
+    return [
+        {
+            "key": f"{entry}-{quantity.key}",
+            "name": quantity.name,
+            "symbol": quantity.symbol,
+            "unit": unit(quantity.unit, "step"),
+            "cells": [
+                {
+                    "value": json.dumps(part.get(quantity.key)),
+                    "text": noise_words.with_error(part, quantity.key),
+                }
+                for part in parts
+            ],
+        }
+        for quantity in quantities
+        if any(part.get(quantity.key) is not None for part in parts)
+    ]
 
 
 def _definitions(audits: list[Audited]) -> list[dict[str, str]]:

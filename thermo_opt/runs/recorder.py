@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from thermo_opt import arguments, likelihoods
 from thermo_opt.errors import InputError
 from thermo_opt.runs.adam_moments import adam_moments
+from thermo_opt.runs.batches import BATCH_FOLDER, batch_path
 from thermo_opt.runs.energy import EnergyMeter
 from thermo_opt.runs.format import (
     PARTIAL,
@@ -301,6 +302,7 @@ class Recorder:
         lr: float | None = None,
         examples: int | None = None,
         tokens: int | None = None,
+        batch: tuple[Inputs, Tensor] | None = None,
         **extra: Any,
     ) -> None:
         """Log one optimizer step, after ``optimizer.step()``, and take a snapshot if one is due.
@@ -313,6 +315,8 @@ class Recorder:
             lr: default, the first parameter group's.
             examples: examples seen in this step.
             tokens: tokens seen in this step.
+            batch: the (inputs, targets) that this step was computed from, for the counterfactual
+                lens; kept where snapshots are taken both before and after the step.
             **extra: other numbers or texts, by name. Entries of ``optimizer.last_step`` (a dict of
                 scalars), where there is one, are logged too.
         """
@@ -330,7 +334,12 @@ class Recorder:
                 )
                 if self._writer.error is not None:
                     raise self._writer.error
+                before = self._snapshotted
                 taken = self._snapshot() if self._due(self._count) else None
+                if batch is not None and taken is not None and before == self._count - 1:
+                    tensors = probe_tensors(*batch)
+                    (self.path / BATCH_FOLDER).mkdir(exist_ok=True)
+                    self._writer.put(batch_path(self.path, before), tensors, {"step": str(before)})
                 self._finish_replica(taken)
                 self._take_replica(taken)
                 if self._meter is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from thermo_opt.errors import InputError
+from thermo_opt.runs.batches import BATCH_FOLDER, read_batches
 from thermo_opt.runs.format import (
     RUN_FILE,
     SNAPSHOT_FOLDER,
@@ -89,9 +90,11 @@ def resume(
         if snapshot.step > step:
             snapshot.path.unlink()
     remove_partial(path / REPLICA_FOLDER)
-    for replica in read_replicas(path):
-        if replica.step >= step:
-            replica.path.unlink()
+    remove_partial(path / BATCH_FOLDER)
+    beside = [(r.step, r.path) for r in read_replicas(path)]
+    for taken, file in [*beside, *((b.step, b.path) for b in read_batches(path))]:
+        if taken >= step:
+            file.unlink()
     _note_session(path, content, header, step)
     return Resumed(step, _keep_rows(path / STEPS_FILE, step))
 
