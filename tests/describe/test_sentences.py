@@ -216,6 +216,7 @@ def test_every_numeric_summary_key_is_described() -> None:
         "step_unit",
         "every_step",
         "split",
+        "counterfactual",
     } == set(SUMMARY_KEYS)
     assert cost_unit("step") == "nats"
     assert cost_unit("examples") == "nats per example seen"

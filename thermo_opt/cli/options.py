@@ -22,7 +22,7 @@ Html = Annotated[
 Lens = Annotated[
     list[str] | None,
     typer.Option(
-        help="outputs, parameters, optimizer-state (default: these), or counterfactual; may be "
+        help="outputs, parameters, optimizer-state (default: these) or counterfactual; may be "
         "repeated."
     ),
 ]
