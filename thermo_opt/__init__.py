@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from thermo_opt.audits import audit_predictions as audit_predictions
     from thermo_opt.audits import compare as compare
     from thermo_opt.audits import critical_batch as critical_batch
+    from thermo_opt.audits import ensemble as ensemble
     from thermo_opt.audits import even_schedule as even_schedule
     from thermo_opt.errors import InputError as InputError
     from thermo_opt.fronts import pareto as pareto
@@ -40,6 +41,7 @@ _HOME = {
     "even_schedule": "audits",
     "compare": "audits",
     "critical_batch": "audits",
+    "ensemble": "audits",
     "fisher_rao": "manifold",
     "least_distance": "manifold",
     "load_run": "runs",

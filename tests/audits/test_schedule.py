@@ -1,6 +1,9 @@
 """An even schedule's prediction against the run it predicts (§12)."""
 
+from dataclasses import replace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -50,3 +53,26 @@ def test_runs_that_can_not_tell_are_refused(tmp_path):
         to.even_schedule(to.audit_predictions(z, np.zeros(9, int), steps=[0, 2, 4, 6, 8]))
     with pytest.raises(to.InputError, match="learning rate of every step"):
         to.even_schedule(to.audit_predictions(z, np.zeros(9, int), steps=range(5)))
+
+
+def test_a_minibatch_run_is_evened_after_averaging(tmp_path):
+    """Noise that fades is told from single steps' scatter: the prediction isn't their spread."""
+    rng = np.random.default_rng(0)
+    scale = np.where(np.arange(120) < 40, 0.1, 0.03)
+    moves = scale[:, None, None] * rng.normal(size=(120, 30, 3))
+    z = np.cumsum(np.concatenate([np.zeros((1, 30, 3)), moves]), axis=0)
+    audit = to.audit_predictions(z, np.zeros(30, int), steps=range(121))
+    rates = pd.DataFrame({"lr": np.full(120, 0.1)}, index=np.arange(1, 121))
+    audit = replace(audit, curve=rates)
+    even = to.even_schedule(audit)
+    assert even.smoothed
+    assert even.learning_rates.sum() == pytest.approx(12.0)
+    assert even.learning_rates[:30].mean() < 0.7 * even.learning_rates[-60:].mean()
+    ideal = (40 * 0.1 + 80 * 0.03) ** 2 / (120 * (40 * 0.01 + 80 * 0.0009))
+    assert 1 - even.saving == pytest.approx(ideal, abs=0.06)
+    assert 0 < even.saving_error < 0.1
+    half = even.stretched(60)
+    assert half.learning_rates.sum() == pytest.approx(12.0)
+    assert half.predicted_dissipation == pytest.approx(2 * even.predicted_dissipation)
+    with pytest.raises(to.InputError, match="at least 1"):
+        even.stretched(0)

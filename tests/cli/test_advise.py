@@ -11,6 +11,7 @@ from torch import nn
 
 import thermo_opt as to
 from thermo_opt import cli
+from thermo_opt.audits import advise
 
 
 def _record(path: Path, every: int) -> None:
@@ -43,7 +44,7 @@ def test_a_run_of_every_step_is_offered_its_even_schedule(
     saving = to.even_schedule(to.audit(tmp_path / "whole", lens="outputs")).saving
     assert saving > 0.02  # descent slows down, so an even speed saves
     assert f"{100 * saving:.0f}" in words["schedule"]
-    assert "recording" not in words
+    assert "50\u00a0% fewer snapshots" in words["recording"]
 
 
 def test_a_strided_run_is_told_to_record_every_step(
@@ -53,3 +54,73 @@ def test_a_strided_run_is_told_to_record_every_step(
     words = _advice(tmp_path / "thinned", capfd)
     assert "every step" in words["recording"]
     assert "No schedule" in words["schedule"]
+
+
+def _noisy(path: Path, batch: int, momentum: float = 0.0) -> to.Audit:
+    torch.manual_seed(0)
+    x = torch.randn(400, 8)
+    y = (x @ torch.randn(8, 4) + torch.randn(400, 4)).argmax(1)
+    model = nn.Linear(8, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3 * (1 - momentum), momentum=momentum)
+
+    def closure() -> torch.Tensor:
+        rows = torch.randint(100, 400, (batch,))
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
+        loss.backward()
+        return loss
+
+    with to.Recorder(
+        path,
+        model=model,
+        optimizer=optimizer,
+        probe=(x[:100], y[:100]),
+        batch_size=batch,
+        replica=closure,
+        replica_every=2,
+    ) as recorder:
+        for _ in range(80):
+            loss = closure()
+            optimizer.step()
+            recorder.step(loss=loss)
+    return to.audit(path, lens="outputs")
+
+
+def test_minibatch_runs_are_advised_on_batch_and_momentum_and_it_comes_true(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    audit = _noisy(tmp_path / "small", 16)
+    assert cli.main(["advise", str(tmp_path / "small"), "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)["advice"]
+    found = {entry["about"]: entry for entry in told}
+    assert list(found) == ["schedule", "batch size", "momentum", "recording"]
+    batch = found["batch size"]
+    assert "At batch size 32 instead of 16" in batch["words"]
+    assert batch["of"] == "steps"
+    star = to.critical_batch(audit).overall.value
+    assert batch["predicted_saving"] == pytest.approx(1 - (1 + star / 32) / (1 + star / 16))
+    assert "Nothing to gain" in found["recording"]["words"]
+    momentum = found["momentum"]
+    after = _noisy(tmp_path / "momentum", 16, momentum=0.9).summary
+    fell = 1 - after["dissipation"] / audit.summary["dissipation"]
+    assert fell > momentum["predicted_saving"] - 3 * momentum["error"]
+    assert momentum["predicted_saving"] > 0.4
+    assert after["loss_end"] < 1.3 * audit.summary["loss_end"]
+
+
+def test_large_batches_are_advised_to_be_smaller(tmp_path: Path) -> None:
+    audit = _noisy(tmp_path / "large", 3000)
+    found = {one.about: one for one in advise(audit)}
+    assert found["batch size"].of == "examples"
+    assert "fewer examples" in found["batch size"].words
+    assert found["momentum"].predicted_saving is not None
+
+
+def test_momentum_and_full_batches_leave_nothing_to_say(tmp_path: Path) -> None:
+    found = {one.about: one for one in advise(_noisy(tmp_path / "momentum", 4, 0.5))}
+    assert "without momentum" in found["batch size"].words
+    assert found["momentum"].predicted_saving is None
+    _record(tmp_path / "whole", every=1)
+    bare = {one.about: one for one in advise(to.audit(tmp_path / "whole", lens="outputs"))}
+    assert "replica" in bare["batch size"].words
+    assert "replicas" in bare["momentum"].words

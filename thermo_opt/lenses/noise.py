@@ -140,7 +140,7 @@ def measure_split(
     way = moved.total if moved is not None else unknown
     rest = _housekeeping(drift, way, moved) if told else unknown
     scale = float(batch_size or np.nan) if memory <= 1 else np.nan
-    batch = noise.ratio(apart, drift, scale) if drift.told else unknown
+    batch = noise.ratio(apart, drift, scale) if drift.told and apart.value > 0 else unknown
     curve = _curve(sampled, moved, total)
     return Split(
         noise=_number(apart.value),
@@ -155,7 +155,7 @@ def measure_split(
         critical_batch=_number(batch.value),
         critical_batch_error=_number(batch.error),
         replicas=len(found),
-        reason=_reason(found, moved, batch_size, memory),
+        reason=_reason(found, moved, batch_size, memory, apart.value > 0),
         memory=memory,
         curve=curve,
         critical=critical_table(curve, scale),
@@ -215,6 +215,7 @@ def _reason(
     moved: noise.Transport | None,
     batch_size: int | None,
     memory: float,
+    scattered: bool,
 ) -> str | None:
     said = []
     if not found:
@@ -228,6 +229,11 @@ def _reason(
         )
     if found and memory > 1:
         said.append("the critical batch size is not told with momentum, which mixes minibatches")
+    elif found and not scattered:
+        said.append(
+            "replicas made the same steps: full batches have no noise to read a critical batch "
+            "size from"
+        )
     elif found and batch_size is None:
         said.append("the critical batch size needs the batch size: record with batch_size=…")
     if moved is not None and moved.total.told and moved.grows:

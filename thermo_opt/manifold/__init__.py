@@ -12,6 +12,7 @@ from thermo_opt.manifold.predictive import (
     row_distances,
     squared_distance,
 )
+from thermo_opt.manifold.progress import progress
 
 __all__ = [
     "Move",
@@ -22,6 +23,7 @@ __all__ = [
     "least_distance",
     "log_least_distance",
     "move",
+    "progress",
     "row_distances",
     "squared_distance",
     "trajectory_map",

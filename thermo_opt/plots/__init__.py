@@ -12,6 +12,7 @@ from thermo_opt.plots.curves import (
     loss_and_dissipation,
     predicted_vs_realised,
 )
+from thermo_opt.plots.ensemble import ensemble_map, progress
 from thermo_opt.plots.front import energy, pareto
 from thermo_opt.plots.maps import decomposition_bars, dissipation_heatmap, trajectory_map
 from thermo_opt.plots.overview import overview
@@ -25,11 +26,13 @@ __all__ = [
     "decomposition_bars",
     "dissipation_heatmap",
     "energy",
+    "ensemble_map",
     "held_out",
     "loss_and_dissipation",
     "overview",
     "pareto",
     "predicted_vs_realised",
+    "progress",
     "split_bars",
     "split_curve",
     "trajectory_map",
