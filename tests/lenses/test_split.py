@@ -12,6 +12,7 @@ import thermo_opt as to
 from thermo_opt import plots
 from thermo_opt.describe.sentences import explanation
 from thermo_opt.errors import InputError
+from thermo_opt.fronts import drift_front
 from thermo_opt.lenses.noise import memory
 from thermo_opt.report.page import render
 from thermo_opt.runs.run import RunInfo
@@ -159,6 +160,25 @@ def test_what_can_not_be_told_is_null_with_a_reason(tmp_path):
     assert short["noise"] > 0
     assert short["transport"] is None
     assert "too short" in short["reason"]
+
+
+def test_a_front_on_drift_has_the_noise_beside_it(audits, tmp_path):
+    loss = 1.0001 * max(audit.steps["loss_end"].min() for audit in audits)
+    table = drift_front(audits, target_loss=float(loss))
+    assert table["run"].tolist() == [audit.run for audit in audits]
+    whole = table.set_index("run")
+    assert whole.loc["batch-None", "noise"] == 0
+    assert whole.loc["batch-2", "noise"] > whole.loc["batch-32", "noise"] > 0
+    total = whole["noise"] + whole["drift"]
+    assert total.to_numpy() == pytest.approx(whole["dissipation"].to_numpy(), rel=1e-6)
+    reached = whole[~whole["censored"]]
+    best = reached["time"].idxmin()
+    assert reached.loc[best, "on_front"]
+    assert plots.drift_front(table).get_xlabel()
+    matplotlib.pyplot.close("all")
+    bare = recorded(tmp_path / "bare", 2, replicas=False)
+    with pytest.raises(InputError, match="bare: a front on drift"):
+        drift_front([*audits, bare])
 
 
 def test_words_page_and_figures_say_the_same(audits, tmp_path):

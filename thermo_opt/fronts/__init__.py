@@ -4,6 +4,7 @@ nothing beats."""
 from typing import Any
 
 from thermo_opt.deprecated import warn_renamed
+from thermo_opt.fronts.drift import drift_front
 from thermo_opt.fronts.front import CLOCK_OF, ParetoFront, Target, pareto
 from thermo_opt.fronts.trajectory import Trajectory, read_trajectory, trajectory_of
 
@@ -12,6 +13,7 @@ __all__ = [
     "ParetoFront",
     "Target",
     "Trajectory",
+    "drift_front",
     "pareto",
     "read_trajectory",
     "trajectory_of",

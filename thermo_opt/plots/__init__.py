@@ -12,6 +12,7 @@ from thermo_opt.plots.curves import (
     loss_and_dissipation,
     predicted_vs_realised,
 )
+from thermo_opt.plots.drift import drift_front
 from thermo_opt.plots.ensemble import ensemble_map, progress
 from thermo_opt.plots.front import energy, pareto
 from thermo_opt.plots.maps import decomposition_bars, dissipation_heatmap, trajectory_map
@@ -25,6 +26,7 @@ __all__ = [
     "critical_batch",
     "decomposition_bars",
     "dissipation_heatmap",
+    "drift_front",
     "energy",
     "ensemble_map",
     "held_out",
