@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from thermo_opt.fisher.kronecker.layers import KroneckerLayer
+from thermo_opt.fisher.kronecker.scratch import Scratch
 
 
 class Coordinates(ABC):
     """The maps between tensors of the shapes of a block's parameters and the block's own tensor."""
 
     @abstractmethod
-    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Parameter-shaped tensors as one tensor of the block."""
+    def gather(self, tensors: Sequence[Tensor], scratch: Scratch | None = None) -> Tensor:
+        """Parameter-shaped tensors as one tensor of the block, copied (where they must be) to new
+        memory or to ``scratch``'s."""
 
     @abstractmethod
     def scatter(self, x: Tensor) -> list[Tensor]:
@@ -31,7 +33,7 @@ class Coordinates(ABC):
 class ParameterItself(Coordinates):
     """One parameter, in its own shape."""
 
-    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
+    def gather(self, tensors: Sequence[Tensor], scratch: Scratch | None = None) -> Tensor:
         return tensors[0]
 
     def scatter(self, x: Tensor) -> list[Tensor]:
@@ -45,13 +47,22 @@ class LayerMatrix(Coordinates):
     def __init__(self, layers: Sequence[KroneckerLayer]) -> None:
         self.layers = tuple(layers)
         self._shapes = [[tuple(p.shape) for p in layer.parameters] for layer in self.layers]
+        groups, *matrix = self.layers[0].shape
+        self._shape = (len(self.layers), *matrix) if len(self.layers) > 1 else (*matrix,)
+        self._joins = len(self.layers) > 1 or (groups == 1 and len(self._shapes[0]) > 1)
 
-    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
+    def gather(self, tensors: Sequence[Tensor], scratch: Scratch | None = None) -> Tensor:
         first = self.layers[0]
-        if len(self.layers) == 1:
+        if not self._joins or (scratch is None and len(self.layers) == 1):
             return first.rule.to_matrix(first.module, tensors)
-        whole = tensors[0].new_empty(len(self.layers), *first.shape[1:])
-        torch._foreach_copy_(self.scatter(whole), list(tensors))
+        if scratch is None:
+            whole = tensors[0].new_empty(self._shape)
+        else:
+            whole = scratch.empty(self._shape, tensors[0], "gathered")
+        parts = self.scatter(whole)
+        if any(part._base is None for part in parts):  # no views: they can't be written through
+            return first.rule.to_matrix(first.module, tensors)
+        torch._foreach_copy_(parts, list(tensors))
         return whole
 
     def scatter(self, x: Tensor) -> list[Tensor]:
@@ -71,7 +82,7 @@ class SharedWeight(Coordinates):
     def __init__(self, layer: KroneckerLayer) -> None:
         self.layer = layer
 
-    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
+    def gather(self, tensors: Sequence[Tensor], scratch: Scratch | None = None) -> Tensor:
         return self.layer.rule.weight_matrix(self.layer.module, tensors[0])
 
     def scatter(self, x: Tensor) -> list[Tensor]:
@@ -91,7 +102,7 @@ class ScaleVector(Coordinates):
         self._sizes = [math.prod(shape) for shape in self._shapes]
         self._count = count
 
-    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
+    def gather(self, tensors: Sequence[Tensor], scratch: Scratch | None = None) -> Tensor:
         whole = torch.cat([t.reshape(-1) for t in tensors])
         return whole if self._count == 1 else whole.view(self._count, -1)
 
@@ -106,7 +117,7 @@ class ScaleChannels(Coordinates):
     def __init__(self, shapes: Sequence[Sequence[int]]) -> None:
         self._shapes = [torch.Size(shape) for shape in shapes]
 
-    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
+    def gather(self, tensors: Sequence[Tensor], scratch: Scratch | None = None) -> Tensor:
         return torch.stack([t.reshape(-1) for t in tensors], dim=-1)
 
     def scatter(self, x: Tensor) -> list[Tensor]:

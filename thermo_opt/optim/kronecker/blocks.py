@@ -25,6 +25,7 @@ from thermo_opt.fisher.kronecker.coordinates import (
 )
 from thermo_opt.fisher.kronecker.factors import working, working_dtype
 from thermo_opt.fisher.kronecker.layers import KroneckerLayer, ScaleLayer
+from thermo_opt.fisher.kronecker.scratch import Scratch
 from thermo_opt.fisher.spectral import default_rtol
 from thermo_opt.optim.kronecker.capture import (
     Capture,
@@ -65,6 +66,7 @@ class ParameterBlock(ABC):
         total: tr F of the running curvature when last asked for.
         momentum: natural gradients summed, with their lengths.
         captured_layers: which of the block's layers the last `captured` is of.
+        scratch: memory that the blocks of a model share.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class ParameterBlock(ABC):
         self.damping = 0.0
         self.momentum = CarriedMomentum()
         self.captured_layers: list[int] = [0]
+        self.scratch = Scratch()
         self._scattered: tuple[Tensor | None, list[Tensor]] = (None, [])
 
     @property
@@ -92,11 +95,10 @@ class ParameterBlock(ABC):
 
     def gather(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Of tensors aligned with the optimizer's list, those of the block, in its coordinates;
-        zero for those that are missing."""
+        zero for those that are missing. The next call may use the memory again."""
         found = [None if i is None else tensors[i] for i in self.places]
-        return self.coordinates.gather(
-            [zeros_like(p) if t is None else t for t, p in zip(found, self.params, strict=True)]
-        )
+        own = [zeros_like(p) if t is None else t for t, p in zip(found, self.params, strict=True)]
+        return self.coordinates.gather(own, self.scratch)
 
     def mask(self, tensors: Sequence[Tensor | None]) -> Tensor | None:
         """1 where the block has a tensor, 0 where it is missing; None where none is."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from thermo_opt.fisher import spectral
 from thermo_opt.fisher.kronecker import Block, Factor, factored_damping
 from thermo_opt.fisher.kronecker.factor import Amount
+from thermo_opt.fisher.kronecker.scratch import Scratch
 from thermo_opt.optim.kronecker.cholesky import TOGETHER, plain_inverses, positive_inverse, shifted
 
 
@@ -45,6 +46,10 @@ class BlockInverse(ABC):
     @abstractmethod
     def matvec(self, v: Tensor) -> Tensor:
         """F_λ v."""
+
+    def image(self, v: Tensor) -> Tensor:
+        """F_λ v in memory that the next product may use again."""
+        return self.matvec(v)
 
     def null(self, v: Tensor) -> Tensor:
         """P₀v, the part of v in the truncated space; zero where nothing is truncated."""
@@ -118,17 +123,17 @@ class DampedInverse:
         """``M + cI``; a diagonal stays one."""
         return shifted(self.block, self.amount)
 
-    def times(self, v: Tensor) -> Tensor:
+    def times(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """``(M + cI) v`` with v (…, k, m)."""
         if self.block.dim() == 1:
-            return self.matrix[..., None] * v
-        return self._shift(self.block @ v, v)
+            return torch.mul(self.matrix[..., None], v, out=out)
+        return self._shift(torch.matmul(self.block, v, out=out), v)
 
-    def times_left(self, v: Tensor) -> Tensor:
+    def times_left(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """``v (M + cI)`` with v (…, m, k)."""
         if self.block.dim() == 1:
-            return v * self.matrix
-        return self._shift(v @ self.block, v)
+            return torch.mul(v, self.matrix, out=out)
+        return self._shift(torch.matmul(v, self.block, out=out), v)
 
     def _shift(self, image: Tensor, v: Tensor) -> Tensor:
         if isinstance(self.amount, Tensor):
@@ -188,18 +193,25 @@ class DampedFactor(Factor):
         """The blocks of ``(M + cI)⁻¹``."""
         return [part.inverse for part in self.parts]
 
-    def block_left(self, j: int, v: Tensor) -> Tensor:
-        return self.parts[j].times(v)
+    def left(self, v: Tensor, out: Tensor | None = None) -> Tensor:
+        out = torch.empty_like(v) if out is None else out
+        for (start, end), part in zip(self.ends, self.parts, strict=True):
+            part.times(v[..., start:end, :], out[..., start:end, :])
+        return out
 
-    def block_right(self, j: int, v: Tensor) -> Tensor:
-        return self.parts[j].times_left(v)
+    def right(self, v: Tensor, out: Tensor | None = None) -> Tensor:
+        out = torch.empty_like(v) if out is None else out
+        for (start, end), part in zip(self.ends, self.parts, strict=True):
+            part.times_left(v[..., start:end], out[..., start:end])
+        return out
 
-    def solve_right(self, v: Tensor) -> Tensor:
+    def solve_right(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """``v (M + cI)⁻¹`` with v (…, m, k)."""
         if len(self.parts) == 1:
             inverse = self.parts[0].inverse
-            return v * inverse if inverse.dim() == 1 else v @ inverse
-        out = torch.empty_like(v)
+            product = torch.mul if inverse.dim() == 1 else torch.matmul
+            return product(v, inverse, out=out)
+        out = torch.empty_like(v) if out is None else out
         for (start, end), part in zip(self.ends, self.parts, strict=True):
             torch.matmul(v[..., start:end], part.inverse, out=out[..., start:end])
         return out
@@ -226,7 +238,15 @@ class KroneckerInverse(BlockInverse):
     blocks of side k.
     """
 
-    def __init__(self, A: Factor, G: Factor, damping: float, last: KroneckerInverse | None) -> None:
+    def __init__(
+        self,
+        A: Factor,
+        G: Factor,
+        damping: float,
+        last: KroneckerInverse | None,
+        scratch: Scratch | None = None,
+    ) -> None:
+        self.scratch = scratch or Scratch()
         on_a, on_g = factored_damping(A, G, damping)
         self.A: DampedFactor = DampedFactor(A, on_a, None if last is None else last.A)
         self.G: DampedFactor = DampedFactor(G, on_g, None if last is None else last.G)
@@ -251,7 +271,7 @@ class KroneckerInverse(BlockInverse):
         if self.G.inverses[0].dim() == 1:
             super().accumulate(b, mu, v)
             return
-        half = self.A.solve_right(v)
+        half = self.A.solve_right(v, self.scratch.like(v, "half"))
         if self.G.equal is not None:
             k, columns = self.G.equal.shape[-1], v.shape[-1]
             rows, inverses = half.view(-1, k, columns), self.G.equal.view(-1, k, k)
@@ -264,6 +284,10 @@ class KroneckerInverse(BlockInverse):
 
     def matvec(self, v: Tensor) -> Tensor:
         return self.G.left(self.A.right(v))
+
+    def image(self, v: Tensor) -> Tensor:
+        half = self.A.right(v, self.scratch.like(v, "half"))
+        return self.G.left(half, self.scratch.like(v, "image"))
 
 
 class DenseInverse(BlockInverse):

@@ -61,7 +61,7 @@ class LayerFactors:
         groups, out, inputs = layer.shape
         self.diagonal_A = layer.rule.one_hot or (groups == 1 and inputs > DIAGONAL)
         self.diagonal_G = groups == 1 and out > (DIAGONAL if divisible else WIDE)
-        self.wide = divisible and groups == 1 and max(out, inputs) > WIDE
+        self.divisible = divisible and groups == 1
         self.average = RunningAverage()
         self.limit: int | None = None
         self.pending: Capture | None = None
@@ -71,11 +71,17 @@ class LayerFactors:
         self.seen = 0.0
         self.samples: list[tuple[Tensor, Tensor, float]] = []
 
-    def bounds(self, size: int) -> list[tuple[int, int]]:
-        """Where the diagonal blocks of a side of this size begin and end."""
-        if self.wide and size > WIDE:
-            return bounds(size, min(WIDE_BLOCK, self.limit or WIDE_BLOCK))
-        return bounds(size, self.limit)
+    def bounds(self, size: int, limit: int | None = None) -> list[tuple[int, int]]:
+        """Where the diagonal blocks of a side of this size begin and end, under today's limit or
+        another one; those of a wide side are parts of the blocks that it has without one."""
+        limit = limit or self.limit
+        if not self.divisible or size <= WIDE:
+            return bounds(size, limit)
+        return [
+            (start + s, start + e)
+            for start, end in bounds(size, WIDE_BLOCK)
+            for s, e in bounds(end - start, limit)
+        ]
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -163,17 +169,21 @@ class LayerFactors:
         """Forget what was captured."""
         self.pending, self.A, self.G, self.samples = None, [], [], []
 
-    def cut(self, whole: Sequence[Tensor]) -> list[Tensor]:
-        """The diagonal blocks of whole A and G (none, if there are none)."""
-        blocks = []
-        for side, bias in zip(whole, (self.bias, False), strict=False):
-            if side.dim() != 2:
-                blocks.append(side)
+    def cut(self, limit: int | None, captured: Sequence[Tensor]) -> list[Tensor]:
+        """From now on keep diagonal blocks of side ≤ ``limit``; returns those of ``captured``, the
+        blocks of A and of G until now (none, if there are none)."""
+        count = self.blocks[0]
+        self.limit = limit
+        parts: list[Tensor] = []
+        for number, block in enumerate(captured):
+            if block.dim() != 2:
+                parts.append(block)
                 continue
-            size = side.shape[-1] - bias
-            ends = [(s, e + (bias and e == size)) for s, e in self.bounds(size)]
-            blocks += [side[s:e, s:e].clone() for s, e in ends]
-        return blocks
+            bias = self.bias and number == count - 1
+            size = block.shape[-1] - bias
+            ends = [(s, e + (bias and e == size)) for s, e in bounds(size, limit)]
+            parts += [block[s:e, s:e].clone() for s, e in ends] if len(ends) > 1 else [block]
+        return parts
 
 
 def add_captures(sides: Sequence[LayerFactors], captures: Sequence[Capture]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from thermo_opt.fisher.kronecker.layers import Cover, KroneckerLayer, ScaleLayer, cover
+from thermo_opt.fisher.kronecker.scratch import Scratch
 from thermo_opt.optim.kronecker.blocks import LayerBlock, NormBlock, ParameterBlock, UnruledBlock
 from thermo_opt.optim.kronecker.matrix import MatrixBlock, TiedBlock
 from thermo_opt.optim.training_metric import Setup
@@ -71,6 +72,7 @@ class BlockLayout:
     def __init__(self, setup: Setup, options: KFAC) -> None:
         self.setup, self.options = setup, options
         self._place = {id(p): i for i, p in enumerate(setup.params)}
+        self.scratch = Scratch()
         self.blocks: list[ParameterBlock] = []
         self.unruled: tuple[tuple[str, str], ...] = ()
         self.build()
@@ -88,6 +90,7 @@ class BlockLayout:
     def _put(self, blocks: Sequence[ParameterBlock]) -> None:
         """Keep the blocks that hold parameters of the optimizer, told where those stand."""
         for block in blocks:
+            block.scratch = self.scratch
             block.places = [self._place.get(id(p)) for p in block.params]
         self.blocks = [block for block in blocks if any(i is not None for i in block.places)]
 
@@ -146,11 +149,12 @@ class BlockLayout:
             passes, solves = self.setup.processes.total([passes, solves])
             if solves <= self.options.max_solve_overhead * passes:
                 break
-        self._cut(limit)
-        return [
+        parts = [
             (block, block.cut(limit, captured) if isinstance(block, MatrixBlock) else captured)
             for block, captured in found
         ]
+        self._cut(limit)
+        return parts
 
     def _cut(self, limit: int | None) -> None:
         self.limit = limit

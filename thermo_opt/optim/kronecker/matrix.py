@@ -18,12 +18,7 @@ from thermo_opt.fisher.spectral import Spectrum, orthogonal_iteration
 from thermo_opt.optim.kronecker.blocks import Average, LayerBlock, rtol_of
 from thermo_opt.optim.kronecker.capture import RunningAverage, group_by_shape, stack_averages
 from thermo_opt.optim.kronecker.inverses import KroneckerInverse, SpectralInverse
-from thermo_opt.optim.kronecker.layer_factors import (
-    WIDE,
-    WIDE_BLOCK,
-    LayerFactors,
-    add_captures,
-)
+from thermo_opt.optim.kronecker.layer_factors import LayerFactors, add_captures
 
 if TYPE_CHECKING:
     from thermo_opt.optim.metrics import KFAC
@@ -148,26 +143,19 @@ class MatrixBlock(LayerBlock):
         side = self.sides[0]
         widths = []
         for k, diagonal in ((inputs, side.diagonal_A), (out, side.diagonal_G)):
-            if diagonal:
-                widths.append(1)
-            elif side.wide and k > WIDE:
-                widths.append(WIDE_BLOCK)
-            else:
-                widths.append(min(k, limit) if limit is not None and self.divisible else k)
+            ends = side.bounds(k, limit) if self.divisible else [(0, k)]
+            widths.append(1 if diagonal else max(e - s for s, e in ends))
         return passes, float(groups * out * inputs * sum(widths))
 
     @property
     def divisible(self) -> bool:
         """Whether the factors may be cut into diagonal blocks."""
-        return not self.options.spectral and self.shape[0] == 1 and not self.sides[0].wide
+        return self.sides[0].divisible
 
     def cut(self, limit: int | None, captured: Sequence[Tensor] = ()) -> list[Tensor]:
-        """From now on keep diagonal blocks of side ≤ ``limit`` only; returns the whole factors
+        """From now on keep diagonal blocks of side ≤ ``limit`` only; returns the factors
         ``captured`` so cut."""
-        if not self.divisible:
-            return list(captured)
-        self.sides[0].limit = limit
-        return self.sides[0].cut(captured)
+        return self.sides[0].cut(limit, captured) if self.divisible else list(captured)
 
     # ---- the inverse
 
@@ -178,7 +166,7 @@ class MatrixBlock(LayerBlock):
         self.damping = damping
         if not self.options.spectral:
             last = self.inverse if isinstance(self.inverse, KroneckerInverse) else None
-            self.inverse = KroneckerInverse(*pair, damping, last)
+            self.inverse = KroneckerInverse(*pair, damping, last, self.scratch)
             return
         A, G = pair
         if self._basis is None:

@@ -249,37 +249,30 @@ class KroneckerMetric(TrainingMetric):
     def direction(self, gradients: Gradients, rule: UpdateRule) -> StepLengths:
         self._rule, self._still = rule, {i for i, g in enumerate(gradients) if g is None}
         mu = rule.momentum
+        if not _finite(gradients):  # momentum stays untouched
+            return StepLengths.unknown()
         active: list[_Active] = []
         products: list[Tensor] = []
         for block in self.blocks:
-            own = block.own(gradients)
-            if not own:
+            if block.inverse is None or not block.own(gradients):
                 continue
-            if block.inverse is None:
-                if not all_finite(*own):
-                    return StepLengths.unknown()
-                continue
-            w = self._decay_of(block)
-            block.momentum.begin(block.inverse, w)
+            momentum, w, mask = block.momentum, self._decay_of(block), block.mask(gradients)
+            momentum.begin(block.inverse, w)
             g, null = self._split(block.inverse, block.gather(gradients))
-            products += block.momentum.inner_products(g, w)
-            active.append(_Active(block, block.inverse, g, null, w, block.mask(gradients)))
-        before = _floats(products)
-        if not all(map(math.isfinite, before)):  # some gradient is not: momentum stays untouched
-            return StepLengths.unknown()
-        after = _floats(
-            [one.block.momentum.accumulate(one.inverse, one.g, mu, one.mask) for one in active]
-        )
-        if not all(map(math.isfinite, after)):  # an overflow: this momentum is of no more use
+            products += momentum.inner_products(g, w)
+            products.append(momentum.accumulate(block.inverse, g, mu, mask))
+            active.append(_Active(block, block.inverse, null, w, mask))
+        numbers = _floats(products)
+        if not all(map(math.isfinite, numbers)):  # an overflow: this momentum is of no more use
             for one in active:
                 one.block.momentum.vector = None
             return StepLengths.unknown()
         pools = max(self.setup.pools) + 1
         lengths = StepLengths(*([0.0] * pools for _ in range(4)))
         for k, one in enumerate(active):
-            along, across = before[2 * k : 2 * k + 2]
+            along, across, after = numbers[3 * k : 3 * k + 3]
             of_block = one.block.momentum.finish(
-                one.inverse, one.w, mu, (along, across), after[k], one.mask
+                one.inverse, one.w, mu, (along, across), after, one.mask
             )
             first = next(i for i in one.block.places if i is not None)
             pool, weight = self.setup.pools[first], rule.weights[first]
@@ -375,11 +368,10 @@ class KroneckerMetric(TrainingMetric):
 
 
 class _Active(NamedTuple):
-    """A block in one step: its inverse, gradient, null part, weight-decay direction and mask."""
+    """A block in one step: its inverse, the gradient's null part, weight-decay direction, mask."""
 
     block: ParameterBlock
     inverse: BlockInverse
-    g: Tensor
     null: Tensor | None
     w: Tensor | None
     mask: Tensor | None
@@ -400,6 +392,17 @@ class _LayerCalls:
             return  # frozen or unfrozen since: the next step rebuilds the block
         x = (args[0] if args else kwargs["input"]).detach()
         on_gradient(output, lambda g: self.block.capture(self.place, x, g, self.offset))
+
+
+def _finite(gradients: Gradients) -> bool:
+    """Whether no gradient holds a NaN or infinity: one read of each, one transfer."""
+    found = [g for g in gradients if g is not None]
+    half = [g for g in found if g.dtype.itemsize < 4]  # whose lengths may exceed what they can hold
+    norms: list[Tensor] = []
+    for same, dtype in (([g for g in found if g.dtype.itemsize >= 4], None), (half, torch.float32)):
+        if same:
+            norms += torch._foreach_norm(same, 2, dtype=dtype)
+    return all(map(math.isfinite, _floats(norms)))
 
 
 def _floats(numbers: Sequence[Tensor]) -> list[float]:

@@ -105,7 +105,7 @@ class CarriedMomentum:
         if mask is not None and self.vector is not None:
             v = share * self.vector * mask
             v = v if w is None else v + w
-            a = float(torch.dot(v.reshape(-1), inverse.matvec(v).reshape(-1)))
+            a = float(torch.dot(v.reshape(-1), inverse.image(v).reshape(-1)))
             self.stale = True
             return BlockLengths(max(a, 0.0), delta, decrease, along_last)
         self.squared = max(mu * mu * self.squared + 2 * mu * along + delta, 0.0)
@@ -122,9 +122,9 @@ class CarriedMomentum:
         """All lengths from scratch: one product with F_λ, two where there is weight decay."""
         if self.vector is None:
             return
-        image = inverse.matvec(self.vector)
+        image = inverse.image(self.vector)
         self.squared = max(float(torch.dot(self.vector.reshape(-1), image.reshape(-1))), 0.0)
         if w is not None:
             w = w.to(image.dtype)
-            self.crossed = float(torch.sum(w * image))
-            self.decayed = max(float(torch.sum(w * inverse.matvec(w))), 0.0)
+            self.crossed = float(torch.dot(w.reshape(-1), image.reshape(-1)))
+            self.decayed = max(float(torch.dot(w.reshape(-1), inverse.image(w).reshape(-1))), 0.0)
