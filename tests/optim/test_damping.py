@@ -8,6 +8,7 @@ from torch import nn
 
 import thermo_opt as to
 from tests.optim import optim_models as models
+from thermo_opt.optim import KFAC
 from thermo_opt.optim.kronecker.matrix import MatrixBlock
 from thermo_opt.optim.kronecker.refresh import LEAST, PRIOR, default_damping
 
@@ -17,7 +18,7 @@ def test_of_a_linear_softmax_it_is_ten_mean_variances_of_the_minibatch_gradient(
     model = nn.Linear(6, 4)
     x, y = 5 * torch.randn(40, 6), torch.randint(4, (40,))
     g = (torch.softmax(model(x), -1) - nn.functional.one_hot(y, 4)).detach()
-    optimizer = to.NGDT(model)
+    optimizer = to.NGDT(model, metric=KFAC(half_state=False))
     models.loss(model(x), y).backward()
     optimizer.step()
     trace = float((x.square().sum(1) + 1).mean() * g.square().sum(1).mean())

@@ -95,7 +95,8 @@ def test_accumulated_parts_equal_one_whole_batch() -> None:
     results = []
     for parts in (1, 4):
         model = models.mlp()
-        optimizer = to.NGDT(model, budget=1e-2, metric=KFAC(max_rows=None), calibration=None)
+        metric = KFAC(max_rows=None, half_state=False)
+        optimizer = to.NGDT(model, budget=1e-2, metric=metric, calibration=None)
         for _ in range(3):
             optimizer.zero_grad()
             for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):

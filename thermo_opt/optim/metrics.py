@@ -21,8 +21,8 @@ class KFAC:
     """Running Kronecker factors of the ordinary passes, one block per layer (theory §7).
 
     Cost beside the backward pass: per layer O(out·in·(out+in)) per step and O(out³+in³) per
-    refresh; memory: two matrices of each side. Sources: Martens & Grosse 2015; Grosse & Martens
-    2016; Eschenhagen et al. 2023.
+    refresh; memory: two matrices of each side, in half precision. Sources: Martens & Grosse 2015;
+    Grosse & Martens 2016; Eschenhagen et al. 2023.
 
     Args:
         factor_decay: memory of the running factors: an observation counts for 1/(1−factor_decay)
@@ -45,6 +45,9 @@ class KFAC:
         rtol: eigenvalues (products of the factors') ≤ max(rtol·σ_max, atol) count as zero. None:
             the size of the block times the machine epsilon.
         atol: see ``rtol``.
+        half_state: whether "damped" factors and inverses of float32 layers are kept in 16 bits a
+            number between the steps that use them, with a scale per matrix (`docs/train.md` says
+            what it costs).
 
     Raises:
         InputError: for an option that is impossible.
@@ -60,6 +63,7 @@ class KFAC:
     eta_null: float = 0.01
     rtol: float | None = None
     atol: float = 0.0
+    half_state: bool = True
 
     kind: ClassVar[str] = "kfac"
     corrected: ClassVar[bool] = False

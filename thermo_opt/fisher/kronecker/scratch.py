@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 
+LEAST = 1 << 20
+"""Fewer numbers are not worth holding: the allocator has such memory at hand."""
+
+
 class Scratch:
     """Memory for intermediate products, used again for every block and step: fresh memory of that
     size costs the operating system as much as the product.
@@ -26,6 +30,8 @@ class Scratch:
     def empty(self, shape: Sequence[int], like: Tensor, name: str) -> Tensor:
         """The same of another shape, on the device and in the dtype of ``like``."""
         key, size = (name, like.dtype, like.device), math.prod(shape)
+        if size < LEAST:
+            return torch.empty(*shape, dtype=like.dtype, device=like.device)
         held = self._held.get(key)
         if held is None or held.numel() < size:
             self._held.pop(key, None)

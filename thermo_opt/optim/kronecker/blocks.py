@@ -165,6 +165,10 @@ class ParameterBlock(ABC):
         """Called after `broadcastable` tensors have arrived."""
         return
 
+    def rest(self) -> None:
+        """Keep no more between refreshes than must be."""
+        return
+
     def discard(self) -> None:
         """Forget what was captured since the last refresh."""
         return
@@ -200,6 +204,7 @@ class ParameterBlock(ABC):
             invert(self.damped)
             self.finish(lambda tensors: None)
         self._check()
+        self.rest()
 
     def _check(self) -> None:
         """Refuse factors that don't belong to these parameters."""

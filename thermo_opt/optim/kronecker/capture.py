@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from thermo_opt.fisher.kronecker.factors import working, working_dtype
+from thermo_opt.optim.kronecker.half import Half
 
 FORGET = 4
 """Weight of the n-th observation is 4/(n + 4) until it drops to 1 − decay, so that early, quickly
@@ -74,23 +75,44 @@ def second_moment(rows: Tensor, scale: float, diagonal: bool = False) -> Tensor:
 @dataclass
 class RunningAverage:
     """Average of tensors that remembers a constant fraction of the observations so far, and from
-    then on 1/(1−decay) of them."""
+    then on 1/(1−decay) of them.
+
+    Attributes:
+        count: observations so far.
+        half: whether float32 matrices are kept in half precision.
+    """
 
     count: int = 0
-    value: list[Tensor] = field(default_factory=list)
+    half: bool = False
+    _kept: list[Tensor | Half] = field(default_factory=list)
+
+    @property
+    def value(self) -> list[Tensor]:
+        """The average; of what is kept in half precision a copy."""
+        return [t.whole() if isinstance(t, Half) else t for t in self._kept]
+
+    @value.setter
+    def value(self, tensors: Sequence[Tensor]) -> None:
+        self._kept = [
+            Half.of(t) if self.half and t.dim() > 1 and t.dtype == torch.float32 else t
+            for t in tensors
+        ]
 
     def add(self, new: Sequence[Tensor], decay: float) -> None:
         """Add one observation."""
-        if not self.value:
-            self.value = [t.clone() for t in new]
-        else:
+        value = self.value
+        if value:
             keep = min(decay, self.count / (self.count + FORGET))
-            torch._foreach_lerp_(self.value, list(new), 1 - keep)
+            torch._foreach_lerp_(value, list(new), 1 - keep)
+        else:
+            value = [t.clone() for t in new]
+        if self.half or not self.count:
+            self.value = value
         self.count += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The count and the tensors themselves."""
-        return {"count": self.count, "value": list(self.value)}
+        """The count and the tensors, those of half precision spelt out."""
+        return {"count": self.count, "value": self.value}
 
     def load_state_dict(self, state: dict[str, Any], like: Tensor) -> None:
         """Restore what `state_dict` gave, on the device and in the precision of ``like``."""
@@ -101,10 +123,12 @@ class RunningAverage:
 
 def stack_averages(averages: Sequence[RunningAverage]) -> list[Tensor]:
     """The running averages of a stack's layers as tensors (m, …); the averages become views of
-    them, and stay so."""
+    them, and stay so, unless they are kept in half precision."""
     values = [average.value for average in averages]
     if len(values) == 1:
         return values[0]
+    if averages[0].half:
+        return [torch.stack(parts) for parts in zip(*values, strict=True)]
     whole = [t._base for t in values[0] if t._base is not None]
     if len(whole) < len(values[0]):
         whole = [torch.stack(parts) for parts in zip(*values, strict=True)]

@@ -9,7 +9,7 @@ steps and EKFAC need. Each uses one F_λ for solve and matvec, so that |ε| ≤ 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from thermo_opt.fisher.kronecker import Block, Factor, factored_damping
 from thermo_opt.fisher.kronecker.factor import Amount
 from thermo_opt.fisher.kronecker.scratch import Scratch
 from thermo_opt.optim.kronecker.cholesky import TOGETHER, plain_inverses, positive_inverse, shifted
+from thermo_opt.optim.kronecker.half import Half
 
 
 class BlockInverse(ABC):
@@ -51,6 +52,10 @@ class BlockInverse(ABC):
         """F_λ v in memory that the next product may use again."""
         return self.matvec(v)
 
+    def rest(self, factors: Callable[[], tuple[Factor, Factor] | None]) -> None:
+        """Keep no more between steps than must be; ``factors`` gives the running factors again."""
+        return
+
     def null(self, v: Tensor) -> Tensor:
         """P₀v, the part of v in the truncated space; zero where nothing is truncated."""
         return torch.zeros_like(v)
@@ -73,13 +78,52 @@ class DampedInverse:
         self, block: Tensor, amount: Amount, last: DampedInverse | None, into: Tensor | None = None
     ) -> None:
         self.notes: list[str] = []
-        self.block, self.amount, self._last = block, amount, last
+        self._block: Callable[[], Tensor] | None = None
+        self._whole: Tensor | None = block
+        self._half: Half | None = None
+        self.amount, self._last = amount, last
         if last is not None:
             last._last = None  # no chain of all that were before
-        if block.dim() == 1:
-            self.inverse = (block + amount).reciprocal()
+        self.diagonal = block.dim() == 1
+        if self.diagonal:
+            self._inverse: Tensor | None = (block + amount).reciprocal()
         else:
-            self.inverse = torch.empty_like(block) if into is None else into
+            self._inverse = torch.empty_like(block) if into is None else into
+
+    @property
+    def block(self) -> Tensor:
+        """The block without damping."""
+        if self._whole is None:
+            assert self._block is not None
+            return self._block()
+        return self._whole
+
+    @block.setter
+    def block(self, block: Tensor) -> None:
+        self._whole = block
+
+    @property
+    def inverse(self) -> Tensor:
+        """The inverse; of one kept in half precision a copy."""
+        if self._inverse is None:
+            assert self._half is not None
+            return self._half.whole()
+        return self._inverse
+
+    def rest(self, block: Callable[[], Tensor], half: Half | None = None) -> None:
+        """Keep the inverse in half precision, ``half`` if it is at hand, and ask for the block when
+        it is needed."""
+        if self.diagonal or (self._inverse is not None and self._inverse.dtype != torch.float32):
+            return
+        if self._inverse is not None:
+            self._half, self._inverse = half or Half.of(self._inverse), None
+        if not self.notes:  # else it is another one than the running factors say
+            self._whole, self._block = None, block
+
+    def wake(self, block: Tensor) -> None:
+        """Have the block at hand, until the next `rest`."""
+        if self._whole is None:
+            self._whole = block
 
     def fill(self, inverse: Tensor | None) -> None:
         """Take over the inverse, or find it by the ladder, each of a batch for itself."""
@@ -125,13 +169,13 @@ class DampedInverse:
 
     def times(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """``(M + cI) v`` with v (…, k, m)."""
-        if self.block.dim() == 1:
+        if self.diagonal:
             return torch.mul(self.matrix[..., None], v, out=out)
         return self._shift(torch.matmul(self.block, v, out=out), v)
 
     def times_left(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """``v (M + cI)`` with v (…, m, k)."""
-        if self.block.dim() == 1:
+        if self.diagonal:
             return torch.mul(v, self.matrix, out=out)
         return self._shift(torch.matmul(v, self.block, out=out), v)
 
@@ -167,26 +211,43 @@ def invert(parts: Sequence[DampedInverse]) -> None:
 
 class DampedFactor(Factor):
     """``M + cI`` of one side of a Kronecker product, with its inverse: whole, its diagonal blocks,
-    or one diagonal (k,).
-
-    ``equal``: the inverses of several blocks of one size as one tensor (…, blocks, k, k), of which
-    they are views.
-    """
+    or one diagonal (k,)."""
 
     def __init__(self, factor: Factor, amount: Amount, last: DampedFactor | None) -> None:
         super().__init__(factor.blocks, factor.diagonal)
         blocks = self.blocks
-        self.equal: Tensor | None = None
+        self._equal: Tensor | Half | None = None
         places: Sequence[Tensor | None] = [None] * len(blocks)
         if len({block.shape for block in blocks}) == 1 < len(blocks):
             *batch, k, _ = blocks[0].shape
-            self.equal = blocks[0].new_empty(*batch, len(blocks), k, k)
-            places = self.equal.unbind(-3)
+            self._equal = blocks[0].new_empty(*batch, len(blocks), k, k)
+            places = self._equal.unbind(-3)
         before = [None] * len(blocks) if last is None else last.parts
         self.parts: list[DampedInverse] = [
             DampedInverse(block, amount, last_part, place)
             for block, last_part, place in zip(blocks, before, places, strict=True)
         ]
+
+    @property
+    def equal(self) -> Tensor | None:
+        """The inverses of several blocks of one size as one tensor (…, blocks, k, k)."""
+        return self._equal.whole() if isinstance(self._equal, Half) else self._equal
+
+    def rest(self, blocks: Callable[[], Sequence[Tensor]]) -> None:
+        """Keep the inverses in half precision, and ask for the blocks when they are needed."""
+        halves: Sequence[Half | None] = [None] * len(self.parts)
+        if isinstance(self._equal, Tensor) and self._equal.dtype == torch.float32:
+            self._equal = Half.of(self._equal)
+            halves = self._equal.unbind(-3)
+        for j, (part, half) in enumerate(zip(self.parts, halves, strict=True)):
+            part.rest(lambda j=j: blocks()[j], half)  # type: ignore[misc]
+        if not any(part.notes for part in self.parts):
+            self.blocks = []
+
+    def wake(self, blocks: Sequence[Tensor]) -> None:
+        """Have the blocks at hand, until the next `rest`."""
+        for part, block in zip(self.parts, blocks, strict=True):
+            part.wake(block)
 
     @property
     def inverses(self) -> list[Tensor]:
@@ -208,9 +269,8 @@ class DampedFactor(Factor):
     def solve_right(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """``v (M + cI)⁻¹`` with v (…, m, k)."""
         if len(self.parts) == 1:
-            inverse = self.parts[0].inverse
-            product = torch.mul if inverse.dim() == 1 else torch.matmul
-            return product(v, inverse, out=out)
+            product = torch.mul if self.parts[0].diagonal else torch.matmul
+            return product(v, self.parts[0].inverse, out=out)
         out = torch.empty_like(v) if out is None else out
         for (start, end), part in zip(self.ends, self.parts, strict=True):
             torch.matmul(v[..., start:end], part.inverse, out=out[..., start:end])
@@ -221,8 +281,9 @@ class DampedFactor(Factor):
         if len(self.parts) == 1:
             inverse = self.parts[0].inverse
             return inverse[..., None] * v if inverse.dim() == 1 else inverse @ v
-        if self.equal is not None:  # one product of a stack runs by threads, small ones don't
-            return (self.equal @ v.unflatten(-2, (len(self.parts), -1))).flatten(-3, -2)
+        equal = self.equal
+        if equal is not None:  # one product of a stack runs by threads, small ones don't
+            return (equal @ v.unflatten(-2, (len(self.parts), -1))).flatten(-3, -2)
         out = torch.empty_like(v)
         for (start, end), part in zip(self.ends, self.parts, strict=True):
             torch.matmul(part.inverse, v[..., start:end, :], out=out[..., start:end, :])
@@ -247,6 +308,7 @@ class KroneckerInverse(BlockInverse):
         scratch: Scratch | None = None,
     ) -> None:
         self.scratch = scratch or Scratch()
+        self._factors: Callable[[], tuple[Factor, Factor] | None] | None = None
         on_a, on_g = factored_damping(A, G, damping)
         self.A: DampedFactor = DampedFactor(A, on_a, None if last is None else last.A)
         self.G: DampedFactor = DampedFactor(G, on_g, None if last is None else last.G)
@@ -262,19 +324,20 @@ class KroneckerInverse(BlockInverse):
 
     @property
     def damped(self) -> Sequence[DampedInverse]:
-        return [part for side in (self.A, self.G) for part in side.parts if part.block.dim() > 1]
+        return [part for side in (self.A, self.G) for part in side.parts if not part.diagonal]
 
     def solve(self, v: Tensor) -> Tensor:
         return self.G.solve_left(self.A.solve_right(v))
 
     def accumulate(self, b: Tensor, mu: float, v: Tensor) -> None:
-        if self.G.inverses[0].dim() == 1:
+        if self.G.parts[0].diagonal:
             super().accumulate(b, mu, v)
             return
         half = self.A.solve_right(v, self.scratch.like(v, "half"))
-        if self.G.equal is not None:
-            k, columns = self.G.equal.shape[-1], v.shape[-1]
-            rows, inverses = half.view(-1, k, columns), self.G.equal.view(-1, k, k)
+        equal = self.G.equal
+        if equal is not None:
+            k, columns = equal.shape[-1], v.shape[-1]
+            rows, inverses = half.view(-1, k, columns), equal.view(-1, k, k)
             b.view(-1, k, columns).baddbmm_(inverses, rows, beta=mu)
             return
         for (start, end), block in zip(self.G.ends, self.G.inverses, strict=True):
@@ -282,10 +345,28 @@ class KroneckerInverse(BlockInverse):
             add = into.addmm_ if into.dim() == 2 else into.baddbmm_
             add(block, half[..., start:end, :], beta=mu)
 
+    def rest(self, factors: Callable[[], tuple[Factor, Factor] | None]) -> None:
+        def side(number: int) -> Sequence[Tensor]:
+            pair = factors()
+            assert pair is not None
+            return pair[number].blocks
+
+        self._factors = factors
+        self.A.rest(lambda: side(0))
+        self.G.rest(lambda: side(1))
+
+    def _wake(self) -> None:
+        pair = None if self._factors is None else self._factors()
+        if pair is not None:
+            self.A.wake(pair[0].blocks)
+            self.G.wake(pair[1].blocks)
+
     def matvec(self, v: Tensor) -> Tensor:
+        self._wake()
         return self.G.left(self.A.right(v))
 
     def image(self, v: Tensor) -> Tensor:
+        self._wake()
         half = self.A.right(v, self.scratch.like(v, "half"))
         return self.G.left(half, self.scratch.like(v, "image"))
 

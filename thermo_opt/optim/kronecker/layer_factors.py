@@ -62,7 +62,7 @@ class LayerFactors:
         self.diagonal_A = layer.rule.one_hot or (groups == 1 and inputs > DIAGONAL)
         self.diagonal_G = groups == 1 and out > (DIAGONAL if divisible else WIDE)
         self.divisible = divisible and groups == 1
-        self.average = RunningAverage()
+        self.average = RunningAverage(half=options.half_state and not options.spectral)
         self.limit: int | None = None
         self.pending: Capture | None = None
         self.A: list[Tensor] = []

@@ -186,6 +186,10 @@ class MatrixBlock(LayerBlock):
                 factor.update(matrix, Spectrum(zeros, torch.empty_like(matrix)))
         self.inverse = None
 
+    def rest(self) -> None:
+        if self.options.half_state and isinstance(self.inverse, KroneckerInverse):
+            self.inverse.rest(self.factors)
+
     def _warm(self, factor: Factor, matrix: Tensor) -> Spectrum | None:
         """EKFAC's next basis, one QR step from the last.
 

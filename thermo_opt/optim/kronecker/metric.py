@@ -260,6 +260,7 @@ class KroneckerMetric(TrainingMetric):
             momentum.begin(block.inverse, w)
             g, null = self._split(block.inverse, block.gather(gradients))
             products += momentum.inner_products(g, w)
+            block.rest()
             products.append(momentum.accumulate(block.inverse, g, mu, mask))
             active.append(_Active(block, block.inverse, null, w, mask))
         numbers = _floats(products)

@@ -1,0 +1,79 @@
+"""What NGD-T keeps between steps: half-precision factors and inverses, and narrow blocks beside
+wide sides."""
+
+import pytest
+import torch
+from torch import nn
+
+import thermo_opt as to
+from analysis.networks import ConvNet
+from analysis.study_memory import state_size
+from tests.optim import optim_models as models
+from thermo_opt.optim import KFAC
+from thermo_opt.optim.kronecker.half import Half
+
+
+def factor(k: int) -> torch.Tensor:
+    x = torch.randn(3, 2 * k, k) * torch.logspace(-3, 2, k)
+    return x.mT @ x
+
+
+def test_half_precision_is_close_keeps_what_it_gave_and_takes_any_scale() -> None:
+    torch.manual_seed(0)
+    for scale in (1e-30, 1.0, 1e20):
+        t = scale * factor(20)
+        kept = Half.of(t)
+        again = kept.whole()
+        largest = t.amax((-2, -1), keepdim=True)
+        assert bool(((again - t).abs() <= 2**-11 * t.abs() + 6e-8 * largest).all())
+        assert torch.equal(Half.of(again).whole(), again)
+        assert kept.values.element_size() == 2
+    assert torch.equal(Half.of(torch.zeros(1, 4, 4)).whole(), torch.zeros(1, 4, 4))
+
+
+def trained(model: nn.Module, x: torch.Tensor, y: torch.Tensor, metric: KFAC) -> to.NGDT:
+    optimizer = to.NGDT(model, metric=metric)
+    for _ in range(3):
+        optimizer.zero_grad()
+        models.loss(model(x), y).backward()
+        optimizer.step()
+    return optimizer
+
+
+def test_the_state_of_a_small_convolutional_network_is_below_six_times_its_parameters() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
+    sizes = {}
+    for half in (True, False):
+        model = ConvNet()
+        optimizer = trained(model, x, y, KFAC(half_state=half, max_solve_overhead=float("inf")))
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        sizes[half] = state_size(optimizer) / size
+    assert sizes[True] < 6 < sizes[False]
+
+
+def test_half_precision_barely_changes_a_step() -> None:
+    x, y = models.minibatch(models.digits(), 0, 64)
+    moved = []
+    for half in (True, False):
+        model = models.mlp()
+        before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        optimizer = to.NGDT(model, metric=KFAC(half_state=half), calibration=None)
+        models.loss(model(x), y).backward()
+        optimizer.step()
+        moved.append(nn.utils.parameters_to_vector(model.parameters()).detach() - before)
+    assert float((moved[0] - moved[1]).norm() / moved[1].norm()) < 0.01
+
+
+@pytest.mark.parametrize("side", ["out", "in"])
+def test_the_narrow_side_of_a_wide_layer_is_cut_like_any_other(side: str) -> None:
+    torch.manual_seed(0)
+    wide, narrow = 2100, 300
+    model = nn.Linear(*((narrow, wide) if side == "out" else (wide, narrow)))
+    x, y = torch.randn(8, model.in_features), torch.randint(model.out_features, (8,))
+    optimizer = trained(model, x, y, KFAC())
+    inverse = optimizer.metric.blocks[0].inverse
+    for factor, size in ((inverse.A, model.in_features + 1), (inverse.G, model.out_features)):
+        sides = [t.shape[-1] for t in factor.inverses]
+        assert sum(sides) == size
+        assert max(sides) <= 129
