@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
 LEAST = 1 << 20
 """Fewer numbers are not worth holding: the allocator has such memory at hand."""
 
