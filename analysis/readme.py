@@ -116,12 +116,36 @@ def critical_batches() -> str:
     return markdown(found.assign(**{"audit / brute force": ratio}).rename_axis(columns=None), 1)
 
 
+def schedules() -> str:
+    """Even schedules, predicted and realised, and the others' losses and dissipation."""
+    table = _read("schedules")
+    rows = []
+    for (task, method), own in table.groupby(["task", "method"], sort=False):
+        by = own.set_index("schedule")
+        constant, even = by.loc["constant"], by.loc["even, equal Σ lr"]
+        row = {
+            "task": task,
+            "method": method,
+            "Q predicted": f"{even['predicted Q']:.2f} ± {even['± 1 s.e.']:.2f}",
+            "Q realised": even["realised Q"],
+            "drift realised": even["realised drift"],
+            "loss, constant": f"{constant['loss']:.3f} ± {constant['loss s.e.']:.3f}",
+            "loss, even": f"{even['loss']:.3f} ± {even['loss s.e.']:.3f}",
+        }
+        for name in ("cosine", "linear", "refined"):
+            other = by.loc[f"{name}, tuned"]
+            row[f"{name}: loss, Q"] = f"{other['loss']:.3f}, × {other['Q'] / constant['Q']:.1f}"
+        rows.append(row)
+    return markdown(pd.DataFrame(rows))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "studies": studies,
     "alignments": alignments,
     "ablations": ablations,
     "steps": steps,
     "critical-batches": critical_batches,
+    "schedules": schedules,
     **{
         name: lambda name=name: plain(name)  # type: ignore[misc]
         for name in ("alignment", "damping", "bench_audit", "bench_fisher", "bench_pareto")

@@ -76,3 +76,32 @@ def test_a_minibatch_run_is_evened_after_averaging(tmp_path):
     assert half.predicted_dissipation == pytest.approx(2 * even.predicted_dissipation)
     with pytest.raises(to.InputError, match="at least 1"):
         even.stretched(0)
+
+
+def test_a_run_near_instability_predicts_nothing(tmp_path):
+    """Housekeeping over noise is ηh/(2 − ηh) of a mode h (§11)."""
+    for rate in (0.4, 1.6):
+        torch.manual_seed(0)
+        model = nn.Linear(1, 300, bias=False)
+        nn.init.zeros_(model.weight)
+        optimizer = torch.optim.SGD(model.parameters(), rate)
+        one = torch.ones(1, 1)
+
+        def closure(model=model, optimizer=optimizer, one=one):
+            optimizer.zero_grad()
+            loss = (0.5 * (model(one) - torch.randn(1, 300)) ** 2).sum()
+            loss.backward()
+            return loss
+
+        with to.Recorder(
+            tmp_path / f"{rate}", model=model, optimizer=optimizer, likelihood="gaussian",
+            probe=(one, torch.zeros(1, 300)), sigma2=1.0, replica=closure, replica_every=2,
+        ) as recorder:  # fmt: skip
+            for _ in range(60):
+                loss = closure()
+                optimizer.step()
+                recorder.step(loss=loss)
+        schedule = to.even_schedule(to.audit(tmp_path / f"{rate}", lens="outputs"))
+        assert schedule.overshoot == pytest.approx(rate, rel=0.15)
+        assert schedule.near_instability == (rate > 1)
+        assert not schedule.worthwhile

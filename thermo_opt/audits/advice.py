@@ -65,6 +65,13 @@ def _schedule(audit: Audit) -> Advice:
         schedule = even_schedule(audit)
     except InputError as reason:
         return Advice("schedule", f"No schedule can be read from this run: {reason}.")
+    if schedule.near_instability:
+        return Advice(
+            "schedule",
+            "Nothing is predicted of an even schedule: this run’s steps undo almost all that its "
+            f"noise did (ηh ≈ {number(schedule.overshoot, 2)}), so near to the largest stable "
+            "learning rate that longer steps would not go the same way.",
+        )
     if not schedule.worthwhile:
         words = "Nothing to gain from the schedule: the run already moved at an even speed."
         return Advice("schedule", words, schedule.saving, schedule.saving_error)

@@ -19,6 +19,8 @@ _QUIET = 0.05
 """Share of noise in the dissipation up to which single steps tell the speed."""
 _BALLISTIC = 0.95
 """Exponent H from which on a path of unknown noise counts as free of it."""
+_UNSTABLE = 0.8
+"""ηh of the typical mode beyond which longer steps don't walk the same path."""
 _NARROWEST, _WIDENING = 3, 0.25
 """Half width of the window over which noisy steps are averaged: at least so many steps, and this
 share of the steps before."""
@@ -35,6 +37,9 @@ class EvenSchedule:
             one path, an estimate for minibatch runs.
         error: Standard error of the predicted dissipation, from the scatter of single steps.
         smoothed: Whether steps were averaged, those of a minibatch run being mostly noise.
+        overshoot: ηh of the typical mode of noise, from housekeeping over noise, which is ηh/(2 −
+            ηh) for an optimizer without momentum; None where not told. Modes beyond 2 diverge, and
+            from about 0.8 on longer steps don't walk the same path: the prediction fails.
     """
 
     learning_rates: np.ndarray
@@ -42,6 +47,13 @@ class EvenSchedule:
     predicted_dissipation: float
     error: float = 0.0
     smoothed: bool = False
+    overshoot: float | None = None
+
+    @property
+    def near_instability(self) -> bool:
+        """Whether the run was so near to the largest stable learning rate that no prediction
+        holds."""
+        return self.overshoot is not None and self.overshoot > _UNSTABLE
 
     @property
     def saving(self) -> float:
@@ -55,8 +67,9 @@ class EvenSchedule:
 
     @property
     def worthwhile(self) -> bool:
-        """Whether the predicted saving is more than 2 % and than its standard error."""
-        return self.saving > max(_NOTHING, self.saving_error)
+        """Whether the predicted saving is more than 2 % and than its standard error, and can be
+        trusted."""
+        return not self.near_instability and self.saving > max(_NOTHING, self.saving_error)
 
     def lr_lambda(self) -> Callable[[int], float]:
         """The factor on the first learning rate at each step, for
@@ -84,6 +97,7 @@ class EvenSchedule:
             self.predicted_dissipation * ratio,
             self.error * ratio,
             self.smoothed,
+            self.overshoot,
         )
 
 
@@ -133,7 +147,16 @@ def even_schedule(audit: Audit) -> EvenSchedule:
     error = 0.0
     if noisy and len(a) > 1:
         error = noise.over_run(0.5 * a, np.arange(len(a)), len(a)).error * predicted / q
-    return EvenSchedule(np.diff(even), q, float(predicted), float(error), noisy)
+    return EvenSchedule(np.diff(even), q, float(predicted), float(error), noisy, _overshoot(lens))
+
+
+def _overshoot(lens: LensAudit) -> float | None:
+    """ηh from housekeeping over noise, r = ηh/(2 − ηh) (§11)."""
+    split = lens.split
+    if split is None or not split.noise or split.drift is None or split.memory > 1:
+        return None
+    ratio = (split.drift - max(split.transport or 0.0, 0.0)) / split.noise
+    return float(2 * ratio / (1 + ratio)) if ratio > 0 else 0.0
 
 
 def _noisy(lens: LensAudit) -> bool:
