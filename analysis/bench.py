@@ -1,6 +1,6 @@
 """Benchmarks, and the same kernels on two checkouts in turn.
 
-    python -m analysis bench step|audit|pareto|fisher …
+    python -m analysis bench step|audit|pareto|fisher|scaling …
     python -m analysis bench step|audit|pareto|fisher --against CHECKOUT [--rounds 9] [--threads 1]
 
 The first form measures one checkout against other libraries or bare loops (`bench_step` and so on).
@@ -238,7 +238,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     chosen, rest = (arguments[:1], arguments[1:])
-    if "--against" not in rest and chosen and chosen[0] in NAMES:
+    if "--against" not in rest and chosen and chosen[0] in (*NAMES, "scaling"):
         import_module(f"analysis.bench_{chosen[0]}").main(rest)
         return
     options = parser.parse_args(arguments)

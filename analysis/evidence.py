@@ -1,13 +1,15 @@
 """A comparison in which every method is tuned alike over its own knobs, and one in which none is.
 
     python -m analysis evidence digits|cifar10|imagenet|transformer [--trials 12] [--seeds 5]
-    [--steps N] [--seconds 3600] [--methods A,B] [--jobs 2] [--data PATH]
+    [--steps N] [--seconds 3600] [--methods A;B] [--jobs 2] [--data PATH]
+    [--scale full --device cuda --precision bfloat16 --every 50]
 
 Tuned: every method gets the same number of trials, drawn once for all by a Latin hypercube (SciPy,
 fixed seed) over its own natural knobs (`SPACES`), with seed 0, scored on validation data that is
 neither trained on nor reported; then the seeds 1, 2, … at its best. Untuned: the same seeds at the
 settings of `DEFAULTS`, which its authors or library publish. All share starts, order of the data
-and a schedule with linear warm-up and a cosine to zero. Steps: five times the study's by default.
+and a schedule with linear warm-up and a cosine to zero. Steps: five times the study's by default;
+at full scale, the study's. ``--trials 0``: nothing is tuned, the untuned column alone.
 
 Runs are recorded at every step on the probe, so that dissipation is not that of a stride; beside it
 stands the dissipation of the same path at every tenth step. Targets: the final probe loss of the
@@ -45,6 +47,7 @@ from analysis.timing import report
 from analysis.trials import RUNS, Recorded, read, record, trial_of
 from thermo_opt.fronts import read_trajectory
 from thermo_opt.sweep import Trial, finished, read_result
+from thermo_opt.sweep.config import PRECISIONS
 
 REFERENCE = "AdamW"
 HORIZON = 5
@@ -94,7 +97,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1, "momentum": 0.9},
     "SOAP": {"lr": 3e-3, "betas": [0.95, 0.95]},
     "Muon": {"lr": 0.02},
-    "NGD-T": {"budget": 0.03},
+    "NGD-T": {"budget": 0.01},
     "K-FAC, KL clip": {"budget": 1e-3, "eta_max": 0.1},
 }
 
@@ -112,6 +115,9 @@ class Comparison:
     data: str | None = None
     runs: Path = RUNS
     jobs: int = 1
+    device: str = "cpu"
+    precision: str = "float32"
+    every: int = 1
 
     @property
     def folder(self) -> Path:
@@ -121,15 +127,18 @@ class Comparison:
     def trial(self, method: str, settings: Mapping[str, Any], seed: int) -> Trial:
         """One of its runs."""
         size = STUDIES[self.task].scales[self.scale]
-        small = OPTIONS[self.task] if self.scale == "small" else {}
+        small = OPTIONS[self.task] if self.scale != "tiny" else {}
         return trial_of(
             self.task,
             {**next(iter(size.variants.values())), **small},
             method,
             settings,
             seed,
-            self.steps or HORIZON * size.length,
-            every=1,
+            self.steps or (1 if self.scale == "full" else HORIZON) * size.length,
+            every=self.every,
+            device=self.device,
+            precision=self.precision,
+            decay=size.decay,
             data=self.data,
             min_lr_rate=0.0,
         )
@@ -195,7 +204,7 @@ def compare(plan: Comparison, seconds: float = math.inf) -> list[dict[str, Any]]
     ]
     if not run(plan, search, deadline):
         return None
-    chosen = {(method, "tuned"): best(plan, method) for method in plan.methods}
+    chosen = {(m, "tuned"): best(plan, m) for m in plan.methods if plan.trials}
     chosen |= {(method, "untuned"): DEFAULTS[method] for method in plan.methods}
     final = {
         key: [plan.trial(key[0], settings, seed) for seed in range(1, plan.seeds + 1)]
@@ -205,7 +214,8 @@ def compare(plan: Comparison, seconds: float = math.inf) -> list[dict[str, Any]]
     if not run(plan, turns, deadline):
         return None
     recorded = {key: [read(trial, plan.folder) for trial in own] for key, own in final.items()}
-    reference = recorded[REFERENCE if REFERENCE in plan.methods else plan.methods[0], "tuned"]
+    first = REFERENCE if REFERENCE in plan.methods else plan.methods[0]
+    reference = recorded[first, "tuned" if plan.trials else "untuned"]
     ends = [float(run.track.loss[-1]) for run in reference if run.track is not None]
     targets = {name: slack * max(ends) for name, slack in SLACK.items()}
     rows = []
@@ -288,14 +298,17 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="of this piece")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--data")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="float32", choices=PRECISIONS)
+    parser.add_argument("--every", type=int, default=1, help="steps between recorded predictions")
     parser.add_argument("--runs", type=Path, default=RUNS)
     options = vars(parser.parse_args(arguments))
     seconds = options.pop("seconds")
     options["methods"] = tuple(options["methods"].split(";"))
     if unknown := [method for method in options["methods"] if method not in SPACES]:
         raise to.InputError(f"method {unknown[0]!r} is unknown: use some of {', '.join(SPACES)}")
-    if options["trials"] < 1 or options["seeds"] < 1:
-        raise to.InputError("give at least one trial and one seed")
+    if options["trials"] < 0 or options["seeds"] < 1:
+        raise to.InputError("give no trial or more, and at least one seed")
     torch.set_num_threads(1)
     rows = compare(Comparison(**options), seconds)
     if rows is None:

@@ -122,7 +122,7 @@ def measure(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     if device == "cpu":
         torch.set_num_threads(1)
         try:
-            _reset_peak()
+            reset_peak()
         except OSError as error:
             reason = (
                 f"this system doesn't reset a process's peak resident memory ({error.strerror})"
@@ -134,16 +134,16 @@ def measure(trials: Sequence[Trial]) -> list[dict[str, Any]]:
 
 def _peak(trial: Trial) -> float:
     _train(trial, 0)  # data that are read and decoded once stay in memory
-    _release()
+    release()
     if trial.training.device != "cpu":
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         _train(trial, STEPS)
         return (torch.cuda.max_memory_allocated() - held) / _MIB
-    _reset_peak()
-    held = _status("VmRSS")
+    reset_peak()
+    held = status_bytes("VmRSS")
     _train(trial, STEPS)
-    return (_status("VmHWM") - held) / _MIB
+    return (status_bytes("VmHWM") - held) / _MIB
 
 
 def _train(trial: Trial, steps: int) -> None:
@@ -153,18 +153,18 @@ def _train(trial: Trial, steps: int) -> None:
         pass
 
 
-def _release() -> None:
+def release() -> None:
     """Hand back what is free."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # the GNU C library's
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK, encoding="ascii")
 
 
-def _status(name: str) -> int:
+def status_bytes(name: str) -> int:
     """Bytes of one of the kernel's counts of this process."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])

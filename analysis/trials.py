@@ -54,6 +54,7 @@ def trial_of(
     data: str | None = None,
     aligned: int = 0,
     min_lr_rate: float = 0.05,
+    precision: str = "float32",
 ) -> Trial:
     """One run of a method of `METHODS` on a task of `analysis.tasks`.
 
@@ -75,6 +76,7 @@ def trial_of(
         device=device,
         warmup_steps=warmup,
         min_lr_rate=min_lr_rate,
+        precision=precision,
     )
     trial = Trial(
         "",

@@ -37,7 +37,11 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(
-            self.norm(self.blocks(self.tokens(x) + self.positions(torch.arange(x.shape[1]))))
+            self.norm(
+                self.blocks(
+                    self.tokens(x) + self.positions(torch.arange(x.shape[1], device=x.device))
+                )
+            )
         )
 
 

@@ -90,6 +90,20 @@ def test_another_loss_than_the_likelihoods_is_named(loss: Callable, hint: str) -
     assert any("no softmax cross-entropy" in text and hint in text for text in said)
 
 
+def test_a_loss_that_is_spent_is_still_the_likelihoods() -> None:
+    model = net()
+    with torch.no_grad():
+        model[2].weight.zero_()
+        model[2].bias.copy_(torch.tensor([25.0, 0.0, 1.0, 2.0, 3.0]))
+    optimizer = to.NGDT(model)
+    loss = functional.cross_entropy(model(torch.randn(48, 10)), torch.zeros(48, dtype=torch.long))
+    assert float(loss.detach()) < 1e-6
+    loss.backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
 def test_classes_on_the_second_axis_are_named() -> None:
     torch.manual_seed(0)
     model = nn.Conv2d(2, 4, 3, padding=1)

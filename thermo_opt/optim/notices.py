@@ -92,13 +92,19 @@ def loss_scale(
     return LossScale(typical, spread < COMMON)
 
 
-def zero_sum(seen: ForwardPass, axis: int = -1) -> bool:
-    """Whether the output gradients sum to zero along an axis, as softmax cross-entropy's do."""
+def zero_sum(seen: ForwardPass, unit: float, axis: int = -1) -> bool:
+    """Whether the output gradients sum to zero along an axis, as softmax cross-entropy's do.
+
+    ``unit``: 1/M times whatever factors the loss has: what the sum of one prediction's
+    probabilities is rounded by, over the precision. Where the loss is spent, nothing else is left
+    of p − y.
+    """
     g = seen.gradient
     if g is None or not g.dim() > 1:
         return True
+    rounding = 4 * torch.finfo(g.dtype).eps * unit * g.numel() / g.shape[axis]
     g = g.float()
-    return float(g.sum(axis).abs().sum()) <= ZERO_SUM * float(g.abs().sum())
+    return float(g.sum(axis).abs().sum()) <= ZERO_SUM * float(g.abs().sum()) + rounding
 
 
 class GradientWatch:
@@ -159,8 +165,9 @@ class Notices:
         if not passes or passes[-1].gradient is None:
             return
         seen, terms = passes[-1], sum(one.terms for one in passes)
-        if isinstance(self.likelihood, Categorical) and not zero_sum(seen):
-            self._say("likelihood", _other_loss(seen))
+        unit = scale / terms * max(1.0, self.scale or 1.0)
+        if isinstance(self.likelihood, Categorical) and not zero_sum(seen, unit):
+            self._say("likelihood", _other_loss(seen, unit))
             return
         found = loss_scale(self.likelihood, seen, float(terms), scale)
         if found is None:
@@ -197,11 +204,11 @@ def _scaled(scale: float, common: bool) -> str:
     )
 
 
-def _other_loss(seen: ForwardPass) -> str:
+def _other_loss(seen: ForwardPass, unit: float) -> str:
     f = seen.outputs
     start = "the output gradients don't sum to zero along the last axis, so the loss is no softmax "
     start += "cross-entropy of these outputs: "
-    if f.dim() > 2 and zero_sum(seen, 1):
+    if f.dim() > 2 and zero_sum(seen, unit, 1):
         return start + (
             f"of the outputs {tuple(f.shape)} axis 1 holds the classes; return them last "
             "(outputs.movedim(1, -1)), so that steps are measured in the right nats"

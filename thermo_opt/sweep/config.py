@@ -20,6 +20,7 @@ warmup_steps = 20                   the learning rate rises linearly over these 
 min_lr_rate = 0.05                  where the cosine ends, of the full learning rate; default 0
 threads = 1                         of each run (a sum's rounding depends on it)
 device = "cpu"
+precision = "float32"               of training: float32, or bfloat16 (autocast)
 
 [pareto]
 target_loss = [0.5, 0.2]            default: the lowest that half of the runs reach
@@ -52,8 +53,9 @@ from thermo_opt.likelihoods import FAMILIES
 from thermo_opt.sweep.tasks import TASKS
 
 SCHEDULES = ("cosine", "constant")
-_LATER = ("options", "warmup_steps", "min_lr_rate")
-"""Facts of a trial that its first records don't have; their defaults are false."""
+PRECISIONS = ("float32", "bfloat16")
+_LATER = {"options": {}, "warmup_steps": 0, "min_lr_rate": 0.0, "precision": "float32"}
+"""Facts of a trial that its first records don't have, and what they had instead."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Training:
     device: str = "cpu"
     warmup_steps: int = 0
     min_lr_rate: float = 0.0
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Trial:
             "seed": self.seed,
             "options": self.options,
         }
-        return {key: value for key, value in facts.items() if value or key not in _LATER}
+        return {k: v for k, v in facts.items() if k not in _LATER or v != _LATER[k]}
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,7 @@ def parse_config(content: Mapping[str, Any]) -> Sweep:
             device=_text(training, "device", "[training]", "cpu"),
             warmup_steps=_count(training, "warmup_steps", 0, default=0),
             min_lr_rate=_share(training, "min_lr_rate"),
+            precision=_choice(training, "precision", PRECISIONS, "[training]", "float32"),
         ),
         seeds=tuple(seeds),
         methods=tuple(

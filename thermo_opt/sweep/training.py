@@ -78,7 +78,12 @@ class Trainer:
         for _ in range(settings.steps):
             x, y = (part.to(settings.device) for part in next(data))
             start = clock()
-            loss = loss_of(outputs_of(self.model(x)), y, self.trial.likelihood)
+            with torch.autocast(
+                torch.device(settings.device).type,
+                dtype=torch.bfloat16,
+                enabled=settings.precision == "bfloat16",
+            ):
+                loss = loss_of(outputs_of(self.model(x)), y, self.trial.likelihood)
             self.optimizer.zero_grad()
             value = float(loss.detach())
             if not math.isfinite(value):
