@@ -124,3 +124,19 @@ def test_momentum_and_full_batches_leave_nothing_to_say(tmp_path: Path) -> None:
     bare = {one.about: one for one in advise(to.audit(tmp_path / "whole", lens="outputs"))}
     assert "replica" in bare["batch size"].words
     assert "replicas" in bare["momentum"].words
+
+
+def test_fronts_on_drift(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    _noisy(tmp_path / "small", 16)
+    _noisy(tmp_path / "large", 200)
+    _record(tmp_path / "bare", every=1)
+    runs = [str(tmp_path / name) for name in ("small", "large", "bare")]
+    assert cli.main(["pareto", *runs, "--drift", "--target-loss", "1.0", "--json"]) == 0
+    out = capfd.readouterr()
+    told = json.loads(out.out)
+    assert [row["run"] for row in told["runs"]] == ["small", "large"]
+    assert told["runs"][0]["noise"] > told["runs"][1]["noise"]
+    assert "no replicas" in told["left_out"][0]["reason"]
+    assert cli.main(["pareto", *runs[:2], "--drift", "--target-loss", "1.0"]) == 0
+    assert "noise apart" in capfd.readouterr().out
+    assert cli.main(["pareto", *runs, "--drift", "--html", str(tmp_path / "x.html")]) == 2

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from thermo_opt.cli.drift import show_drift
 from thermo_opt.cli.options import Key, Label, LeftOut, Likelihood, Sigma2, setting, with_settings
 from thermo_opt.cli.pages import check_page
 from thermo_opt.errors import InputError
@@ -62,6 +63,12 @@ def pareto(
         ),
     ] = None,
     label: Label = None,
+    drift: Annotated[
+        bool,
+        typer.Option(
+            "--drift", help="Rank by drift, with the noise beside it; needs runs with replicas."
+        ),
+    ] = False,
     jobs: Annotated[int, typer.Option(help="Processes; more than one pays for large probes.")] = 1,
 ) -> None:
     """Draw what runs took, in time and dissipation, to reach a loss, beside the frontier that none
@@ -77,6 +84,11 @@ def pareto(
         raise InputError("--jobs 0: give at least one process, or -1 for all cores")
     replay = {"model": model, "probe": probe} if model is not None or probe is not None else None
     reading = {"format": format, "key": key, "likelihood": likelihood, "sigma2": sigma2}
+    if drift:
+        if html is not None or group_by or label:
+            raise InputError("--drift prints a table: leave out --html, --group-by and --label")
+        show_drift(runs, x, target_loss, reading, replay, json)
+        return
     with terminal.Bars() as bars:
         tracks, left_out = read_trajectories(
             runs, CLOCK_OF[x], reading, replay, jobs, bars("reading runs", len(runs))

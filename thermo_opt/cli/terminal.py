@@ -161,6 +161,22 @@ def print_comparison(audits: Sequence[Audited], table: pd.DataFrame) -> None:
     _print_blind_spots(console, audits)
 
 
+def print_drift(table: pd.DataFrame) -> None:
+    """A front on drift: one table a target, the fastest first, stars on the front."""
+    console = Console(highlight=False)
+    for target, rows in table.groupby("target_loss", sort=False):
+        console.print(plain(f"To reach loss {number(target)}, noise apart", style="bold"))
+        shown = _table()
+        shown.add_column("run", overflow="fold", min_width=_NAME)
+        for name in ("T", "noise", "drift", "Q", ""):
+            shown.add_column(name, justify="right", no_wrap=True)
+        for row in rows.sort_values("time", kind="stable", na_position="last").to_dict("records"):
+            cells = (number(row[key]) for key in ("time", "noise", "drift", "dissipation"))
+            shown.add_row(plain(row["run"]), *cells, "★" if row["on_front"] else "")
+        console.print(shown)
+    console.print(plain("Nats on the clock step; no universal frontier bounds the drift alone."))
+
+
 def print_info(facts: Mapping[str, Any]) -> None:
     """What a run's record holds, one fact a line."""
     console = Console(highlight=False)
