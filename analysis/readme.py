@@ -116,6 +116,20 @@ def critical_batches() -> str:
     return markdown(found.assign(**{"audit / brute force": ratio}).rename_axis(columns=None), 1)
 
 
+def splits() -> str:
+    """Noise, drift, transport and housekeeping with their errors, nats."""
+    rows = []
+    for _, row in _read("splits").iterrows():
+        keys = ("noise", "drift", "transport", "housekeeping")
+        parts = {
+            key: "–" if math.isnan(row[key]) else f"{row[key]:.3f} ± {row[f'{key} s.e.']:.3f}"
+            for key in keys
+        }
+        where = {"task": row["task"], "run": row["run"], "batch": int(row["batch size"])}
+        rows.append(where | {"loss": row["loss"], "Q": row["Q"]} | parts)
+    return markdown(pd.DataFrame(rows))
+
+
 def schedules() -> str:
     """Even schedules, predicted and realised, and the others' losses and dissipation."""
     table = _read("schedules")
@@ -146,6 +160,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps": steps,
     "critical-batches": critical_batches,
     "schedules": schedules,
+    "splits": splits,
     **{
         name: lambda name=name: plain(name)  # type: ignore[misc]
         for name in ("alignment", "damping", "bench_audit", "bench_fisher", "bench_pareto")
