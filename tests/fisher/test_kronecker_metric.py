@@ -2,6 +2,7 @@
 agree with it."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -503,9 +504,9 @@ def test_half_precision_models_have_float32_factors(kind, build):
     assert {p.block.eigenvalues.dtype for p in half.blocks} == {torch.float32}
 
 
-def test_torchs_own_transformer_layer_falls_back_where_no_module_is_called():
-    """MultiheadAttention uses its weights without calling a module: diagonal there, Kronecker
-    elsewhere."""
+def test_torchs_own_transformer_layer_has_factors_where_no_module_is_called():
+    """MultiheadAttention uses its weights without calling a module; of one token the blocks are
+    exact."""
     torch.manual_seed(18)
 
     class Model(nn.Module):
@@ -519,16 +520,21 @@ def test_torchs_own_transformer_layer_falls_back_where_no_module_is_called():
 
     model = Model().double().eval()
     x, y = torch.randn(4, 3, 4, dtype=torch.float64), torch.randint(0, 3, (4,))
-    with pytest.warns(UserWarning, match="self_attn.in_proj_weight"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         metric = make("kfac", model, (x, y), rtol=1e-6)
-    kinds = {p.name: type(p.block) for p in metric.blocks}
-    assert kinds["layer.self_attn.in_proj_weight"] is DiagonalBlock
-    assert kinds["layer.linear1"] is kinds["head"] is KroneckerBlock
-    truth, where = dense_fisher(model, x), block_indices(model)
-    for placed in metric.blocks:
-        if isinstance(placed.block, DiagonalBlock):
-            at = where[placed.positions[0]]
-            torch.testing.assert_close(metric.dense()[at, at], truth[at, at], rtol=EPS, atol=EPS)
+        one = make("kfac", model, (x[:1, :1], y[:1]), rtol=1e-6)
+    attention = {p.name: p for p in metric.blocks if "self_attn" in p.name}
+    assert sorted(attention) == [
+        "layer.self_attn.in_proj_weight",
+        "layer.self_attn.out_proj.weight",
+    ]
+    assert {type(p.block) for p in attention.values()} == {KroneckerBlock}
+    truth, where = dense_fisher(model, x[:1, :1]), block_indices(model)
+    for placed in attention.values():
+        for i in placed.positions:
+            at = where[i]
+            torch.testing.assert_close(one.dense()[at, at], truth[at, at], rtol=EPS, atol=EPS)
     assert_consistent_with_its_dense_matrix(metric)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -39,6 +40,29 @@ class WeakHook:
 def after_forward(module: nn.Module, method: Callable[..., None]) -> RemovableHandle:
     """Call ``method(module, args, kwargs, output)`` after every recorded call of a module."""
     return module.register_forward_hook(WeakHook(method), with_kwargs=True)
+
+
+class StepByStep:
+    """Runs a recurrent layer's training passes time step by time step: the fused kernels of a whole
+    sequence show no gradients at the gates."""
+
+    def __init__(self) -> None:
+        self._open = ExitStack()
+
+    def attach(self, module: nn.Module) -> list[RemovableHandle]:
+        """Hooks before and after each call, the latter also where the call fails."""
+        return [
+            module.register_forward_pre_hook(WeakHook(self._enter)),
+            module.register_forward_hook(WeakHook(self._leave), always_call=True),
+        ]
+
+    def _enter(self, *_: Any) -> None:
+        self._open.close()
+        self._open.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        self._open.enter_context(torch.backends.cudnn.flags(enabled=False))
+
+    def _leave(self, *_: Any) -> None:
+        self._open.close()
 
 
 def on_gradient(output: Any, receive: Callable[[Tensor], None]) -> bool:
@@ -76,6 +100,11 @@ def on_source_gradients(output: Tensor, receive: Callable[[int, Tensor], None]) 
     for k, (node, place) in enumerate(sources):
         node.register_prehook(_SourceHook(k, place, receive))
     return True
+
+
+def on_node_gradient(node: Any, receive: Callable[[Tensor], None]) -> None:
+    """Call ``receive(g)`` when backward reaches the first output of an autograd node."""
+    node.register_prehook(_SourceHook(0, 0, lambda _, g: receive(g)))
 
 
 class _SourceHook:

@@ -14,26 +14,34 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from thermo_opt.errors import InputError
 from thermo_opt.fisher.kronecker.factors import working
 from thermo_opt.fisher.kronecker.rules import KroneckerRule, Rule, ScaleRule, rule_for
+from thermo_opt.fisher.kronecker.uses import UsedRule, used_rules
+from thermo_opt.models import tensors_in
 
 
 @dataclass(frozen=True)
 class Layer:
     """A module that a rule covers: ``own`` are (local name, position among the model's trainable
-    parameters)."""
+    parameters); ``caller``: the module that reads them in its stead."""
 
     name: str
     module: nn.Module
     rule: Rule
     own: tuple[tuple[str, int], ...]
+    caller: nn.Module | None = None
+
+    @property
+    def watched(self) -> nn.Module:
+        """The module whose calls use the parameters: itself, unless another one reads them."""
+        return self.caller or self.module
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The covered parameters, in the order of ``own``."""
         return [self.module._parameters[local] for local, _ in self.own]  # type: ignore[misc]
 
-    def covers(self, name: str) -> bool:
-        """Whether the parameter of this local name is the layer's."""
-        return any(local == name for local, _ in self.own)
+    def covers(self, role: str) -> bool:
+        """Whether the parameter in the role "weight" or "bias" is the layer's."""
+        return any(local == self.rule.own(role) for local, _ in self.own)
 
 
 @dataclass(frozen=True)
@@ -107,15 +115,29 @@ def cover(model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = No
         for p in module._parameters.values():
             if p is not None and p.requires_grad:
                 position.setdefault(id(p), len(position))
+    # Attention never calls its last projection: it reads that layer's parameters.
+    readers = {
+        id(module.out_proj): module
+        for _, module in owning
+        if isinstance(module, nn.MultiheadAttention)
+    }
     owners: dict[int, int] = {}
     layers: list[KroneckerLayer | ScaleLayer] = []
     unruled = []
     for name, module in owning:
-        rule = rule_for(module)
-        ruled = {} if rule is None else dict(rule.parameters(module))
-        own = tuple((local, position[id(p)]) for local, p in ruled.items())
-        if rule is not None and own:
-            layers.append(_layer(name, module, rule, own))
+        caller = readers.get(id(module))
+        found = rule_for(module) if caller is None else None
+        rules: list[Rule] = [] if found is None else [found]
+        covered = {local for rule in rules for local, _ in rule.parameters(module)}
+        bare = used_rules(module, covered)
+        ruled: dict[str, int] = {}
+        for rule in (*rules, *bare):
+            own = tuple((local, position[id(p)]) for local, p in rule.parameters(module))
+            if not own:
+                continue
+            ruled |= dict(own)
+            label = f"{name}.{rule.weight}" if isinstance(rule, UsedRule) else name
+            layers.append(_layer(label.lstrip("."), module, rule, own, caller))
             for _, i in own:
                 owners[i] = owners.get(i, 0) + 1
         others = [
@@ -131,12 +153,16 @@ def cover(model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = No
 
 
 def _layer(
-    name: str, module: nn.Module, rule: Rule, own: tuple[tuple[str, int], ...]
+    name: str,
+    module: nn.Module,
+    rule: Rule,
+    own: tuple[tuple[str, int], ...],
+    caller: nn.Module | None,
 ) -> KroneckerLayer | ScaleLayer:
     if isinstance(rule, ScaleRule):
         return ScaleLayer(name, module, rule, own)
     if isinstance(rule, KroneckerRule):
-        return KroneckerLayer(name, module, rule, own)
+        return KroneckerLayer(name, module, rule, own, caller)
     raise InputError(
         f"the rule of module {name!r} is a {type(rule).__name__}; derive it from KroneckerRule or "
         "ScaleRule"
@@ -175,7 +201,7 @@ def recording(layers: Iterable[KroneckerLayer | ScaleLayer]) -> Iterator[list[Ca
     leaving."""
     calls: list[Call] = []
     handles = [
-        layer.module.register_forward_hook(
+        layer.watched.register_forward_hook(
             _recorder(layer, calls), with_kwargs=True, always_call=False
         )
         for layer in layers
@@ -188,12 +214,17 @@ def recording(layers: Iterable[KroneckerLayer | ScaleLayer]) -> Iterator[list[Ca
 
 
 def _recorder(layer: KroneckerLayer | ScaleLayer, calls: list[Call]) -> Any:
-    def hook(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if isinstance(layer.rule, UsedRule):
+            if torch.is_grad_enabled():
+                _record_uses(layer, layer.rule, (args, kwargs), output, calls)
+            return
         if not (isinstance(output, Tensor) and output.requires_grad and torch.is_grad_enabled()):
             return
-        x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        found = layer.rule.read(args, kwargs, module)
+        if found is None:
+            return
+        x = found.detach()
         if isinstance(layer, ScaleLayer):
             x = layer.rule.normalised(module, x)
         if x.is_floating_point():
@@ -201,3 +232,16 @@ def _recorder(layer: KroneckerLayer | ScaleLayer, calls: list[Call]) -> Any:
         calls.append(Call(layer, x, get_gradient_edge(output), output.numel(), x._version))
 
     return hook
+
+
+def _record_uses(
+    layer: KroneckerLayer | ScaleLayer, rule: UsedRule, given: Any, output: Any, calls: list[Call]
+) -> None:
+    """Record the products of a bare parameter as calls, if it enters by whole products alone."""
+    uses = rule.uses(layer.module, tensors_in(given), tensors_in(output))
+    if any(use.kind != "product" or use.place is not None or use.start for use in uses):
+        return
+    for use in uses:
+        x = working(use.operand())
+        size = len(x) * rule.size[1]
+        calls.append(Call(layer, x, GradientEdge(use.node, 0), size, x._version))

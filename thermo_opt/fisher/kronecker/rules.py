@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +39,18 @@ class Rule:
         own = module._parameters
         return [(k, p) for k in self.names if (p := own.get(k)) is not None and p.requires_grad]
 
-    def covers(self, module: Module, name: str) -> bool:
-        """Whether parameter ``name`` of the module is present, trainable, and the rule's."""
+    def own(self, role: str) -> str:
+        """The module's name of the parameter in the role "weight" or "bias"."""
+        return role
+
+    def read(self, args: Sequence[Any], kwargs: Mapping[str, Any], module: Module) -> Tensor | None:
+        """The input x of a call; None for a call that the rule can't follow."""
+        found = args[0] if args else next(iter(kwargs.values()), None)
+        return found if isinstance(found, Tensor) else None
+
+    def covers(self, module: Module, role: str) -> bool:
+        """Whether the module's "weight" or "bias" is present, trainable, and the rule's."""
+        name = self.own(role)
         p = module._parameters.get(name)
         return name in self.names and p is not None and p.requires_grad
 
@@ -209,6 +219,55 @@ class EmbeddingRule(KroneckerRule):
         return 1, dim, vocabulary
 
 
+class EmbeddingBagRule(EmbeddingRule):
+    """``torch.nn.EmbeddingBag``, mode "sum" or "mean": an embedding whose bag's entries share the
+    gradient.
+
+    Bags of equal sizes without weights of their own; other calls are not followed.
+    """
+
+    def read(self, args: Sequence[Any], kwargs: Mapping[str, Any], module: Module) -> Tensor | None:
+        given: dict[str, Any] = dict(
+            zip(("input", "offsets", "per_sample_weights"), args, strict=False)
+        )
+        given |= kwargs
+        x, offsets = given.get("input"), given.get("offsets")
+        if not isinstance(x, Tensor) or given.get("per_sample_weights") is not None:
+            return None
+        if x.dim() == 2:
+            return x
+        count = 0 if offsets is None else len(offsets) - module.include_last_offset
+        if offsets is None or count == 0 or len(x) % count:
+            return None
+        size = len(x) // count
+        equal = torch.equal(offsets[:count], torch.arange(0, len(x), size, device=offsets.device))
+        return x.view(count, size) if equal else None
+
+    def gradients(self, module: Module, x: Tensor, g: Tensor) -> Tensor:
+        counts = torch.ones_like(x, dtype=g.dtype)
+        if module.padding_idx is not None:
+            counts = (x != module.padding_idx).to(g.dtype)
+        if module.mode == "mean":
+            counts = counts / counts.sum(-1, keepdim=True).clamp_min(1)
+        return g.unsqueeze(1) * counts.unsqueeze(-1)
+
+
+class BilinearRule(LinearRule):
+    """``torch.nn.Bilinear``: linear in the products of its two inputs' entries."""
+
+    def read(self, args: Sequence[Any], kwargs: Mapping[str, Any], module: Module) -> Tensor | None:
+        given: dict[str, Any] = dict(zip(("input1", "input2"), args, strict=False))
+        given |= kwargs
+        a, b = given["input1"], given["input2"]
+        return (a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(-2)
+
+    def weight_matrix(self, module: Module, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def weight_tensor(self, module: Module, matrix: Tensor) -> Tensor:
+        return matrix.unflatten(-1, module.weight.shape[1:])
+
+
 class ConvTransposeRule(KroneckerRule):
     """``ConvTranspose1d``/``2d``/``3d`` without groups: the transpose of a convolution.
 
@@ -352,6 +411,8 @@ class _Shared:
     conv = ConvRule()
     transposed_conv = ConvTransposeRule()
     embedding = EmbeddingRule()
+    bag = EmbeddingBagRule()
+    bilinear = BilinearRule()
     last = ScaleRule("last")
     channel = ScaleRule("channel")
     batch = ScaleRule("channel", batched_statistics=True)
@@ -366,6 +427,8 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.ConvTranspose2d: _Shared.transposed_conv,
     nn.ConvTranspose3d: _Shared.transposed_conv,
     nn.Embedding: _Shared.embedding,
+    nn.EmbeddingBag: _Shared.bag,
+    nn.Bilinear: _Shared.bilinear,
     nn.LayerNorm: _Shared.last,
     nn.RMSNorm: _Shared.last,
     nn.GroupNorm: _Shared.channel,
@@ -393,7 +456,8 @@ def rule_for(module: Module) -> Rule | None:
             if kind.forward is not parent.forward:
                 break
             grouped = rule is _Shared.transposed_conv and module.groups > 1
-            return None if grouped else rule
+            largest = rule is _Shared.bag and module.mode == "max"
+            return None if grouped or largest else rule
     # GPT-2's Conv1D, recognised without importing transformers.
     if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
         return _Shared.transposed

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from thermo_opt.fisher.kronecker.factors import flatten, working_dtype
+from thermo_opt.fisher.kronecker.factors import flatten, working, working_dtype
 from thermo_opt.fisher.kronecker.layers import KroneckerLayer
 from thermo_opt.fisher.kronecker.rules import ConvRule
+from thermo_opt.fisher.kronecker.uses import Use
 from thermo_opt.optim.kronecker.capture import (
     Capture,
     RunningAverage,
@@ -51,6 +52,7 @@ class LayerFactors:
         limit: largest side of a diagonal block; None: the factors are whole unless they are wide.
         diagonal_A, diagonal_G: whether the diagonal is all that is kept.
         seen: rows that stand for the layer in the last capture.
+        rows: of each matrix of a stack, in the last capture.
         samples: (inputs, output gradients, rows they stand for), kept for EKFAC.
     """
 
@@ -69,6 +71,7 @@ class LayerFactors:
         self.G: list[Tensor] = []
         self.A_rows = 0
         self.seen = 0.0
+        self.rows: list[float] = []
         self.samples: list[tuple[Tensor, Tensor, float]] = []
 
     def bounds(self, size: int, limit: int | None = None) -> list[tuple[int, int]]:
@@ -117,6 +120,50 @@ class LayerFactors:
         else:
             add_captures([self], [capture])
 
+    def capture_use(self, use: Use, g: Tensor, offset: int) -> None:
+        """Take one use of a bare parameter, with the gradient at its result."""
+        most = self.options.max_rows
+        stack, out, inputs = self.layer.shape
+        if use.kind == "sum":  # every position of W is a row of its own: G is a multiple of I
+            rows = g.reshape(-1, inputs)
+            A = self.second_moments(thin(rows, most, offset))
+            ends = [(0, out)] if self.diagonal_G else self.bounds(out)
+            count = len(rows) / out
+            eye = [torch.eye(e - s, dtype=A[0].dtype, device=g.device) for s, e in ends]
+            G = [t.diagonal().clone() if self.diagonal_G else t for t in eye]
+            self.add(A, len(rows), [t.mul_(count) for t in G], float(len(rows)))
+            return
+        x = use.operand()
+        if use.start or (stack == 1 and not use.turned and g.shape[-1] < out):
+            g = functional.pad(g, (use.start, out - use.start - g.shape[-1]))
+        total = float(g.shape[-2])
+        x, g = thin(x, most, offset), thin(g, most, offset)
+        if use.turned:  # y = x W: the sides change their roles, and A ⊗ G stays what it is
+            x, g = g, x
+        if stack > 1:
+            self._capture_stack(use.place, x, g, total)
+        elif self.diagonal_A or self.diagonal_G or self.layer.rule.one_hot:
+            self.add(self.second_moments(x), x.shape[-2], self.squares(g, total), total)
+        else:
+            add_captures([self], [Capture(x, g, total)])
+
+    def _capture_stack(self, place: int | None, x: Tensor, g: Tensor, total: float) -> None:
+        """The same for one matrix of a stack, or for all of them."""
+        stack, out, inputs = self.layer.shape
+        if not self.A:
+            zero = working(x).new_zeros
+            self.A, self.G = [zero(stack, inputs, inputs)], [zero(stack, out, out)]
+            self.A_rows, self.seen, self.rows = 1, 0.0, [0.0] * stack
+        if not x.shape[-2]:
+            return
+        A, G = second_moment(x, 1 / x.shape[-2]), second_moment(g, total / g.shape[-2])
+        for j in range(stack) if place is None else (place,):
+            one_A, one_G = (A[j], G[j]) if place is None else (A, G)
+            self.A[0][j].lerp_(one_A, total / (self.rows[j] + total))
+            self.G[0][j].add_(one_G)
+            self.rows[j] += total
+        self.seen += total / (1 if place is None else stack)
+
     def _capture_indices(self, x: Tensor, g: Tensor, offset: int, keep_samples: bool) -> None:
         """The same for one-hot inputs, whose A is the diagonal of their frequencies."""
         most = self.options.max_rows
@@ -161,13 +208,17 @@ class LayerFactors:
     def captured(self, terms: float) -> list[Tensor]:
         """The blocks of A, then those of G, of everything captured; forgets them."""
         torch._foreach_mul_(self.G, terms)
+        known = self.average.value
+        for j, rows in enumerate(self.rows):
+            if not rows and known:  # an expert without tokens keeps the inputs it had
+                self.A[0][j] = known[0][j]
         found = self.A + self.G
-        self.pending, self.A, self.G = None, [], []
+        self.pending, self.A, self.G, self.rows = None, [], [], []
         return found
 
     def discard(self) -> None:
         """Forget what was captured."""
-        self.pending, self.A, self.G, self.samples = None, [], [], []
+        self.pending, self.A, self.G, self.rows, self.samples = None, [], [], [], []
 
     def cut(self, limit: int | None, captured: Sequence[Tensor]) -> list[Tensor]:
         """From now on keep diagonal blocks of side ≤ ``limit``; returns those of ``captured``, the

@@ -14,6 +14,7 @@ from thermo_opt.fisher.kronecker.coordinates import Coordinates, LayerMatrix, Sh
 from thermo_opt.fisher.kronecker.estimate import projected_squares
 from thermo_opt.fisher.kronecker.layers import KroneckerLayer
 from thermo_opt.fisher.kronecker.placement import tied_product
+from thermo_opt.fisher.kronecker.uses import Use
 from thermo_opt.fisher.spectral import Spectrum, orthogonal_iteration
 from thermo_opt.optim.kronecker.blocks import Average, LayerBlock, rtol_of
 from thermo_opt.optim.kronecker.capture import RunningAverage, group_by_shape, stack_averages
@@ -46,7 +47,12 @@ class MatrixBlock(LayerBlock):
         own = {id(p) for p in params}
         divisible = not options.spectral and coordinates is None
         self.sides = [
-            LayerFactors(layer, id(layer.module._parameters.get("bias")) in own, options, divisible)
+            LayerFactors(
+                layer,
+                id(layer.module._parameters.get(layer.rule.own("bias"))) in own,
+                options,
+                divisible,
+            )
             for layer in layers
         ]
         self.corrected = options.corrected
@@ -93,6 +99,10 @@ class MatrixBlock(LayerBlock):
 
     def capture(self, place: int, x: Tensor, g: Tensor, offset: int) -> None:
         self.sides[place].capture(x, g, offset, self.corrected)
+
+    def capture_use(self, place: int, use: Use, g: Tensor, offset: int) -> None:
+        """Take one use of a bare parameter: g = ∂(mean loss)/∂(its result)."""
+        self.sides[place].capture_use(use, g, offset)
 
     def captured(self, terms: float) -> list[Tensor] | None:
         self._terms = terms

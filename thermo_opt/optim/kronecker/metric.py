@@ -8,6 +8,7 @@ update, momentum included, costs inner products only (`CarriedMomentum`).
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import warnings
@@ -19,14 +20,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from thermo_opt.errors import InputError
-from thermo_opt.models import outputs_of, repeated
+from thermo_opt.fisher.kronecker.uses import UsedRule
+from thermo_opt.models import outputs_of, repeated, tensors_in
 from thermo_opt.optim.forward_pass import ForwardPass
-from thermo_opt.optim.hooks import after_forward, on_gradient
+from thermo_opt.optim.hooks import StepByStep, after_forward, on_gradient, on_node_gradient
 from thermo_opt.optim.kronecker.agreement import agreed
 from thermo_opt.optim.kronecker.blocks import LayerBlock, ParameterBlock, UnruledBlock
 from thermo_opt.optim.kronecker.cholesky import all_finite
 from thermo_opt.optim.kronecker.inverses import BlockInverse, invert
 from thermo_opt.optim.kronecker.layout import BlockLayout
+from thermo_opt.optim.kronecker.matrix import MatrixBlock
 from thermo_opt.optim.kronecker.refresh import LEAST, RefreshSchedule, default_damping
 from thermo_opt.optim.sharding import own_part, part_like, whole
 from thermo_opt.optim.training_metric import (
@@ -65,7 +68,7 @@ class KroneckerMetric(TrainingMetric):
         self.layout.warn_of_unruled(stacklevel=4)
         self.failures = 0
         self.damping = LEAST
-        self._hooks: list[tuple[_LayerCalls, RemovableHandle]] = []
+        self._hooks: list[tuple[Any, RemovableHandle]] = []
         self._step, self._urgent = 0, False
         self._turn: list[ParameterBlock] = []
         self._moved: list[tuple[ParameterBlock, Tensor | None]] = []
@@ -107,11 +110,17 @@ class KroneckerMetric(TrainingMetric):
 
     def _attach(self) -> None:
         self._detach()
+        recurrent = set()
         for block in self._turn:
             if isinstance(block, LayerBlock):
                 for place, layer in enumerate(block.layers):
+                    if isinstance(layer.watched, nn.RNNBase):
+                        recurrent.add(layer.watched)
                     call = _LayerCalls(block, place, self._step)
-                    self._hooks.append((call, after_forward(layer.module, call.on_forward)))
+                    self._hooks.append((call, after_forward(layer.watched, call.on_forward)))
+        for module in recurrent:
+            one = StepByStep()
+            self._hooks += [(one, handle) for handle in one.attach(module)]
 
     def _detach(self) -> None:
         for _, handle in self._hooks:
@@ -202,8 +211,8 @@ class KroneckerMetric(TrainingMetric):
         if not lost:
             return []
         warnings.warn(
-            f"{', '.join(lost)}: gradients arrive although the module's own forward was never seen "
-            "(its weight is used elsewhere); a diagonal metric is used for it",
+            f"{', '.join(lost)}: gradients arrive, but the module's own forward was never seen, or "
+            "uses them in a way that no layer rule knows; a diagonal metric is used",
             stacklevel=5,
         )
         fresh = self.layout.replace(lost)
@@ -389,10 +398,24 @@ class _LayerCalls:
     ) -> None:
         """The layer has been called in a training pass."""
         layer = self.block.layers[self.place]
+        module = layer.module
         if [name for name, _ in layer.rule.parameters(module)] != [name for name, _ in layer.own]:
             return  # frozen or unfrozen since: the next step rebuilds the block
-        x = (args[0] if args else kwargs["input"]).detach()
-        on_gradient(output, lambda g: self.block.capture(self.place, x, g, self.offset))
+        if isinstance(layer.rule, UsedRule):
+            self._watch_uses(layer.rule, module, (args, kwargs), output)
+            return
+        found = layer.rule.read(args, kwargs, module)
+        if found is not None:
+            x = found.detach()
+            on_gradient(output, lambda g: self.block.capture(self.place, x, g, self.offset))
+
+    def _watch_uses(self, rule: UsedRule, module: nn.Module, given: Any, output: Any) -> None:
+        block = self.block
+        if not isinstance(block, MatrixBlock) or block.options.spectral:
+            return
+        for use in rule.uses(module, tensors_in(given), tensors_in(output)):
+            receive = functools.partial(block.capture_use, self.place, use, offset=self.offset)
+            on_node_gradient(use.node, receive)
 
 
 def _finite(gradients: Gradients) -> bool:
