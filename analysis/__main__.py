@@ -17,6 +17,7 @@ COMMANDS = {
     "critical-batch": "the critical batch size of audits against brute force over batch sizes",
     "schedules": "schedules read from audits against cosine, linear decay and refinement",
     "splits": "noise, housekeeping and transport of data/ and of the studies' tasks",
+    "ensembles": "hundreds of runs in the space of predictions",
     "bench": "speed and memory of a step, an audit, a front, Fisher products",
     "figures": "the README's two pictures",
     "campaign": "kills and full disks at random moments, with counts",

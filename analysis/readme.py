@@ -130,6 +130,13 @@ def splits() -> str:
     return markdown(pd.DataFrame(rows))
 
 
+def ensembles() -> str:
+    """Distances between runs and their progress."""
+    return markdown(
+        _read("ensembles").drop(columns=["machine", "entropy at least", "entropy s.e."])
+    )
+
+
 def schedules() -> str:
     """Even schedules, predicted and realised, and the others' losses and dissipation."""
     table = _read("schedules")
@@ -159,6 +166,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablations": ablations,
     "steps": steps,
     "critical-batches": critical_batches,
+    "ensembles": ensembles,
     "schedules": schedules,
     "splits": splits,
     **{

@@ -5,7 +5,7 @@ from thermo_opt.audits.advice import Advice, advise
 from thermo_opt.audits.auditor import audit
 from thermo_opt.audits.batch_size import BatchSchedule, CriticalBatch, critical_batch
 from thermo_opt.audits.comparison import compare
-from thermo_opt.audits.ensemble import Ensemble, ensemble
+from thermo_opt.audits.many_runs import Ensemble, ensemble
 from thermo_opt.audits.predictions import audit_predictions
 from thermo_opt.audits.results import Audit
 from thermo_opt.audits.schedule import EvenSchedule, even_schedule
