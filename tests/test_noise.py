@@ -127,3 +127,24 @@ def test_what_can_not_be_told():
     assert noise.over_run([1.0, 3.0], [0, 10], 11, start=10).value == 3
     with pytest.raises(ValueError, match="can't be compared"):
         noise.noise_and_drift(np.zeros((2, 3)), np.zeros((3, 3)))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_momentum_leaves_at_most_its_share_of_every_fluctuation(momentum):
+    """Var δ of heavy-ball descent at the rate η(1−μ), §11: (1−μ)/(1+μ) of plain SGD's or less."""
+    rng = np.random.default_rng(7)
+    h = np.array([0.1, 1.0, 5.0, 15.0])  # ηh up to 1.5
+    rate = ETA * (1 - momentum)
+    x, moved = np.zeros((N, 4)), np.zeros((N, 4))
+    squares = []
+    for k in range(600):
+        xi = rng.normal(scale=np.sqrt(S2), size=x.shape)
+        moved = momentum * moved - rate * (h * x + xi)
+        x = x + moved
+        if k >= 300:
+            squares.append((moved**2).mean(axis=0))
+    damped = 1 - rate * h / (2 * (1 + momentum))
+    known = rate**2 * S2 / ((1 - momentum**2) * damped)
+    assert np.mean(squares, axis=0) == pytest.approx(known, rel=0.03)
+    plain = ETA**2 * S2 / (1 - ETA * h / 2)
+    assert (known <= (1 - momentum) / (1 + momentum) * plain * (1 + 1e-12)).all()

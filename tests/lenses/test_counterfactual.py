@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 import thermo_opt as to
 from thermo_opt import fisher, plots
-from thermo_opt.describe.sentences import explanation, headline
+from thermo_opt.describe.sentences import closest, explanation, headline
 from thermo_opt.errors import InputError
 from thermo_opt.report.page import render
 from thermo_opt.runs.batches import read_batches
@@ -111,6 +111,7 @@ def test_beside_other_lenses_and_only_by_name(run):
     both = to.audit(run[0], model=run[1], lens=["outputs", "counterfactual"])
     assert list(both.lenses) == ["outputs", "counterfactual"]
     assert both.summary["lens"] == "outputs"
+    assert "natural gradient buy" in " ".join(explanation(closest(both)))
     assert "counterfactual" not in to.audit(run[0]).missing
     chosen = to.audit(run[0], model=run[1], lens="counterfactual", steps=[1, 3])
     assert chosen.steps["step"].tolist() == [10, 30]

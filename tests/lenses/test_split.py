@@ -10,7 +10,7 @@ from torch import nn
 
 import thermo_opt as to
 from thermo_opt import plots
-from thermo_opt.describe.sentences import explanation
+from thermo_opt.describe.sentences import brief, explanation
 from thermo_opt.errors import InputError
 from thermo_opt.fronts import drift_front
 from thermo_opt.lenses.noise import memory
@@ -185,6 +185,7 @@ def test_words_page_and_figures_say_the_same(audits, tmp_path):
     said = " ".join(explanation(audits[0].summary))
     assert "are noise, the scatter of minibatches" in said
     assert "undid earlier noise" in said
+    assert "of it is noise, the scatter of minibatches, and" in " ".join(brief(audits[0].summary))
     page = render(audits)
     assert 'id="split"' in page
     assert 'id="critical-batch"' in page

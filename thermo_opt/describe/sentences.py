@@ -34,6 +34,8 @@ def closest(audit: Audited) -> dict[str, Any]:
     of the run's, so it is told only where no other is.
     """
     summary = dict(audit.summary) | {"alignment_intervals": None}
+    if (replayed := audit.lenses.get("counterfactual")) is not None:
+        summary["counterfactual"] = replayed.summary["counterfactual"]
     closer = audit.lenses.get("parameters")
     if closer is None or summary["lens"] == "parameters":
         return summary
@@ -120,9 +122,10 @@ def explanation(summary: Summary) -> list[str]:
             "To reach the same loss in that time, no optimizer and no network can pay less than "
             f"{number(least)} {unit}, {most}{percent(least / total)} of what this run paid."
         )
+    replayed = counterfactual.sentences(summary)
     if summary["lens"] == "counterfactual":
-        said += counterfactual.sentences(summary)[1:]
-    return said + split.sentences(summary) + alignment(summary)
+        replayed = replayed[1:]  # the first is its headline
+    return said + split.sentences(summary) + alignment(summary) + replayed
 
 
 def brief(summary: Summary) -> list[str]:
@@ -139,7 +142,7 @@ def brief(summary: Summary) -> list[str]:
                 f"{number(least_distance**2 / (2 * duration))}"
             )
         said.append(sentence + ".")
-    return said + alignment(summary)
+    return said + split.brief(summary) + alignment(summary)
 
 
 def alignment(summary: Summary) -> list[str]:

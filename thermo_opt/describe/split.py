@@ -68,8 +68,7 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
     split, total = summary["split"], summary["dissipation"]
     if split is None or not split["replicas"] or not total:
         return []
-    whole = split["noise"] + split["drift"]
-    share = percent(max(split["noise"] / whole, 0.0)) if whole > 0 else "none"
+    share = _share(split)
     said = (
         f"Step by step, {with_error(split, 'noise')} nats ({share}) are noise, the scatter of "
         f"minibatches, and {with_error(split, 'drift')} are drift, what the expected steps "
@@ -89,3 +88,19 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
             f"{with_error(split, 'critical_batch')} over the run."
         )
     return found
+
+
+def brief(summary: Mapping[str, Any]) -> list[str]:
+    """The share of noise in one short sentence; none where no replicas were recorded."""
+    split, total = summary["split"], summary["dissipation"]
+    if split is None or not split["replicas"] or not total:
+        return []
+    said = f"Step by step, {_share(split)} of it is noise, the scatter of minibatches"
+    if split["transport"] is not None:
+        said += f", and {with_error(split, 'transport')} nats went somewhere"
+    return [said + "."]
+
+
+def _share(split: Mapping[str, Any]) -> str:
+    whole = split["noise"] + split["drift"]
+    return percent(max(split["noise"] / whole, 0.0)) if whole > 0 else "none"
