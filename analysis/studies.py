@@ -46,7 +46,7 @@ class Study:
 
 _DIGITS = {"minibatch": {"batch_size": 128}, "full batch": {"batch_size": 0}}
 _CIFAR10_FULL = {
-    **{"network": "resnet18", "batch_size": 256, "augment": True},
+    **{"network": "resnet18", "batch_size": 512, "augment": True},
     **{"validation": 5000, "whole_test": True},
 }
 _CIFAR10_TINY = {"batch_size": 16, "width": 4, "limit": 64, "probe": 32, "validation": 16}
@@ -76,7 +76,7 @@ STUDIES = {
             "cifar10",
             {
                 "small": Scale({"": {"limit": 20_000}}, 250, aligned=16),
-                "full": Scale({"": _CIFAR10_FULL}, 60 * 45_000 // 256, every=100, decay=True),
+                "full": Scale({"": _CIFAR10_FULL}, 30 * 45_000 // 512, every=100, decay=True),
                 "tiny": Scale({"": _CIFAR10_TINY}, 10, every=2, aligned=8),
             },
         ),
