@@ -207,6 +207,7 @@ class NGDT(Optimizer):
         self._trained = [p.requires_grad for p in self._params]
         self._fingerprint = validate.ModelFingerprint(self.model, self._params)
         pools, self._shares = validate.pools(self.param_groups)
+        validate.common_momentum(self.param_groups)
         if is_sharded(self.model) and not self.options.per_layer:
             raise InputError(
                 "a metric of a minibatch needs whole parameters, and the model's are sharded over "
@@ -367,7 +368,7 @@ class NGDT(Optimizer):
             count, rate = len(group["params"]), float(group["lr"])
             decay += [float(group["weight_decay"])] * count
             weights += [rate / largest if largest > 0 else 0.0] * count
-        return UpdateRule(float(self.param_groups[0]["momentum"]), decay, weights)
+        return UpdateRule(validate.common_momentum(self.param_groups), decay, weights)
 
     @property
     def _rate(self) -> float:

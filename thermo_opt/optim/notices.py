@@ -165,6 +165,8 @@ class Notices:
         if not passes or passes[-1].gradient is None:
             return
         seen, terms = passes[-1], sum(one.terms for one in passes)
+        if not terms:  # a gradient that is zero everywhere, as of a margin that holds
+            return
         unit = scale / terms * max(1.0, self.scale or 1.0)
         if isinstance(self.likelihood, Categorical) and not zero_sum(seen, unit):
             self._say("likelihood", _other_loss(seen, unit))

@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from thermo_opt.errors import InputError
 from thermo_opt.optim.forward_pass import ForwardPass
 
+GROUP_OPTIONS = frozenset(
+    ("params", "lr", "weight_decay", "momentum", "share", "name", "param_names", "initial_lr")
+)
+"""Of a parameter group; the last three are labels, torch's and its schedulers'."""
+
 
 def number(name: str, value: Any, least: float = 0.0, above: bool = False) -> None:
     """Refuse what is no finite number ≥ (with ``above``: >) ``least``; a function of the step is
@@ -93,6 +98,12 @@ def groups(
     )
     kept = []
     for group in found:
+        unknown = sorted(set(group) - GROUP_OPTIONS)
+        if unknown:
+            raise InputError(
+                f"a parameter group has {', '.join(map(repr, unknown))}, which NGDT doesn't know: "
+                "a group may have lr, weight_decay and share"
+            )
         members = group["params"]
         members = [members] if isinstance(members, Tensor) else list(members)
         members = [p[1] if isinstance(p, tuple) else p for p in members]
@@ -135,6 +146,20 @@ def pools(param_groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[fl
             "give all a share"
         )
     return numbers, shares
+
+
+def common_momentum(param_groups: Sequence[Mapping[str, Any]]) -> float:
+    """The momentum of all groups: a block of the metric may hold parameters of several, and has
+    one."""
+    found = {float(group["momentum"]) for group in param_groups}
+    if len(found) > 1:
+        raise InputError(
+            f"parameter groups have the momenta {', '.join(f'{m:g}' for m in sorted(found))}: NGDT "
+            "has one for all; give momentum=… to the optimizer"
+        )
+    (momentum,) = found
+    fraction("momentum", momentum)
+    return momentum
 
 
 class ModelFingerprint:
