@@ -18,6 +18,7 @@ COMMANDS = {
     "schedules": "schedules read from audits against cosine, linear decay and refinement",
     "splits": "noise, housekeeping and transport of data/ and of the studies' tasks",
     "ensembles": "hundreds of runs in the space of predictions",
+    "bought": "what steps buy beside the natural gradient's for the same nats",
     "bench": "speed and memory of a step, an audit, a front, Fisher products",
     "figures": "the README's two pictures",
     "campaign": "kills and full disks at random moments, with counts",

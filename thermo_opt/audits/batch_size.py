@@ -56,8 +56,9 @@ class CriticalBatch:
     @property
     def overall(self) -> Estimate:
         """B* of the steps needed: the mean over the run, a step counted as the t/(t + n) of a step
-        without noise that it was worth (after McCandlish et al. 2018, appendix D)."""
-        star = np.where(np.isfinite(self.value), self.value, np.maximum(self.lower, 0.0))
+        without noise that it was worth (after McCandlish et al. 2018, appendix D). Stretches where
+        it isn't told count with its lower end, which makes it a lower bound."""
+        star = np.where(np.isfinite(self.value), self.value, np.nan_to_num(self.lower))
         worth = (self.step_end - self.step) / (1 + star / self.batch_size)
         mean = float(worth @ star / worth.sum())
         known = np.nan_to_num(self.error)
@@ -79,7 +80,9 @@ class CriticalBatch:
         """Batch sizes that follow B* along the run, with the run's own number of examples in all.
 
         Between the middles of stretches B* is interpolated on a logarithmic scale; where it isn't
-        told, its lower end is taken, or what it was before if that is more.
+        told, its lower end is taken, or what it was before if that is more. At one fixed learning
+        rate such sizes need not lower the loss (they did not on two tasks, see
+        ``analysis/README.md``): B* compares sizes each at its own best rate.
 
         Args:
             least: the smallest batch size.
@@ -95,7 +98,7 @@ class CriticalBatch:
                 f"batch sizes from {least} to {most} leave no room for the run's examples, "
                 f"{self.batch_size} a step on average"
             )
-        told = np.where(np.isfinite(self.value), self.value, self.lower)
+        told = np.nan_to_num(np.where(np.isfinite(self.value), self.value, self.lower))
         star = np.where(np.isfinite(self.value), told, np.maximum.accumulate(told))
         middle = 0.5 * (self.step + self.step_end - 1)
         every = np.arange(int(self.step[0]), int(self.step_end[-1]))
