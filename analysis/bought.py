@@ -6,8 +6,8 @@ and minibatches (`lens="counterfactual"`).
 Three tasks (`analysis.minibatch`), batch size 32, 160 steps, every 20th step looked at. Shares are
 sums over steps and seeds: what the run's own steps bought over what natural-gradient steps of the
 same realised KL buy on the minibatch; below 1 the natural gradient buys more. Held out: fall of the
-loss per nat of KL on the minibatch. Beside them the held-out share of the steps' own motion, early (first half) and late. Writes
-bought.csv.
+loss per nat of KL on the minibatch. Beside them the held-out share of the steps' own motion, early
+(first half) and late. Writes bought.csv.
 """
 
 from __future__ import annotations
