@@ -171,7 +171,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "splits": splits,
     **{
         name: lambda name=name: plain(name)  # type: ignore[misc]
-        for name in ("alignment", "damping", "bench_audit", "bench_fisher", "bench_pareto")
+        for name in (
+            "alignment",
+            "bought",
+            "damping",
+            "bench_audit",
+            "bench_fisher",
+            "bench_pareto",
+        )
     },
 }
 
