@@ -77,3 +77,31 @@ def test_the_narrow_side_of_a_wide_layer_is_cut_like_any_other(side: str) -> Non
         sides = [t.shape[-1] for t in factor.inverses]
         assert sum(sides) == size
         assert max(sides) <= 129
+
+
+def test_a_tied_weights_narrow_side_is_cut_to_the_blocks_of_the_whole_factors() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.head = nn.Embedding(2500, 256), nn.Linear(256, 2500, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.table(x))
+
+    x = torch.randint(2500, (4, 8), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for most in (0.05, float("inf")):
+        metric = KFAC(max_solve_overhead=most, half_state=False)
+        optimizer = to.NGDT(Words(), metric=metric, calibration=None)
+        models.loss(optimizer.model(x), x.flip(0)).backward()
+        optimizer.step()
+        found[most] = optimizer.metric.blocks[0].factors()
+    (A, G), (whole_A, whole_G) = found.values()
+    assert [len(t) for t in G.blocks] == [128, 128]
+    assert A.diagonal
+    torch.testing.assert_close(A.matrix, whole_A.matrix)
+    for j, block in enumerate(G.blocks):
+        part = slice(128 * j, 128 * (j + 1))
+        torch.testing.assert_close(block, whole_G.matrix[part, part])

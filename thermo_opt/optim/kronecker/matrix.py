@@ -13,7 +13,6 @@ from thermo_opt.fisher.kronecker.blocks import KroneckerBasis
 from thermo_opt.fisher.kronecker.coordinates import Coordinates, LayerMatrix, SharedWeight
 from thermo_opt.fisher.kronecker.estimate import projected_squares
 from thermo_opt.fisher.kronecker.layers import KroneckerLayer
-from thermo_opt.fisher.kronecker.placement import tied_product
 from thermo_opt.fisher.kronecker.uses import Use
 from thermo_opt.fisher.spectral import Spectrum, orthogonal_iteration
 from thermo_opt.optim.kronecker.blocks import Average, LayerBlock, rtol_of
@@ -148,8 +147,12 @@ class MatrixBlock(LayerBlock):
         """Multiplications of (the layer's three passes, one `solve` with sides cut to ``limit``) as
         last captured."""
         groups, out, inputs = self.shape
-        each = out if self.one_hot else groups * out * inputs
-        passes = sum(3.0 * side.seen * each for side in self.sides)
+        passes = sum(
+            3.0
+            * side.seen
+            * (side.layer.shape[1] if side.layer.rule.one_hot else groups * out * inputs)
+            for side in self.sides
+        )
         side = self.sides[0]
         widths = []
         for k, diagonal in ((inputs, side.diagonal_A), (out, side.diagonal_G)):
@@ -280,6 +283,7 @@ class TiedBlock(MatrixBlock):
         name = " = ".join(layer.name for layer in layers)
         super().__init__(layers, [weight], options, name, SharedWeight(layers[0]))
         self.corrected = False
+        self._turned = [_turned(layer, layers[0]) for layer in layers]
 
     def shape_key(self) -> tuple[object, ...] | None:
         return None
@@ -290,14 +294,68 @@ class TiedBlock(MatrixBlock):
 
     @property
     def divisible(self) -> bool:
-        return False
+        """Whether narrow sides, which all layers share, may be cut; a wide one is a diagonal."""
+        return not self.options.spectral
+
+    def cut(self, limit: int | None, captured: Sequence[Tensor] = ()) -> list[Tensor]:
+        if not self.divisible:
+            return list(captured)
+        rest, parts = list(captured), []
+        for side in self.sides:
+            count = sum(side.blocks) if rest else 0
+            parts += side.cut(limit, rest[:count])
+            rest = rest[count:]
+        return parts
 
     def factors(self) -> tuple[Factor, Factor] | None:
-        if not all(side.average.value for side in self.sides):
+        if None in self._turned or not all(side.average.value for side in self.sides):
             return None
-        terms = [(side.layer, side.average.value[0], side.average.value[1]) for side in self.sides]
-        pair = tied_product(self.params[0], terms)
-        if pair is None:
-            return None
-        A, G = pair
-        return Factor(A, A.dim() == 1), Factor(G, G.dim() == 1)
+        terms = []
+        for side, turned in zip(self.sides, self._turned, strict=True):
+            value, count = side.average.value, side.blocks[0]
+            A, G = value[:count], value[count:]
+            terms.append((G, A) if turned else (A, G))
+        A, G = nearest_blocks(terms)
+        return Factor(A, A[0].dim() == 1), Factor(G, G[0].dim() == 1)
+
+
+def nearest_blocks(terms: Sequence[tuple[list[Tensor], list[Tensor]]]) -> tuple[list[Tensor], ...]:
+    """`nearest_product` of terms whose sides are lists of the diagonal blocks of one cut, or one
+    diagonal."""
+    sides = []
+    for side in zip(*terms, strict=True):
+        cut = next(([len(b) for b in blocks] for blocks in side if blocks[0].dim() > 1), None)
+        sides.append(
+            [
+                blocks
+                if cut is None or blocks[0].dim() > 1
+                else [torch.diag_embed(part) for part in blocks[0].split(cut)]
+                for blocks in side
+            ]
+        )
+    traces = [[Factor(blocks, blocks[0].dim() == 1).trace for blocks in side] for side in sides]
+    total = sum(x * y for x, y in zip(*traces, strict=True))
+    if len(terms) == 1 or float(total) == 0.0:
+        return sides[0][0], sides[1][0]
+    left, right = (
+        [
+            torch.stack([t * block for t, block in zip(other, parts, strict=True)]).sum(0)
+            for parts in zip(*side, strict=True)
+        ]
+        for side, other in zip(sides, reversed(traces), strict=True)
+    )
+    return left, [block / total for block in right]
+
+
+def _turned(layer: KroneckerLayer, first: KroneckerLayer) -> bool | None:
+    """Whether a layer reads the weight that it shares as the transpose of what the first reads;
+    None where it reads another matrix."""
+    weight = torch.empty(layer.parameters[0].shape, device="meta")
+    own, reference = (SharedWeight(one).gather([weight]) for one in (layer, first))
+    if any(t is not weight and t._base is not weight for t in (own, reference)):
+        alike = type(layer.rule) is type(first.rule) and own.shape == reference.shape
+        return False if alike else None
+    for turned, matrix in ((False, own), (True, own.mT)):
+        if (matrix.shape, matrix.stride()) == (reference.shape, reference.stride()):
+            return turned
+    return None
