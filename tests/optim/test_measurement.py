@@ -81,7 +81,7 @@ def test_the_way_of_measuring_is_found_by_trying(kind: str) -> None:
     assert bool(said) == (way in ("evaluation", "none"))
     assert torch.equal(state, torch.get_rng_state())
     if measurement is not None:  # nothing was moved, so there is nothing to be measured
-        assert measurement.finish() < 1e-10
+        assert measurement.finish()[0] < 1e-10
 
 
 def test_a_recurrent_net_over_time_first_sequences_is_measured_whole() -> None:
@@ -133,7 +133,7 @@ def test_the_mean_over_samples_is_the_mean_over_the_minibatch_when_few_examples_
     with torch.no_grad():
         for p in model.parameters():
             p.sub_(0.3 * p.grad.sign() * p.abs().mean())
-    found = [m.finish() for m in begun if m is not None]
+    found = [m.finish()[0] for m in begun if m is not None]
     likelihood = Categorical()
     whole = float(likelihood.kl(before.double(), model(x).detach().double()).mean())
     assert statistics.mean(found) == pytest.approx(whole, rel=0.1)
@@ -166,3 +166,48 @@ def test_measuring_leaves_every_buffer_and_random_state_as_it_was(buffers: str) 
     for name, b in model.named_buffers():
         assert torch.equal(b, before[name])
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_floor_is_what_rounding_alone_realises(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 10)
+    with torch.no_grad():
+        model.weight.mul_(8)
+    recorder = PassRecorder(model)
+    recorder.arm()
+    x = torch.randn(2000, 6)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = functional.cross_entropy(model(x), torch.randint(10, (2000,)))
+    loss.backward()
+    seen = recorder.used()[0]
+    measurement = KLMeter(Categorical(), Processes(model)).begin(seen, None, 0, expected=1.0)
+    assert measurement is not None
+    _, floor = measurement.finish()
+    exact, rounded = model(x).detach().double(), seen.outputs.double()
+    assert floor / 5 < 2 * float(Categorical().kl(exact, rounded).mean()) < 20 * floor
+    seen.autocast, seen.outputs = None, model(x).detach()
+    plain = KLMeter(Categorical(), Processes(model)).begin(seen, None, 0, expected=1.0)
+    assert plain is not None and plain.finish()[1] < 1e-8 * floor + 1e-12
+
+
+def test_steps_below_the_floor_of_bfloat16_teach_the_calibration_nothing() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 5))
+    optimizer = to.NGDT(model)
+    generator = torch.Generator().manual_seed(0)
+    kappas = []
+    for step in range(160):
+        x = torch.randn(64, 6, generator=generator)
+        y = (x[:, :5] + torch.randn(64, 5, generator=generator)).argmax(1)
+        optimizer.param_groups[0]["lr"] = 1.0 if step < 60 else 1e-3
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        kappas.append(optimizer.calibration.kappa)
+        if step >= 60:
+            assert optimizer.last_step["shortened"] == 1.0
+    assert max(kappas[60:]) < 4 * kappas[59]
+    assert min(kappas[60:]) > kappas[59] / 4

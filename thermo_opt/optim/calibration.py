@@ -59,7 +59,10 @@ BREACH = 3.0
 """A realised KL this many times the predicted one says that the curvature is out of date."""
 
 RESOLUTION = 1e-9
-"""Nats below which a step's KL is rounding, and teaches nothing."""
+"""Nats below which a predicted KL teaches nothing in any precision."""
+
+ABOVE_FLOOR = 10.0
+"""A KL below this many of what rounding alone would feign can't be told from it."""
 
 
 @dataclass
@@ -127,10 +130,12 @@ class Calibration:
         self.breached = False
         return self._jumped or self.due(step)
 
-    def observe(self, step: int, predicted: float, realised: float) -> None:
-        """Take one step's predicted and realised KL (nats)."""
+    def observe(self, step: int, predicted: float, realised: float, floor: float = 0.0) -> None:
+        """Take one step's predicted and realised KL (nats). ``floor``: what rounding alone would
+        realise; a step that can't be told from it teaches nothing."""
         ratio = realised / predicted if predicted > 0 else math.inf
-        if not predicted > RESOLUTION or (self._overrated and ratio < 1):
+        drowned = max(predicted, realised) <= ABOVE_FLOOR * floor
+        if drowned or not predicted > RESOLUTION or (self._overrated and ratio < 1):
             self.last = step
             return
         low, high = BAND

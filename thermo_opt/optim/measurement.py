@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thermo_opt.fisher.likelihoods import Likelihood
+from thermo_opt.fisher.likelihoods import Categorical, Likelihood
 from thermo_opt.models import untouched
 from thermo_opt.optim.forward_pass import ForwardPass
 from thermo_opt.optim.processes import Processes
@@ -35,6 +35,9 @@ from thermo_opt.optim.sharding import reshard
 SAME = 0.02
 """A repeated pass whose KL to the recorded one is below this share of a step's dissipation counts
 as the same."""
+
+CLEAR = 100.0
+"""Of a categorical KL, over the square of the largest rounding: then the floor isn't computed."""
 
 LEAST_EXAMPLES = 4
 """A sample has no fewer examples."""
@@ -54,9 +57,25 @@ class Measurement:
     weights: Tensor | None = None
     evaluated: bool = False
 
-    def finish(self) -> float:
-        """Mean KL(before ‖ now) over the predictions of the minibatch (nats)."""
-        now = _again(self.seen, self.rows, self.evaluated)
+    def finish(self) -> tuple[float, float]:
+        """Mean KL(before ‖ now) over the predictions of the minibatch, and what rounding alone
+        would feign of it (nats)."""
+        realised = self._mean(_again(self.seen, self.rows, self.evaluated))
+        epsilon = _epsilon(self.seen)
+        most = (epsilon * float(self.before.abs().max())) ** 2 if self.before.numel() else 0.0
+        clear = isinstance(self.likelihood, Categorical) and realised > CLEAR * most
+        return realised, 0.0 if clear else self._floor(epsilon)
+
+    def _floor(self, epsilon: float) -> float:
+        """The mean KL of the outputs to themselves, both rounded independently in a precision of
+        this relative spacing (theory §4)."""
+        f = self.before.double()
+        unit = epsilon * torch.ldexp(torch.ones_like(f), torch.frexp(f).exponent - 1)
+        generator = torch.Generator().manual_seed(0)
+        twice = torch.rand((2, *f.shape), generator=generator, dtype=torch.float64).to(f.device)
+        return self._mean(f + unit * (twice[0] - twice[1]))
+
+    def _mean(self, now: Tensor) -> float:
         kl = _kl(self.likelihood, self.before, now)
         if self.weights is not None:
             kl = kl.reshape(len(self.weights), -1).mean(1) * self.weights
@@ -196,6 +215,15 @@ class KLMeter:
             found = found + r.square().reshape(seen.examples, -1).sum(1)
         found = torch.nan_to_num(found, posinf=0.0, neginf=0.0).clamp_min(0.0)
         return found.double().cpu()
+
+
+def _epsilon(seen: ForwardPass) -> float:
+    """The relative spacing of numbers in which a pass computed its outputs."""
+    dtype = seen.outputs.dtype if seen.autocast is None else seen.autocast[1]
+    reduced = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    if dtype == torch.float32 and seen.outputs.is_cuda and reduced:
+        return 2.0**-10
+    return torch.finfo(dtype).eps
 
 
 def _again(seen: ForwardPass, rows: Tensor | None, evaluated: bool) -> Tensor:

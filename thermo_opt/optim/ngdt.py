@@ -19,7 +19,7 @@ from thermo_opt.fisher.likelihoods import Likelihood
 from thermo_opt.fisher.likelihoods import likelihood as named_likelihood
 from thermo_opt.optim import state, validate
 from thermo_opt.optim.budget import Regulator, Schedule, named, value_at
-from thermo_opt.optim.calibration import EXCESS, Calibration
+from thermo_opt.optim.calibration import ABOVE_FLOOR, EXCESS, Calibration
 from thermo_opt.optim.compiled import Compiled
 from thermo_opt.optim.forward_pass import effective_terms
 from thermo_opt.optim.measurement import KLMeter, Measurement
@@ -416,15 +416,17 @@ class NGDT(Optimizer):
     ) -> tuple[float | None, float]:
         """(the KL that the step really caused, None where it is not measured; the factor by which
         it was then shortened)."""
-        own = 0.0 if measurement is None else measurement.finish()
-        whole, measured = self.processes.total([own, float(measurement is not None)])
+        own, rounding = (0.0, 0.0) if measurement is None else measurement.finish()
+        whole, lost, measured = self.processes.total(
+            [own, rounding, float(measurement is not None)]
+        )
         if not measured:
             return None, 1.0
-        realised = whole / measured
+        realised, floor = whole / measured, lost / measured
         finite = math.isfinite(realised)
         if finite and self.calibration is not None:
-            self.calibration.observe(self.steps, taken.predicted, realised)
-        if taken.limit is None or realised <= EXCESS * taken.limit:
+            self.calibration.observe(self.steps, taken.predicted, realised, floor)
+        if taken.limit is None or realised <= max(EXCESS * taken.limit, ABOVE_FLOOR * floor):
             return (realised if finite else None), 1.0
         kept = max(math.sqrt(taken.limit / realised), 0.1) if finite else 0.0
         back = [-(1 - kept) * size for size in taken.sizes]
