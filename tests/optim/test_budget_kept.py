@@ -97,3 +97,27 @@ def test_kl_clipping_is_the_dissipation_regulator_without_the_signal() -> None:
         delta = optimizer.last_step["delta"]
         assert optimizer.last_step["eta"] == pytest.approx(min(1.0, (2 * 2e-3 / delta) ** 0.5))
         assert optimizer.last_step["signal"] is None
+
+
+def test_a_step_far_beyond_its_budget_is_cut_until_it_keeps_it() -> None:
+    """Where the KL is no square of the step's length any more, one cut would not do."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
+    model.append(nn.Linear(32, 6))
+    x, y = torch.randn(64, 8), torch.randint(6, (64,))
+    optimizer = to.NGDT(
+        model, budget=0.01, eta_max=1e9, calibration=to.optim.Calibration(predictions=None)
+    )
+    for step in range(12):
+        if step == 11:
+            optimizer.calibration.kappa *= 1e-7
+            optimizer.calibration.wait = 1
+        before = model(x)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(before, y).backward()
+        optimizer.step()
+    old, new = (f.detach().double().log_softmax(1) for f in (before, model(x)))
+    spent = float((old.exp() * (old - new)).sum(1).mean())
+    assert optimizer.last_step["shortened"] < 1e-2
+    assert 0.05 * 0.01 < spent < 1.3 * 0.01
+    assert spent == pytest.approx(optimizer.last_step["realised"], rel=0.5)

@@ -53,6 +53,13 @@ REPORTED = (
 WATCHED = 20
 """First steps in which gradients are compared with what backward left."""
 
+QUADRATIC = 4.0
+"""A KL of so many times the budget isn't the square of the step's length any more: what is left
+after the step was shortened is measured again."""
+
+MOST_CUTS = 8
+"""Times that a step is shortened."""
+
 BOUND = 0.99
 """A step that would cost less than this share of its budget is bounded by η_max."""
 
@@ -416,22 +423,42 @@ class NGDT(Optimizer):
     ) -> tuple[float | None, float]:
         """(the KL that the step really caused, None where it is not measured; the factor by which
         it was then shortened)."""
+        found = self._realised(measurement)
+        if found is None:
+            return None, 1.0
+        realised, floor = found
+        if math.isfinite(realised) and self.calibration is not None:
+            self.calibration.observe(self.steps, taken.predicted, realised, floor)
+        kept, limit = 1.0, taken.limit
+        for _ in range(MOST_CUTS):
+            if limit is None or realised <= max(EXCESS * limit, ABOVE_FLOOR * floor):
+                break
+            if not math.isfinite(realised):
+                self._cut(taken, kept, 0.0)
+                return None, 0.0
+            part = max(math.sqrt(limit / realised), 0.1)
+            self._cut(taken, kept, kept * part)
+            kept *= part
+            again = self._realised(measurement) if realised > QUADRATIC * limit else None
+            realised = realised * part**2 if again is None else again[0]
+            if again is None:
+                break
+        return (realised if math.isfinite(realised) else None), kept
+
+    def _realised(self, measurement: Measurement | None) -> tuple[float, float] | None:
+        """The KL that the step has caused so far, and what rounding would feign of it, over all
+        processes; None where none measures."""
         own, rounding = (0.0, 0.0) if measurement is None else measurement.finish()
         whole, lost, measured = self.processes.total(
             [own, rounding, float(measurement is not None)]
         )
-        if not measured:
-            return None, 1.0
-        realised, floor = whole / measured, lost / measured
-        finite = math.isfinite(realised)
-        if finite and self.calibration is not None:
-            self.calibration.observe(self.steps, taken.predicted, realised, floor)
-        if taken.limit is None or realised <= max(EXCESS * taken.limit, ABOVE_FLOOR * floor):
-            return (realised if finite else None), 1.0
-        kept = max(math.sqrt(taken.limit / realised), 0.1) if finite else 0.0
-        back = [-(1 - kept) * size for size in taken.sizes]
-        self.metric.apply(back, -(1 - kept) * taken.null_size)
-        return (realised * kept**2 if finite else None), kept
+        return (whole / measured, lost / measured) if measured else None
+
+    def _cut(self, taken: _Taken, old: float, new: float) -> None:
+        """Shorten the step from one share of its size to another."""
+        self.metric.apply(
+            [(new - old) * size for size in taken.sizes], (new - old) * taken.null_size
+        )
 
     def _report(
         self, taken: _Taken, lengths: StepLengths, realised: float | None, shortened: float

@@ -104,7 +104,7 @@ def zero_sum(seen: ForwardPass, unit: float, axis: int = -1) -> bool:
         return True
     rounding = 4 * torch.finfo(g.dtype).eps * unit * g.numel() / g.shape[axis]
     g = g.float()
-    return float(g.sum(axis).abs().sum()) <= ZERO_SUM * float(g.abs().sum()) + rounding
+    return not float(g.sum(axis).abs().sum()) > ZERO_SUM * float(g.abs().sum()) + rounding
 
 
 class GradientWatch:

@@ -35,9 +35,12 @@ WARMUP = 30
 """Steps before the scale moves: until then κ, and so the cost that r is measured in, is only being
 found out (`Calibration.warmup`)."""
 
-MARGIN = 0.1
-"""Steps end a tenth short of the minimum along them. It costs 1 % of their decrease and lets pure
-noise win nothing."""
+MARGIN = -0.1
+"""Steps end a ninth beyond the minimum along them. The best single step is too short for a whole
+training: what bounces back and forth in a few stiff directions shortens all others (Wu et al. 2018,
+short-horizon bias). At 0.1 a CIFAR-10 network ended at 0.91 after 500 steps, at −0.1 at 0.86 and at
+−0.3 at 0.82; small sets of data that are passed over many times overfit the more, the lower it
+is."""
 
 LEAST = 0.01
 """The scale falls no lower, so that training wakes up within 1/GAIN · log(1/LEAST) steps when new
