@@ -1,14 +1,15 @@
 """Whether NGD-T keeps its budget: the KL of every step on its own whole minibatch, over the twelve
-networks and losses of `analysis.small_tasks`.
+networks and losses of `analysis.small_tasks`, or over those of `analysis.more_tasks`.
 
     python -m analysis budget [--budgets 0.001,0.01,0.03] [--seeds 1] [--only WORD,…]
+    [--tasks small|looked-at|apart]
 
 A step is repeated with its random draws after the update and compared with what it gave before,
 apart from the optimizer's own measurements. Ratios are to the budget and to what the step
 was allowed, s²·budget with the signal s (theory §7), in three windows of steps: median [10 %, 90 %]
 max.
 Beside them the final validation loss, and AdamW's at three learning rates on the same batches.
-Seeds are 0, 1, and so on; one thread. Writes budget.csv.
+Seeds are 0, 1, and so on; one thread. Writes budget.csv, or budget_looked-at.csv and so on.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ import torch
 from torch import nn
 
 import thermo_opt as to
+from analysis.more_tasks import APART, LOOKED_AT, made
 from analysis.small_tasks import SmallTask, tasks
 from analysis.timing import report
 from thermo_opt.fisher.likelihoods import likelihood
 
 STEPS = 240
 WINDOWS = ((0, 30), (30, 100), (160, 240))
+SETS = {"looked-at": LOOKED_AT, "apart": APART}
 RATES = (1e-3, 3e-3, 1e-2)
 """AdamW's learning rates."""
 
@@ -108,12 +111,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--budgets", default="0.001,0.01,0.03")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", default="", help="words of the tasks' names, separated by commas")
+    parser.add_argument("--tasks", default="small", choices=["small", "looked-at", "apart"])
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", UserWarning)
     words = given.only.split(",")
     rows = []
-    for task in (task for task in tasks() if any(word in task.name for word in words)):
+    chosen = tasks() if given.tasks == "small" else made(SETS[given.tasks])
+    for task in (task for task in chosen if any(word in task.name for word in words)):
         finals = {r: fmean(adamw(task, r, seed) for seed in range(given.seeds)) for r in RATES}
         for budget in map(float, given.budgets.split(",")):
             row = measured(task, budget, given.seeds)
@@ -122,7 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
             row["over AdamW's best"] = row["validation loss"] / best if best else math.nan
             rows.append(row)
             print(f"{task.name}, budget {budget:g}: done", flush=True)
-    print(report("Realised KL over the budget, and final validation losses", rows, "budget"))
+    name = "budget" if given.tasks == "small" else f"budget_{given.tasks}"
+    print(report("Realised KL over the budget, and final validation losses", rows, name))
 
 
 if __name__ == "__main__":

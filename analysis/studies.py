@@ -1,6 +1,6 @@
 """The four studies: what is trained at which scale.
 
-"small" takes minutes on two cores; "full" wants a GPU and was never run; "tiny" takes seconds, for
+"small" takes minutes on two cores; "full" wants a GPU; "tiny" takes seconds, for
 tests.
 """
 

@@ -78,4 +78,4 @@ def test_what_it_cannot_mean_is_refused(capsys):
     assert main(["evidence", "digits", "--methods", "Adam"]) == 2
     assert "method 'Adam' is unknown" in capsys.readouterr().err
     assert main(["evidence", "digits", "--seeds", "0"]) == 2
-    assert "at least one trial" in capsys.readouterr().err
+    assert "at least one seed" in capsys.readouterr().err
