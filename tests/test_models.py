@@ -150,20 +150,25 @@ def test_inputs_keep_their_structure():
 def test_a_factory_in_the_current_folder_is_found_last(tmp_path):
     """Neither a standard nor an installed module can be replaced by a file lying there."""
     (tmp_path / "nets_of_mine.py").write_text(
-        "import shadowed, json, numpy\ndef make(): return 7\n"
+        "import shadowed, json, numpy\ndef make():\n  import needed_later\n  return 7\n"
     )
+    (tmp_path / "needed_later.py").write_text("")
+    (tmp_path / "optional_package.py").write_text("raise SystemExit('not for thermo_opt')")
     (tmp_path / "shadowed.py").write_text("")
     for name in ("json", "numpy", "pandas", "joblib"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('code in the folder was run')")
     code = (
-        "from thermo_opt.models import load_factory\n"
-        "import sys, os\n"
+        "from thermo_opt.models import load_factory, working_directory_last\n"
+        "import sys\n"
         "before = list(sys.path)\n"
         "load_factory('thermo_opt.demo_models:digits_mlp', '--model')()\n"
         "assert sys.path == before\n"
-        "assert load_factory('nets_of_mine:make', '--model')() == 7\n"
-        "assert sys.path == [*before, os.getcwd()]\n"
-        "import pandas, joblib\n"
+        "make = load_factory('nets_of_mine:make', '--model')\n"
+        "assert sys.path == before\n"
+        "with working_directory_last(): assert make() == 7\n"
+        "assert sys.path == before\n"
+        "import importlib.util, pandas, joblib\n"
+        "assert importlib.util.find_spec('optional_package') is None\n"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     script = tmp_path / "elsewhere"

@@ -48,3 +48,36 @@ def test_workers_import_nothing_from_the_folder_one_stands_in(tmp_path: Path) ->
         text=True,
     )
     assert (done.stdout.strip(), (run / "IMPORTED").exists()) == ("6", False), done.stderr
+
+
+NAMED = """
+from joblib import delayed
+from thermo_opt.models import load_factory
+from thermo_opt.workers import in_processes
+
+if __name__ == "__main__":
+    Mine = load_factory("mine:Mine", "--model")
+    print(*in_processes([delayed(Mine(k).twice)() for k in range(3)], 2))
+"""
+
+
+def test_what_the_user_named_in_the_folder_reaches_the_workers(tmp_path: Path) -> None:
+    """They don't look there, so it is sent whole, and with it what it imports from there."""
+    (tmp_path / "beside.py").write_text("def double(k): return 2 * k\n")
+    (tmp_path / "mine.py").write_text(
+        "import beside\n"
+        "class Mine:\n"
+        "    def __init__(self, k): self.k = k\n"
+        "    def twice(self): return beside.double(self.k)\n"
+    )
+    script = tmp_path / "elsewhere" / "main.py"
+    script.parent.mkdir()
+    script.write_text(NAMED)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "0 2 4", done.stderr

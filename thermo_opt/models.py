@@ -8,13 +8,12 @@ NGD-T.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import random
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from thermo_opt import workers
 from thermo_opt.errors import InputError
 
 STOCHASTIC = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
@@ -308,9 +308,9 @@ def _identical(a: Tensor, b: Tensor) -> bool:
 def load_factory(spec: Any, what: str) -> Any:
     """What ``package.module:factory`` names, imported because the user asked for it by name.
 
-    A module that is not installed is looked for in the current folder, which is then put *last* on
-    ``sys.path``, so that no file lying there can ever stand in for an installed module; for
-    installed ones the path stays as it is.
+    A module that is not installed is looked for in the current folder (`working_directory_last`),
+    which is on ``sys.path`` no longer than the import lasts. Call what is returned in the same
+    context, since it may import more.
 
     Args:
         spec: the text ``package.module:factory``.
@@ -327,14 +327,36 @@ def load_factory(spec: Any, what: str) -> Any:
     if not module or not name:
         raise InputError(f"{what} {spec!r} isn't of the form package.module:factory")
     try:
-        if (
-            importlib.util.find_spec(module.partition(".")[0]) is None
-            and os.getcwd() not in sys.path
-        ):
-            sys.path.append(os.getcwd())
-            importlib.invalidate_caches()
-        return getattr(importlib.import_module(module), name)
+        with working_directory_last():
+            return getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as error:  # the user's module may fail in any way
         raise InputError(
             f"{what} {spec!r} can't be imported ({type(error).__name__}: {error})"
         ) from None
+
+
+@contextmanager
+def working_directory_last() -> Iterator[None]:
+    """The current folder is the *last* place on ``sys.path`` inside, and as before afterwards.
+
+    For code that the user named, and for nothing else: a file lying there can neither stand in for
+    an installed module nor, later, for an optional one that isn't installed. What was imported
+    from there is sent to other processes by value, since they don't look there.
+    """
+    here = os.getcwd()
+    if here in sys.path:
+        yield
+        return
+    before = set(sys.modules)
+    sys.path.append(here)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # the user's module may have changed the path itself
+            sys.path.remove(here)
+        for name in set(sys.modules) - before:
+            place = os.path.join(here, name.partition(".")[0])
+            file = getattr(sys.modules[name], "__file__", None) or ""
+            if file == place + ".py" or file.startswith(place + os.sep):
+                workers.send_by_value(sys.modules[name])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 _SAFE = "PYTHONSAFEPATH"
@@ -26,6 +28,16 @@ def in_processes(calls: Iterable[Any], jobs: int, *, ordered: bool = True) -> It
     order = "generator" if ordered else "generator_unordered"
     with _without_working_directory():
         yield from Parallel(n_jobs=jobs, return_as=order)(calls)
+
+
+def send_by_value(module: ModuleType) -> None:
+    """Have a module's classes and functions sent to other processes whole, since those can't import
+    it."""
+    for name in ("cloudpickle", "joblib.externals.cloudpickle"):  # joblib's own before 1.6
+        try:
+            import_module(name).register_pickle_by_value(module)
+        except ImportError:
+            continue
 
 
 @contextmanager

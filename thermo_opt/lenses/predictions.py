@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from thermo_opt import likelihoods
 from thermo_opt.errors import InputError
 from thermo_opt.manifold import Point, embed
-from thermo_opt.models import load_factory, map_tensors
+from thermo_opt.models import load_factory, map_tensors, working_directory_last
 from thermo_opt.runs import Probe, Run
 from thermo_opt.runs.probe import Inputs
 from thermo_opt.runs.probing import install, predict
@@ -398,7 +398,8 @@ def build_model(run: Run, spec: str | nn.Module | None = None) -> nn.Module:
 def _call_factory(spec: str) -> nn.Module:
     factory = load_factory(spec, "--model")
     try:
-        model = factory() if not isinstance(factory, nn.Module) else factory
+        with working_directory_last():
+            model = factory() if not isinstance(factory, nn.Module) else factory
     except (Exception, SystemExit) as error:
         raise InputError(
             f"--model {spec!r} failed when called without arguments ({type(error).__name__}: "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from thermo_opt.errors import InputError
-from thermo_opt.models import load_factory
+from thermo_opt.models import load_factory, working_directory_last
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 Stream: TypeAlias = Callable[[int, torch.Generator], Iterator[Pair]]
@@ -86,7 +86,8 @@ def build_task(task: str, seed: int, options: Mapping[str, Any] | None = None) -
     function = TASKS[task] if task in TASKS else load_function(task, "[task] factory")
     torch.manual_seed(seed)
     try:
-        made = function(seed, **(options or {}))
+        with working_directory_last():
+            made = function(seed, **(options or {}))
     except InputError:
         raise
     except Exception as error:  # whatever a user's function raises

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from thermo_opt.errors import InputError
 from thermo_opt.fisher.likelihoods import likelihood as named_likelihood
-from thermo_opt.models import outputs_of
+from thermo_opt.models import outputs_of, working_directory_last
 from thermo_opt.runs import Recorder, load_run
 from thermo_opt.sweep.config import Trial, nearest
 from thermo_opt.sweep.records import RESULT, UNFINISHED, finished, seal, write_json
@@ -220,9 +220,9 @@ def build_optimizer(trial: Trial, model: nn.Module) -> torch.optim.Optimizer:
         if trial.optimizer == "NGDT":
             return _ngdt(trial, model)
         if ":" in trial.optimizer:
-            made = load_function(trial.optimizer, f"{trial.method}: optimizer")(
-                model, **trial.settings
-            )
+            function = load_function(trial.optimizer, f"{trial.method}: optimizer")
+            with working_directory_last():
+                made = function(model, **trial.settings)
         else:
             made = _torch_optimizer(trial.optimizer)(model.parameters(), **trial.settings)
     except (TypeError, ValueError, KeyError) as error:  # InputError is a ValueError

@@ -21,7 +21,7 @@ from torch import nn
 from thermo_opt import fisher, thermodynamics
 from thermo_opt.errors import InputError
 from thermo_opt.manifold import fisher_rao
-from thermo_opt.models import load_factory
+from thermo_opt.models import load_factory, working_directory_last
 from thermo_opt.optim import NGDT
 from thermo_opt.theory.verify.networks import flat, images, mlp
 
@@ -146,7 +146,8 @@ def _run(make: Factory, seed: int, steps: int, scale: float) -> _Run:
         model
     )  # measurements run on a copy, which no optimizer has attached hooks to
     try:
-        optimizer = make(model)
+        with working_directory_last():
+            optimizer = make(model)
     except Exception as error:  # whatever the user's code raises is about the user's code
         raise InputError(
             f"the optimizer factory failed on a small nn.Sequential: {error}"
