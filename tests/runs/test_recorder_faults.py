@@ -3,6 +3,7 @@ training."""
 
 import json
 import os
+import resource
 import shutil
 import time
 import warnings
@@ -228,3 +229,40 @@ def test_probes_with_weights_soft_targets_and_other_families(tmp_path):
             tmp_path / "p", model=sure, optimizer=torch.optim.SGD(sure.parameters()), probe=(X, Y)
         ).__enter__()
     assert not (tmp_path / "p").exists()
+
+
+def test_a_recording_that_cannot_begin_leaves_nothing(tmp_path):
+    """A probe that no file can hold, or that finds no room, is no obstacle to the next try."""
+    model, optimizer = made()
+    path = tmp_path / "run"
+    odd = {"a": X, "b": torch.zeros(12, dtype=torch.complex128)}
+    forward = model.forward
+    model.forward = lambda a, b=None: forward(a)
+    with (
+        pytest.raises(InputError, match="complex128"),
+        Recorder(path, model=model, optimizer=optimizer, probe=(odd, Y)),
+    ):
+        pass
+    assert not path.exists()
+    large = torch.randn(1000, 4)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    try:
+        path.mkdir()
+        with (
+            pytest.raises(InputError, match="can't be written to"),
+            Recorder(path, model=model, optimizer=optimizer, probe=(large, None)),
+        ):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(path.iterdir()) == []
+    with Recorder(path, model=model, optimizer=optimizer, probe=(X, Y)) as recorder:
+        go(recorder, model, optimizer, 2)
+    files = sorted(path.rglob("*"))
+    with (
+        pytest.raises(InputError, match="another probe"),
+        Recorder(path, model=model, optimizer=optimizer, probe=(X + 1, Y), resume=True),
+    ):
+        pass
+    assert sorted(path.rglob("*")) == files

@@ -17,7 +17,8 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from thermo_opt.runs.tensors import checksum, metadata_checksum
+from thermo_opt.errors import InputError
+from thermo_opt.runs.tensors import DTYPES, checksum, metadata_checksum
 
 SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
@@ -63,7 +64,14 @@ def remove_partial(folder: Path) -> None:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write CPU tensors as safetensors with a checksum of each, atomically."""
+    """Write CPU tensors as safetensors with a checksum of each, atomically; InputError for a type
+    of numbers that the format hasn't."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{path.name}: {name} is of type {kind}, which safetensors can't hold; convert it"
+            )
     checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
     checksums[""] = metadata_checksum(metadata or {})
     write_atomically(

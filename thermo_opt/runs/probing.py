@@ -153,6 +153,8 @@ class ProbeObserver:
                 f"probe: inputs are of type {type(inputs).__name__}; give a tensor, or a tuple or "
                 f"dictionary of tensors"
             )
+        if any(part.layout != torch.strided for part in parts):
+            raise InputError("probe: inputs are sparse; give dense tensors (to_dense())")
         for what, tensor in (("targets", targets), ("weights", weights)):
             if tensor is not None and not isinstance(tensor, Tensor):
                 raise InputError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -252,11 +254,13 @@ class Recorder:
         tensors, metadata = (
             self._capture()
         )  # before anything is written: a probe that doesn't fit leaves no trace
+        begun = made = False
         try:
+            made = not self.path.exists()
             continued = self._prepare_folder(tensors)
-            if (
-                not continued
-            ):  # first of all, so that from its first instant the folder is a readable run
+            if not continued:
+                begun = True  # the folder was empty: what lies there from here on is ours
+                # first of all, so that from its first instant the folder is a readable run
                 header = self._header | {"clock": self._header["clock"] or "step"}
                 write_atomically(self.path / RUN_FILE, encoded(header))
             (self.path / SNAPSHOT_FOLDER).mkdir(exist_ok=True)
@@ -277,11 +281,12 @@ class Recorder:
             if not target.exists():
                 write_tensors(target, tensors, metadata)
             self._log = StepLog(self.path / STEPS_FILE)
-        except OSError as error:
+        except BaseException as error:
+            if begun:
+                _undo(self.path, made)  # half a beginning would be in the way of the next try
             self._release()
-            raise _unwritable(self.path, error) from None
-        except InputError:
-            self._release()
+            if isinstance(error, OSError):
+                raise _unwritable(self.path, error) from None
             raise
         self._snapshotted = self._count
         self._writer = SnapshotWriter()
@@ -533,7 +538,20 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
+    return dense.to("cpu", copy=True).contiguous()
+
+
+def _undo(path: Path, made: bool) -> None:
+    """Remove what a Recorder that couldn't begin has written into an empty folder, and the folder
+    if it ``made`` it."""
+    with contextlib.suppress(OSError):
+        for folder in (path / SNAPSHOT_FOLDER, path / REPLICA_FOLDER):
+            shutil.rmtree(folder, ignore_errors=True)
+        for name in (STEPS_FILE, PROBE_FILE, RUN_FILE):
+            (path / name).unlink(missing_ok=True)
+        if made:
+            path.rmdir()
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:

@@ -29,13 +29,14 @@ _SMALL = 1 << 18
 """Bytes up to which a file is read whole: mapping costs more than copying it."""
 _HEADER = 100_000_000
 """Bytes of a header, safetensors' own limit."""
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
+"""Types of numbers that our files hold, by the names of the format."""
 
 
 class Checksum:
@@ -113,7 +114,7 @@ class SafetensorsFile:
         self.metadata: dict[str, str] = metadata if isinstance(metadata, dict) else {}
         self.layouts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for name in sorted(header):
-            dtype = _DTYPES.get(header[name]["dtype"])
+            dtype = DTYPES.get(header[name]["dtype"])
             if dtype is None:
                 raise InputError(
                     f"{path}: {name!r} is of type {header[name]['dtype']}, which torch can't "
