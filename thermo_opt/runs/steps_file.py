@@ -5,6 +5,8 @@ seconds.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +35,10 @@ def read_steps(file: Path) -> pd.DataFrame:
     last = -1
     if file.exists():
         for number, rows in _blocks(file):
-            steps = [_step(row, file, number + offset) for offset, row in enumerate(rows)]
-            for offset, step in enumerate(steps):
-                if step <= last:
-                    how = "occurs twice" if step == last else f"comes after step {last}"
-                    raise InputError(
-                        f"{file}, line {number + offset}: step {step} {how}; steps must increase: "
-                        "keep one line per step"
-                    )
-                last = step
+            steps = _steps(rows, last)
+            if steps is None:
+                raise _wrong_step(rows, last, file, number)
+            last = int(steps[-1])
             parts.append(_table(rows, steps))
     if not parts:
         return pd.DataFrame(index=pd.Index([], name="step", dtype="int64"))
@@ -114,15 +111,36 @@ def _parsed(
         yield number + offset, [row]
 
 
-def _step(row: Any, file: Path, number: int) -> int:
-    if not isinstance(row, dict) or "step" not in row:
-        raise _not_a_row(file, number)
-    step = row["step"]
-    if type(step) is not int or not 0 <= step <= LARGEST:
-        raise InputError(
-            f"{file}, line {number}: step {str(step)[:40]} isn't a whole number; restore the file"
-        )
-    return step
+def _steps(rows: list[Any], last: int) -> np.ndarray | None:
+    """The rows' steps if all are whole numbers that increase from ``last``; a block at a time."""
+    try:
+        found = list(map(itemgetter("step"), rows))
+    except (TypeError, KeyError):
+        return None
+    if set(map(type, found)) != {int} or max(found) > LARGEST or min(found) < 0:
+        return None
+    steps = np.array(found, dtype=np.int64)
+    return steps if steps[0] > last and (np.diff(steps) > 0).all() else None
+
+
+def _wrong_step(rows: list[Any], last: int, file: Path, number: int) -> InputError:
+    """What is wrong with the first row that isn't one; ``number``: the first row's line."""
+    for line, row in enumerate(rows, number):
+        if not isinstance(row, dict) or "step" not in row:
+            return _not_a_row(file, line)
+        step = row["step"]
+        if type(step) is not int or not 0 <= step <= LARGEST:
+            return InputError(
+                f"{file}, line {line}: step {str(step)[:40]} isn't a whole number; restore the file"
+            )
+        if step <= last:
+            how = "occurs twice" if step == last else f"comes after step {last}"
+            return InputError(
+                f"{file}, line {line}: step {step} {how}; steps must increase: "
+                "keep one line per step"
+            )
+        last = step
+    raise AssertionError("every row is one")
 
 
 def _not_a_row(file: Path, number: int) -> InputError:
@@ -131,14 +149,18 @@ def _not_a_row(file: Path, number: int) -> InputError:
     )
 
 
-def _table(rows: list[dict[str, Any]], steps: list[int]) -> pd.DataFrame:
-    names = dict.fromkeys(name for row in rows for name in row if name != "step")
+def _table(rows: list[dict[str, Any]], steps: np.ndarray) -> pd.DataFrame:
     columns: dict[str, Any] = {}
-    for name in names:
-        values = [row.get(name) for row in rows]
-        numeric = {type(value) for value in values} <= {float, int, type(None)}
+    for name in dict.fromkeys(chain.from_iterable(rows)):
+        if name == "step":
+            continue
+        try:
+            values = list(map(itemgetter(name), rows))  # most rows have all columns
+        except KeyError:
+            values = [row.get(name) for row in rows]
+        numeric = set(map(type, values)) <= {float, int, type(None)}
         try:
             columns[name] = np.array(values, dtype=np.float64) if numeric else values
         except OverflowError:
             columns[name] = values
-    return pd.DataFrame(columns, index=pd.Index(np.array(steps, dtype=np.int64), name="step"))
+    return pd.DataFrame(columns, index=pd.Index(steps, name="step"))
