@@ -1,76 +1,122 @@
-"""The same run recorded at every step and thinned: what an audit says of the thinned run is true of
-the whole."""
+"""The same run recorded at every step and thinned, through the whole pipeline: what the interface,
+the terminal, the JSON and the page say of the thinned run is true of the whole."""
 
+import html
+import json
 import re
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
-import numpy as np
 import pytest
 
 import thermo_opt as to
-from thermo_opt.describe.sentences import closest, explanation, headline
-from thermo_opt.describe.standing import standing
-
-RNG = np.random.default_rng(4)
-Y = RNG.integers(0, 3, 30)
-
-
-def wandering(shape, pull):
-    return np.cumsum(0.15 * RNG.normal(size=(101, *shape)) + 0.03 * pull, axis=0)
-
-
-RUNS = {
-    "classes": lambda: (wandering((30, 3), np.eye(3)[Y]), Y, {}),
-    "bfloat16": lambda: (
-        (wandering((30, 3), np.eye(3)[Y]).astype(np.float32).view(np.uint32) & 0xFFFF0000).view(
-            np.float32
-        ),
-        Y,
-        {},
-    ),
-    "means": lambda: (wandering((30, 2), 1.0), np.ones((30, 2)), {"kind": "mean", "sigma2": 0.5}),
-    "labels": lambda: (
-        wandering((30, 4), 1.0),
-        RNG.integers(0, 2, (30, 4)),
-        {"likelihood": "bernoulli"},
-    ),
-}
-TOLERANCE = 1e-9
-SIDES = {
-    "exact": lambda seen, whole: seen == pytest.approx(whole, rel=1e-9),
-    "at least": lambda seen, whole: seen <= whole * (1 + TOLERANCE),
-    "at most": lambda seen, whole: seen >= whole * (1 - TOLERANCE),
-}
+from tests.audits.claims import (
+    KEYS,
+    Whole,
+    check_note,
+    check_number,
+    check_sentences,
+    check_summary,
+    printed,
+)
+from tests.audits.recorded_every_step import RUNS, Recorded, thinned
+from thermo_opt.cli import main
+from thermo_opt.lenses import LENSES, SUMMARY_KEYS
 
 
-@pytest.mark.parametrize("kind", RUNS)
-@pytest.mark.parametrize("stride", [2, 5, 10, 50])
-def test_every_number_and_sentence_of_a_thinned_run_is_true_of_the_whole(kind, stride):
-    z, y, options = RUNS[kind]()
-    steps = np.arange(len(z))
-    whole = to.audit_predictions(z, y, steps=steps, **options).summary
-    thinned = to.audit_predictions(z[::stride], y, steps=steps[::stride], **options)
-    seen = thinned.summary
-    for key, value in seen.items():
-        side = standing(seen, key)
-        if isinstance(value, float) and side in SIDES and key not in ("stride",):
-            assert SIDES[side](value, whole[key]), (key, side, value, whole[key])
-    assert seen["alignment"] is seen["alignment_lower"] is None
-    said = " ".join([headline(seen), *explanation(closest(thinned))]).replace("\u00a0", " ")
-    assert "lay along" not in said
-    assert f"at least {headline(seen).split('at least ')[1].split(' ')[0]}" in said
-    most = float(re.search(r"at most ([\d.]+) % of it was unavoidable", said).group(1))
-    assert most >= 100 * whole["efficiency"] * 0.98
-    amount = float(re.search(r"dissipated at least ([\d.]+) ", said).group(1))
-    assert amount <= whole["dissipation"] * 1.005
+@pytest.fixture(name="recorded", scope="module", params=RUNS)
+def _recorded(request, tmp_path_factory) -> Recorded:
+    return RUNS[request.param](tmp_path_factory.mktemp(request.param))
 
 
-@pytest.mark.parametrize("name", ["digits-sgd", "digits-adam-minibatch"])
-def test_a_recorded_run_at_every_stride(name):
-    run = to.load_run(f"data/{name}")
-    whole = to.audit(run, lens="outputs").summary
-    for stride in (2, 5, 10, 50):
-        seen = to.audit(run, lens="outputs", stride=stride).summary
-        for key, value in seen.items():
-            side = standing(seen, key)
-            if isinstance(value, float) and side in SIDES and key != "stride":
-                assert SIDES[side](value, whole[key]), (stride, key, side)
+def lenses_at(recorded: Recorded, stride: int) -> list[str]:
+    """The parameter lens and the optimizer-state lens are dear: they look at some strides only."""
+    moments = recorded.run.snapshots[0].has_group("exp_avg")
+    closer = ["parameters"] if stride >= recorded.parameters_from else []
+    return ["outputs", *closer, *(["optimizer-state"] if moments and stride >= 50 else [])]
+
+
+@cache
+def whole_from(recorded: Recorded, first: int) -> Whole:
+    """The run at every step from a snapshot on."""
+    kept = [snapshot for snapshot in recorded.run.snapshots if snapshot.step >= first]
+    audit = to.audit(replace(recorded.run, snapshots=kept), lens="outputs", **recorded.options)
+    return Whole({"outputs": audit.summary})
+
+
+@pytest.mark.parametrize("stride", [1, 2, 5, 10, 50])
+def test_all_that_is_said_of_a_thinned_run_is_true_of_the_whole(
+    recorded, stride, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "4000")
+    if stride == 1 and recorded.options:
+        return  # replayed: as slow as all its strides together
+    path = recorded.path if stride == 1 else thinned(recorded, tmp_path / "thinned", stride)
+    if path is None:
+        return  # two snapshots so far apart aren't there
+    lenses = lenses_at(recorded, stride)
+    audit = to.audit(path, lens=lenses, **recorded.options)
+    whole = (
+        Whole({"outputs": audit.summary})
+        if stride == 1
+        else whole_from(recorded, audit.summary["first_step"])
+    )
+    options = [f"--{key.replace('_', '-')}={given}" for key, given in recorded.options.items()]
+    command = ["audit", str(path), *options, *(f"--lens={lens}" for lens in lenses)]
+
+    for summary in audit.summaries:
+        check_summary(summary, whole)
+    found = json.loads(audit.to_json())
+    if stride in (5, 50):
+        assert main([*command, "--json"]) == 0
+        assert json.loads(capfd.readouterr().out) == found
+
+    page = tmp_path / "page.html"
+    assert main([*command, f"--html={page}"]) == 0
+    sentences, rows, notes = printed(capfd.readouterr().out.partition("\nReport: ")[0])
+    by_lens = {summary["lens"]: summary for summary in found["runs"]}
+    check_sentences(sentences, by_lens["outputs"], whole)
+    check_rows(rows, by_lens, whole)
+    assert len(notes) >= 1
+    for line in notes:
+        lens, _, note = line.partition(": ")
+        assert lens in LENSES
+        check_note(note, by_lens.get(lens, {}), whole)
+    check_page(page, found["runs"], sentences, whole)
+
+
+def check_rows(rows: list[list[str]], by_lens: dict, whole: Whole) -> None:
+    """The terminal's table: a column a lens, each number with the sign of what it is."""
+    names = rows[0]
+    assert names == [lens for lens in LENSES if lens in by_lens]
+    for row in rows[1:]:
+        if row[0] not in KEYS:
+            assert row[0] in {"Transport", "Noise", "Drift", "Housekeeping", "Critical batch size"}
+            continue
+        for lens, text in zip(names, row[-len(names) :], strict=True):
+            key = KEYS[row[0]]
+            if not key.endswith("_lower"):
+                check_number(by_lens[lens], key, text, whole)
+
+
+def check_page(page: Path, summaries: list[dict], sentences: str, whole: Whole) -> None:
+    """The page: its JSON, cards, table and titles."""
+    text = page.read_text("utf-8")
+    embedded = re.search(r'id="thermo-opt-summaries">(.*?)</script>', text, re.S)
+    assert embedded is not None
+    assert json.loads(embedded[1])["runs"] == summaries
+    first = summaries[0]
+    card = re.findall(r'<p class="(?:headline|more)">(.*?)</p>', text)
+    assert " ".join(map(html.unescape, card)) == sentences
+    (efficiency,) = re.findall(r'<p class="big">(.*?)<small>', text)
+    check_number(first, "efficiency", html.unescape(efficiency).replace("\u2009", " "), whole)
+    cells = re.findall(
+        r'<td data-key="(\w+)" data-column="(\d+)" data-value="[^"]*">(.*?)</td>', text
+    )
+    assert {key for key, _, _ in cells} < set(SUMMARY_KEYS)
+    for key, column, cell in cells:
+        check_number(summaries[int(column)], key, html.unescape(cell), whole)
+    titles = re.findall(r'<h2 id="title-[\w-]+">(.*?)</h2>', text)
+    seen = "seen every step" if first["stride"] == 1 else f"every {first['stride']:g} steps"
+    assert all(seen in title for title in titles if title != "How much the sampling hides")

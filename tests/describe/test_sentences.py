@@ -79,7 +79,7 @@ def test_epochs_are_called_epochs() -> None:
 
 def test_what_came_before_the_first_snapshot_is_not_claimed() -> None:
     assert "From step 500 on" in headline(SPARSE | {"first_step": 500, "last_step": 510})
-    assert "from step 500 on" in headline(KNOWN | {"first_step": 500, "last_step": 510})
+    assert "From step 500 on" in headline(KNOWN | {"first_step": 500, "last_step": 510})
 
 
 def test_explanation_gives_both_floors() -> None:

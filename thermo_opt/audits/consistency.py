@@ -7,7 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from thermo_opt.describe.standing import standing
 from thermo_opt.lenses.results import ALIGNMENT_KEYS, LensAudit
+
+_SAID = {"exact": "", "at most": "at most ", "estimate": "about "}
+"""Before a number of a standing."""
 
 
 def consistent(lenses: dict[str, LensAudit]) -> dict[str, LensAudit]:
@@ -72,9 +76,13 @@ def _held_against(
     """A note with Adam's numbers and the Fisher's side by side, where a probe gives the latter."""
     own, said = adam.summary, []
     for key in ("straightness", "steadiness"):
-        other = None if outputs is None else outputs.summary[key]
-        if own[f"adam_{key}_lower"] is not None and other is not None:
-            said.append(f"{key} {_between(own, f'adam_{key}')}, where the probe says {other:.2g}")
+        if outputs is None or own[f"adam_{key}_lower"] is None:
+            continue
+        if (other := outputs.summary[key]) is not None:
+            said.append(
+                f"{key} {_between(own, f'adam_{key}')}, where the probe says "
+                f"{_SAID[standing(outputs.summary, key)]}{other:.2g}"
+            )
     for closer in (parameters, outputs):
         if closer is None or own["adam_alignment_lower"] is None:
             continue

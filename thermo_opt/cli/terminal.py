@@ -23,7 +23,7 @@ from thermo_opt.describe import counterfactual as other_words
 from thermo_opt.describe import sentences as words
 from thermo_opt.describe import split as noise_words
 from thermo_opt.describe.quantities import QUANTITIES, Quantity, number, percent, unit
-from thermo_opt.describe.standing import standing, with_standing
+from thermo_opt.describe.standing import standing, toward_of, with_standing
 from thermo_opt.errors import printable
 from thermo_opt.lenses.results import Audited
 
@@ -275,7 +275,8 @@ def _value(summary: Mapping[str, Any], key: str) -> str:
 
 def _cell(row: Mapping[str, Any], key: str) -> str:
     if key == "efficiency" and row[key] is not None:
-        return ("≤ " if standing(row, key) == "at most" else "") + percent(row[key])
+        said = standing(row, key)
+        return ("≤ " if said == "at most" else "") + percent(row[key], toward_of(said))
     return with_standing(row, key) if key in ("dissipation", "length") else number(row[key])
 
 
@@ -283,7 +284,8 @@ def _range(lower: float | None, upper: float | None) -> str | None:
     """A bracket of the alignment as one entry."""
     if lower is None or upper is None or upper - lower < 5e-4:
         return None if lower is None else number(lower, 2)
-    return f"≥ {number(lower, 2)}" if upper >= 1 else f"{number(lower, 2)}–{number(upper, 2)}"
+    low, high = number(lower, 2, "down"), number(upper, 2, "up")
+    return f"≥ {low}" if upper >= 1 else f"{low}–{high}"
 
 
 def _table() -> Table:

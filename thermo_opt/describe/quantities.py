@@ -4,7 +4,10 @@ the terminal."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+from typing import Any, Literal
+
+Toward = Literal["down", "up"]
 
 CLOCK_UNITS = {
     "step": "step",
@@ -254,9 +257,9 @@ def cost_unit(clock: str) -> str:
     return "nats" if clock == "step" else f"nats per {CLOCK_UNITS.get(clock, clock)}"
 
 
-def number(value: Any, digits: int = 3) -> str:
+def number(value: Any, digits: int = 3, toward: Toward | None = None) -> str:
     """A number as a person reads it (significant digits; powers of ten spelled out), "–" for null;
-    text as it is."""
+    text as it is. A bound stays one in its rounding: ``toward`` is the way that it may give."""
     if value is None:
         return "–"
     if isinstance(value, str):
@@ -268,6 +271,9 @@ def number(value: Any, digits: int = 3) -> str:
         return "–"
     if value == 0:
         return "0"
+    if toward is not None:
+        exact = _decimal(value)
+        value = _rounded(exact, exact.adjusted() - digits + 1, toward)
     if value.is_integer() and abs(value) < 1e7:
         return f"{int(value):,}".replace(",", "\u202f")
     if 1e-3 <= abs(value) < 1e6:
@@ -282,10 +288,13 @@ def number(value: Any, digits: int = 3) -> str:
     return f"10{superscript}" if mantissa == "1" else f"{mantissa}\u2009×\u200910{superscript}"
 
 
-def percent(share: float) -> str:
+def percent(share: float, toward: Toward | None = None) -> str:
     """A share as a percentage: whole percents, one digit below 10 %; never "0 %" or "100 %" for
-    what isn't."""
+    what isn't. A bound stays one in its rounding: ``toward`` is the way that it may give."""
     value = 100 * share
+    if toward is not None:
+        fine = abs(value) < 9.95 or 99 < value < 100
+        value = _rounded(100 * _decimal(share), -1 if fine else 0, toward)
     if value == 0:
         return "0\u00a0%"
     if 0 < abs(value) < 0.1:
@@ -295,3 +304,14 @@ def percent(share: float) -> str:
     if abs(value) < 9.95 or 99 < value < 100:
         return f"{value:.1f}\u00a0%"
     return f"{value:.0f}\u00a0%"
+
+
+def _decimal(value: float) -> Decimal:
+    """A number without the last digits of floating point, which say nothing."""
+    return Decimal(f"{value:.12g}")
+
+
+def _rounded(value: Decimal, place: int, toward: Toward) -> float:
+    """To a multiple of 10**place."""
+    rounding = ROUND_FLOOR if toward == "down" else ROUND_CEILING
+    return float(value.quantize(Decimal(1).scaleb(place), rounding))

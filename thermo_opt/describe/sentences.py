@@ -14,6 +14,8 @@ Summary = Mapping[str, Any]
 
 _NARROW = 0.1
 """Width up to which a bracket is said whole; of a wider one, the lower end."""
+_LEAST = 0.001
+"""Least share that is said: a smaller one would be rounded down to nothing."""
 _WORTH_SAYING = 0.005
 """Share of the dissipation below which going uphill isn't mentioned."""
 
@@ -84,12 +86,13 @@ def headline(summary: Summary) -> str:
         where = "never moved" if summary["every_step"] else "were the same in all snapshots"
         return f"{since} run dissipated nothing that is seen: its predictions {where}."
     if not summary["every_step"]:
-        said = f"{since} run dissipated at least {amount}, seen {seen_every(summary)}"
+        least = f"{number(total, toward='down')} {cost_unit(summary['clock'])}"
+        said = f"{since} run dissipated at least {least}, seen {seen_every(summary)}"
         if summary["efficiency"] is None:
             return f"{said}; how much of it was unavoidable is not known."
         return (
-            f"{said}; at most {percent(summary['efficiency'])} of it was unavoidable, and at least "
-            f"{number(summary['detour'])} went into detours."
+            f"{said}; at most {percent(summary['efficiency'], 'up')} of it was unavoidable, and at "
+            f"least {number(summary['detour'], toward='down')} went into detours."
         )
     shares = _shares(summary)
     if shares is None:
@@ -97,10 +100,10 @@ def headline(summary: Summary) -> str:
             f"{since} run dissipated {amount}; how much of it was unavoidable is not known through "
             "this lens."
         )
-    return (
-        f"Of the {amount} that {since[0].lower()}{since[1:]} run dissipated, {shares[0]} was "
-        f"unavoidable; {shares[1]} went into detours and {shares[2]} into uneven pacing."
-    )
+    went = f"{shares[1]} went into detours and {shares[2]} into uneven pacing."
+    if summary["first_step"] > 0:
+        return f"{since} run dissipated {amount}: {shares[0]} of it was unavoidable; {went}"
+    return f"Of the {amount} that this run dissipated, {shares[0]} was unavoidable; {went}"
 
 
 def explanation(summary: Summary) -> list[str]:
@@ -117,10 +120,11 @@ def explanation(summary: Summary) -> list[str]:
     least_distance, duration = summary["least_distance"], summary["duration"]
     if least_distance is not None and duration and total:
         least = least_distance**2 / (2 * duration)
-        most = "" if summary["every_step"] else "at most "
+        share = least / total
+        paid = percent(share) if summary["every_step"] else f"at most {percent(share, 'up')}"
         said.append(
             "To reach the same loss in that time, no optimizer and no network can pay less than "
-            f"{number(least)} {unit}, {most}{percent(least / total)} of what this run paid."
+            f"{number(least, toward='down')} {unit}, {paid} of what this run paid."
         )
     replayed = counterfactual.sentences(summary)
     if summary["lens"] == "counterfactual":
@@ -139,7 +143,7 @@ def brief(summary: Summary) -> list[str]:
         if least_distance is not None and duration:
             sentence += (
                 "; no method reaches this loss in this time for less than "
-                f"{number(least_distance**2 / (2 * duration))}"
+                f"{number(least_distance**2 / (2 * duration), toward='down')}"
             )
         said.append(sentence + ".")
     return said + split.brief(summary) + alignment(summary)
@@ -163,10 +167,10 @@ def alignment(summary: Summary) -> list[str]:
         if up_high is not None and up_high >= _WORTH_SAYING:
             sentence += f" downhill, and {_range(up_low, up_high)} uphill"
         said.append(f"{sentence}; the rest bought no first-order decrease of the loss.")
-    elif low is not None and low > 0:
-        sentence = of_what.format(f"at least {percent(low)}") + ", downhill"
+    elif low is not None and low >= _LEAST:
+        sentence = of_what.format(f"at least {percent(low, 'down')}") + ", downhill"
         if up_low is not None and up_low >= _WORTH_SAYING:
-            sentence += f", and at least {percent(up_low)} uphill"
+            sentence += f", and at least {percent(up_low, 'down')} uphill"
         said.append(sentence + ".")
     if summary["held_by"] and summary["alignment_lower_rest"] is not None:
         held = summary["held_by"]
@@ -176,7 +180,7 @@ def alignment(summary: Summary) -> list[str]:
             f"{count} of the probe (number {names}, counted from 0; a wrong label?) "
             f"{'holds' if len(held) == 1 else 'hold'} this lower end down: on the probe without "
             f"{'it' if len(held) == 1 else 'them'}, the mean alignment is at least "
-            f"{percent(max(summary['alignment_lower_rest'], 0.0))}."
+            f"{percent(max(summary['alignment_lower_rest'], 0.0), 'down')}."
         )
     if summary["displacement_alignment"] is not None:
         said.append(
@@ -195,12 +199,17 @@ def comparison(audits: Sequence[Audited]) -> str | None:
     if ranked.obstacle is not None or not ranked.order:
         return None
     best, worst = (audits[ranked.order[k]] for k in (0, -1))
-    at_most = "" if best.summary["every_step"] else "at most "
+    shares = [
+        percent(audit.summary["efficiency"])
+        if best.summary["every_step"]
+        else f"at most {percent(audit.summary['efficiency'], 'up')}"
+        for audit in (best, worst)
+    ]
     said = (
         f"Of the {len(ranked.order)} runs, seen {seen_every(best.summary)}, the most efficient is "
-        f"{best.run}: {at_most}{percent(best.summary['efficiency'])} of what it dissipated was "
+        f"{best.run}: {shares[0]} of what it dissipated was "
         f"unavoidable, and it ended at loss {number(best.summary['loss_end'])}. The least "
-        f"efficient is {worst.run}: {at_most}{percent(worst.summary['efficiency'])}, at loss "
+        f"efficient is {worst.run}: {shares[1]}, at loss "
         f"{number(worst.summary['loss_end'])}. A path can be efficient and lead to a worse loss."
     )
     if ranked.hardly:
@@ -260,7 +269,7 @@ def _adam(summary: Summary) -> str:
 
 def _range(low: float, high: float) -> str:
     """A bracket in words; one number where both ends read alike."""
-    first, last = percent(low), percent(high)
+    first, last = percent(low, "down"), percent(high, "up")
     return first if first == last else f"{first} to {last}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from thermo_opt.describe.quantities import number
+from thermo_opt.describe.quantities import Toward, number
 
 STANDING: dict[str, dict[str, tuple[str, str]]] = {
     "outputs": {
@@ -30,7 +30,7 @@ STANDING: dict[str, dict[str, tuple[str, str]]] = {
         "uphill_lower": ("at least", "unknown"),
         "uphill_upper": ("at most", "unknown"),
         "alignment_lower_rest": ("at least", "unknown"),
-        "displacement_alignment": ("unknown", "unknown"),
+        "displacement_alignment": ("unknown", "estimate"),
     },
     "parameters": {
         "duration": ("exact", "exact"),
@@ -95,5 +95,12 @@ def with_standing(summary: Mapping[str, Any], key: str) -> str:
     """A summary's number as a person reads it, with ≥, ≤ or ≈ before a bound or an estimate; the
     ends of a bracket are named as such already."""
     named = key.endswith(("_lower", "_upper", "_rest"))
-    sign = "" if named else _SIGNS.get(standing(summary, key), "")
-    return sign + number(summary.get(key))
+    said = standing(summary, key)
+    toward = toward_of(said) or ("up" if key.endswith("_upper") else "down" if named else None)
+    return ("" if named else _SIGNS.get(said, "")) + number(summary.get(key), toward=toward)
+
+
+def toward_of(said: str) -> Toward | None:
+    """The way in which a number of this standing may be rounded; None for the nearest."""
+    ways: dict[str, Toward] = {"at least": "down", "at most": "up"}
+    return ways.get(said)

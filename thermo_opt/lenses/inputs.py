@@ -159,7 +159,7 @@ class LensInputs:
             notes = [
                 *notes,
                 f"sigma2 wasn't given: {sigma2:.4g}, the mean squared residual at the last "
-                "snapshot, is used; all nats are in proportion to 1/sigma2",
+                "snapshot, is used; dissipations and squared lengths are in proportion to 1/sigma2",
             ]
         return name, sigma2, notes
 

@@ -46,7 +46,7 @@ def rounding_notes(a: np.ndarray, floor: np.ndarray, dtype: str) -> list[str]:
         return []
     return [
         f"the outputs were computed in {dtype}: rounding feigns a squared length of "
-        f"{float(np.median(floor)):.2g} nats per step, and {below} of {len(a)} intervals lie "
-        f"within "
-        f"{ABOVE:g} times that: their alignment is not told, and lengths there are partly rounding"
+        f"{float(np.median(floor)):.2g} nats per step, and of {len(a)} intervals {below} "
+        f"{'lies' if below == 1 else 'lie'} within {ABOVE:g} times that: alignment is not told "
+        "there, and lengths are partly rounding"
     ]

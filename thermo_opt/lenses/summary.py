@@ -104,11 +104,12 @@ def summarise(
         "split": None if measured.split is None else measured.split.to_dict(),
         "notes": [*measured.notes, *notes, *_undefined(measured, known, one_step)],
     }
-    if one_step.all():
+    if one_step.all() and known.any():
         summary |= _alignment(lower, upper, measured.d, q)
         if measured.rest is not None:
             a, d, chi2 = measured.rest
             rest, _ = td.alignment_bracket(a, d, np.zeros_like(a), chi2)
+            rest = np.where(np.isfinite(rest), rest, -1.0)
             summary["held_by"] = list(measured.held_by)
             summary["alignment_lower_rest"] = td.mean_alignment(
                 rest, td.dissipation(a, measured.tau)
@@ -291,22 +292,25 @@ def _alignment(
     lower: np.ndarray, upper: np.ndarray, d: np.ndarray, q: np.ndarray
 ) -> dict[str, float | None]:
     """The signed mean of ε, and the shares of the dissipation along the natural gradient, downhill
-    and uphill apart: the mean of |ε| is a share, that of ε is not (§3)."""
+    and uphill apart: the mean of |ε| is a share, that of ε is not (§3). Of an interval whose ε is
+    not known nothing is assumed."""
+    known = np.isfinite(lower)
+    lower, upper = np.where(known, lower, -1.0), np.where(known, upper, 1.0)
     low, high = td.mean_alignment(lower, q), td.mean_alignment(upper, q)
     narrow = low is not None and high is not None and high - low <= _NARROW
-    inner = np.minimum(np.abs(lower), np.abs(upper))
+    inner = np.where(known, np.minimum(np.abs(lower), np.abs(upper)), 0.0)
     outer = np.maximum(np.abs(lower), np.abs(upper))
-    up = d < 0
+    up, down = known & (d < 0), known & (d >= 0)
     return {
         "alignment": 0.5 * (low + high)
         if narrow and low is not None and high is not None
         else None,
         "alignment_lower": low,
         "alignment_upper": high,
-        "downhill_lower": td.mean_alignment(np.where(up, 0 * inner, inner), q),
-        "downhill_upper": td.mean_alignment(np.where(up, 0 * outer, outer), q),
-        "uphill_lower": td.mean_alignment(np.where(up, inner, 0 * inner), q),
-        "uphill_upper": td.mean_alignment(np.where(up, outer, 0 * outer), q),
+        "downhill_lower": td.mean_alignment(np.where(up, 0.0, inner), q),
+        "downhill_upper": td.mean_alignment(np.where(up, 0.0, outer), q),
+        "uphill_lower": td.mean_alignment(np.where(up, inner, 0.0), q),
+        "uphill_upper": td.mean_alignment(np.where(down, 0.0, outer), q),
     }
 
 
@@ -316,7 +320,7 @@ def _undefined(measured: Measurements, known: np.ndarray, one_step: np.ndarray) 
         return []
     unknown = ~known & one_step
     infinite = unknown & ~(np.isfinite(measured.loss) & np.isfinite(measured.loss_end))
-    still = unknown & ~infinite & (measured.a < max(_MOTIONLESS, ABOVE * measured.floor))
+    still = unknown & ~infinite & (measured.a < _MOTIONLESS)
     said = []
     if still.any():
         said.append(

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from thermo_opt.describe.quantities import cost_unit, number, percent
+from thermo_opt.describe.quantities import cost_unit, percent
 from thermo_opt.describe.sentences import seen
+from thermo_opt.describe.standing import with_standing
 from thermo_opt.lenses.results import Audited
 from thermo_opt.plots import series
 from thermo_opt.plots.axes import NAME, given_or_new, key_beside, plain, quiet, say_nothing_known
@@ -49,7 +50,7 @@ def decomposition_bars(audits: Audited | Iterable[Audited], ax: Axes | None = No
                 edgecolor=look(i).hex,
             )
             left += summary[part]
-        amount = f"{number(summary['dissipation'])} {cost_unit(summary['clock'])}"
+        amount = f"{with_standing(summary, 'dissipation')} {cost_unit(summary['clock'])}"
         text = f"{shortened(audit.run, NAME)}  {amount}"
         ax.text(0, row - 0.27, text, va="bottom", ha="left", fontsize="small", parse_math=False)
     quiet(ax, f"Where the dissipation went, {seen(audits)}")

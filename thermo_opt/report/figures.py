@@ -162,7 +162,9 @@ def _band(
     low, high = share.T
     trace = line(index, audit, step, low, f"%{{customdata}} {word}")
     trace["customdata"] = [
-        f"at least {percent(abs(a))}" if np.isnan(b) else f"{percent(abs(a))} to {percent(abs(b))}"
+        f"at least {percent(abs(a), 'down')}"
+        if np.isnan(b)
+        else f"{percent(abs(a), 'down')} to {percent(abs(b), 'up')}"
         for a, b in zip(low, high, strict=True)
     ]
     known = np.isfinite(high)

@@ -53,11 +53,16 @@ def sentences(front: Front) -> list[str]:
             f" and {len(best) - 4} more" if len(best) > 4 else ""
         )
         alone = len(best) == 1
+        share = (
+            percent(target.coverage)
+            if rows["every_step"].all()
+            else f"at most {percent(target.coverage, 'up')}"
+        )
         said.append(
             f"To reach loss {number(target.target_loss)}, "
             f"{'no other run is' if alone else 'no run is'} both faster and "
             f"cheaper than {names}: {'it dominates' if alone else 'together they dominate'} "
-            f"{'' if rows['every_step'].all() else 'at most '}{percent(target.coverage)} of "
+            f"{share} of "
             "what the universal frontier leaves possible"
             + (f"; {missed} of {len(rows)} runs never reach it." if missed else ".")
         )
@@ -74,11 +79,13 @@ def costs(row: Mapping[Any, Any]) -> list[str]:
     "≥" and "≤" before bounds, ">" where the run ended first."""
     least = number(row["least_distance"])
     if row["censored"]:
-        ends = [number(row[key]) for key in ("duration", "dissipation_total")]
+        ends = [number(row[key], toward="down") for key in ("duration", "dissipation_total")]
         return [f"> {ends[0]}", f"> {ends[1]}", least, "–"]
-    low, high = ("", "") if row["every_step"] else ("≥ ", "≤ ")
-    spent, efficiency = number(row["dissipation"]), percent(row["efficiency"])
-    return [number(row["time"]), low + spent, least, high + efficiency]
+    time, spent, efficiency = (row[key] for key in ("time", "dissipation", "efficiency"))
+    if row["every_step"]:
+        return [number(time), number(spent), least, percent(efficiency)]
+    bounds = [f"≥ {number(spent, toward='down')}", f"≤ {percent(efficiency, 'up')}"]
+    return [number(time), bounds[0], least, bounds[1]]
 
 
 def _figure(front: Front, target: FrontTarget, position: int) -> Figure:

@@ -11,6 +11,7 @@ import numpy as np
 
 from thermo_opt.describe.quantities import cost_unit, number, percent
 from thermo_opt.describe.sentences import seen
+from thermo_opt.describe.standing import with_standing
 from thermo_opt.lenses.results import Audited
 from thermo_opt.plots import series
 from thermo_opt.plots.maps import intervals_words
@@ -72,7 +73,7 @@ def decomposition(audits: Sequence[Audited]) -> Figure | None:
             "align": "left",
             "font": {"size": 13},
             "text": (
-                f"{label(audit.run, 30)}  <b>{number(summary['dissipation'])}</b> "
+                f"{label(audit.run, 30)}  <b>{with_standing(summary, 'dissipation')}</b> "
                 f"{cost_unit(summary['clock'])}"
             ),
         }

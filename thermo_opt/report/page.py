@@ -137,7 +137,7 @@ def _cards(audits: list[Audited]) -> list[dict[str, Any]]:
         efficiency = summary["efficiency"]
         total = summary["dissipation"]
         shares = []
-        if total and summary["irreducible"] is not None:
+        if total and all(summary[part] is not None for part in PARTS):
             shares = [
                 {"opacity": 100 * opacity, "weight": f"{summary[part] / total:.6f}"}
                 for part, opacity in PARTS.items()
@@ -159,7 +159,11 @@ def _cards(audits: list[Audited]) -> list[dict[str, Any]]:
                 ),
                 "efficiency": "–"
                 if efficiency is None
-                else ("" if summary["every_step"] else "≤\u2009") + percent(efficiency),
+                else (
+                    percent(efficiency)
+                    if summary["every_step"]
+                    else f"≤\u2009{percent(efficiency, 'up')}"
+                ),
                 "efficiency_words": "efficiency unknown" if efficiency is None else "efficient",
                 "shares": shares,
                 "headline": words.headline(summary),
