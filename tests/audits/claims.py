@@ -103,11 +103,14 @@ def along(found, seen: dict, whole: Whole) -> None:
     lower = closest if closest["downhill_lower"] is not None else whole.lenses["outputs"]
     assert value(found["down"]) <= lower["downhill_upper"] + 1e-3
     assert holds("at least", found["down"], lower["downhill_lower"])
+    if found["up"]:
+        assert holds("at least", found["up"], lower["uphill_lower"])
 
 
 def cosine(found, seen: dict, whole: Whole) -> None:
     assert not seen["every_step"]
     assert value(found["every"]) == seen["stride"]
+    assert -1 <= float(found["cosine"]) <= 1
 
 
 SENTENCES = [
@@ -147,7 +150,7 @@ SENTENCES = [
     ),
     (
         rf"Over the (?P<every>{NUMBER}) steps between two snapshots, the squared cosine of the net "
-        r"displacement with the natural gradient at its start is about -?[\d.]+: no statement on "
+        r"displacement with the natural gradient at its start is about (?P<cosine>-?[\d.]+): no statement on "
         r"the steps in between\.",
         cosine,
     ),
