@@ -150,8 +150,8 @@ SENTENCES = [
     ),
     (
         rf"Over the (?P<every>{NUMBER}) steps between two snapshots, the squared cosine of the net "
-        r"displacement with the natural gradient at its start is about (?P<cosine>-?[\d.]+): no statement on "
-        r"the steps in between\.",
+        r"displacement with the natural gradient at its start is about (?P<cosine>-?[\d.]+): no "
+        r"statement on the steps in between\.",
         cosine,
     ),
 ]
