@@ -23,6 +23,7 @@ COMMANDS = {
     "figures": "the README's two pictures",
     "campaign": "kills and full disks at random moments, with counts",
     "fuzz": "damaged run folders of every layout, read one after the other, with counts",
+    "states": "damaged states of NGD-T, loaded one after the other, with counts",
     "installs": "the lowest and newest allowed dependencies; the wheel outside the checkout",
     "readme": "the tables of analysis/README.md from the CSVs",
 }
@@ -30,6 +31,7 @@ MODULES = {
     "table": "study_table",
     "alignment": "study_alignment",
     "critical-batch": "critical_batch",
+    "states": "damaged_states",
 }
 """Where a command's module is called otherwise."""
 

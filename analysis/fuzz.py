@@ -223,31 +223,31 @@ def _json(file: Path, files: list[Path], chance: random.Random) -> None:
     lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
     place = chance.randrange(len(lines))
     value = json.loads(lines[place])
-    lines[place] = json.dumps(_changed(value, chance))
+    lines[place] = json.dumps(changed(value, chance))
     file.write_text("\n".join(lines) + "\n")
 
 
 def _pickle(file: Path, files: list[Path], chance: random.Random) -> None:
-    torch.save(_changed(torch.load(file, weights_only=True), chance), file)
+    torch.save(changed(torch.load(file, weights_only=True), chance), file)
 
 
 def _header(file: Path, files: list[Path], chance: random.Random) -> None:
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    text = json.dumps(_changed(json.loads(data[8 : 8 + length]), chance)).encode()
+    text = json.dumps(changed(json.loads(data[8 : 8 + length]), chance)).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
-def _changed(value: Any, chance: random.Random) -> Any:
+def changed(value: Any, chance: random.Random) -> Any:
     """``value`` with one entry, somewhere in it, made odd, dropped or exchanged."""
     if isinstance(value, dict) and value and chance.random() < 0.9:
         key = chance.choice(list(value))
         if chance.random() < 0.1:
             return {k: v for k, v in value.items() if k != key}
-        return {**value, key: _changed(value[key], chance)}
+        return {**value, key: changed(value[key], chance)}
     if isinstance(value, list) and value and chance.random() < 0.9:
         place = chance.randrange(len(value))
-        return [*value[:place], _changed(value[place], chance), *value[place + 1 :]]
+        return [*value[:place], changed(value[place], chance), *value[place + 1 :]]
     if isinstance(value, torch.Tensor) and chance.random() < 0.7:
         return chance.choice(
             (

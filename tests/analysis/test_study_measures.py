@@ -119,7 +119,7 @@ def test_frozen_batch_normalisation_is_the_function_that_was_trained():
 
 
 def large(method, seed=0, data=None):
-    options = {"layers": 1, "width": 128, "context": 32, "batch_size": 8, "probe": 4}
+    options = {"layers": 1, "width": 384, "context": 32, "batch_size": 8, "probe": 4}
     return trial_of("transformer", options, method, {"lr": 0.1}, seed, 20, data=data)
 
 
@@ -161,7 +161,7 @@ def test_where_peak_memory_cannot_be_known_it_is_null_with_the_reason(tmp_path, 
     def refused():
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(study_memory, "_reset_peak", refused)
+    monkeypatch.setattr(study_memory, "reset_peak", refused)
     (found,) = study_memory.measure([large("SGD")])
     assert found["peak_memory"] is None
     assert "Permission denied" in notes(found)[0]

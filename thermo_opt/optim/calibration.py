@@ -163,8 +163,7 @@ class Calibration:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave; an earlier release called ``level`` "usual"."""
-        self.kappa = float(state["kappa"])
-        self.level = float(state.get("level", state.get("usual", 0.0)))
+        """Restore what `state_dict` gave."""
+        self.kappa, self.level = float(state["kappa"]), float(state.get("level", 0.0))
         self.last, self.wait = int(state["last"]), int(state.get("wait", 1))
         self.breached = bool(state["breached"])

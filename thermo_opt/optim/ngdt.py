@@ -558,7 +558,10 @@ class NGDT(Optimizer):
         Resuming from it continues bit for bit on the same machine (schedules given as functions are
         the caller's to give again).
         """
-        own = {
+        return state.whole(super().state_dict(), self._own_state(), len(self._params))
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
             "version": state.VERSION,
             "metric": self.metric.kind,
             "steps": self.steps,
@@ -567,7 +570,6 @@ class NGDT(Optimizer):
             "signal": None if self.signal is None else self.signal.state_dict(),
             "curvature": self.metric.state_dict(),
         }
-        return state.whole(super().state_dict(), own, len(self._params))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave, in this version or an earlier one.
@@ -587,6 +589,9 @@ class NGDT(Optimizer):
             if self.signal is not None and own.get("signal") is not None:
                 self.signal.load_state_dict(own["signal"])
             self.steps, self.skipped = int(own["steps"]), int(own["skipped"])
+            both = {k: v for k, v in self._own_state().items() if v is not None}
+            absent = {k for k in ("calibration", "signal") if own.get(k) is None or k not in both}
+            state.read_as_written({k: v for k, v in own.items() if k not in absent}, both)
             super().load_state_dict(state.groups(state_dict, super().state_dict()))
             self._mark()
         except Exception as error:
@@ -596,8 +601,9 @@ class NGDT(Optimizer):
             self.steps, self.skipped = before
             if isinstance(error, InputError):
                 raise
+            first = (str(error).splitlines() or [""])[0]
             raise InputError(
-                f"the saved optimizer state is damaged ({type(error).__name__}: {error})"
+                f"the saved optimizer state is damaged ({type(error).__name__}: {first})"
             ) from None
         self._arm()
 

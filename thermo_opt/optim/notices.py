@@ -88,6 +88,8 @@ def loss_scale(
         return None
     scales = found[known] / missed[known]
     typical = float(scales.median())
+    if not math.isfinite(typical):
+        return None
     spread = float((scales / max(typical, 1e-30) - 1).abs().max())
     return LossScale(typical, spread < COMMON)
 

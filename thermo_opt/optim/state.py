@@ -7,13 +7,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from thermo_opt.errors import InputError
+from thermo_opt.optim import validate
 from thermo_opt.optim.kronecker.refresh import LEAST
 
 VERSION = 2
 """2: blocks by name under "blocks", and whether the layout is decided. 1 (without a number):
 "units", and a limit of −1 where it is not."""
+
+
+_LARGEST = 1e30
+"""No count or measurement of NGD-T's comes near, and its square is still a number."""
 
 
 class Leaf(bytes):
@@ -55,8 +61,60 @@ def groups(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, Any]:
             f"the saved optimizer state has {len(theirs)} parameter groups, this optimizer has "
             f"{len(own)}"
         )
+    for group, like in zip(theirs, own, strict=True):
+        missing = sorted(set(like) - {"params"} - set(group))
+        if missing:
+            raise InputError(f"a parameter group of the saved optimizer state lacks {missing[0]}")
+        for name in ("lr", "weight_decay"):
+            validate.number(name, group[name])
+            if not abs(float(group[name])) < _LARGEST:
+                raise _misread(f"a group's {name}")
+        validate.fraction("momentum", group["momentum"])
     pairs = zip(theirs, own, strict=True)
-    return {"state": {}, "param_groups": [{**a, "params": b["params"]} for a, b in pairs]}
+    found = [{**a, "params": b["params"]} for a, b in pairs]
+    validate.pools(found)
+    return {"state": {}, "param_groups": found}
+
+
+def read_as_written(saved: Any, now: Any, where: str = "") -> None:
+    """Hold the entry "ngdt" of a state that was loaded against what the optimizer then says.
+
+    A value of another type or shape that was converted on the way, an entry that nobody read, a
+    number out of all proportion: each would otherwise be training gone on from another state.
+
+    Args:
+        saved: a part of the entry, in today's form (`current`).
+        now: the same part of the optimizer's own state. Entries that earlier releases didn't have
+            may be in it alone.
+        where: the part's name, for refusals.
+
+    Raises:
+        InputError: naming the first part that differs.
+    """
+    if isinstance(now, Mapping):
+        if not isinstance(saved, Mapping) or set(saved) - set(now):
+            raise _misread(where)
+        for key, value in saved.items():
+            read_as_written(value, now[key], f"{where}.{key}" if where else str(key))
+    elif isinstance(now, list):
+        if not isinstance(saved, list) or len(saved) != len(now):
+            raise _misread(where)
+        for k, (value, own) in enumerate(zip(saved, now, strict=True)):
+            read_as_written(value, own, f"{where}[{k}]")
+    elif isinstance(now, Tensor):
+        fits = isinstance(saved, Tensor) and saved.shape == now.shape
+        fits = fits and saved.layout == torch.strided
+        if not fits or not saved.is_floating_point() or not bool(torch.isfinite(now).all()):
+            raise _misread(where)
+    elif isinstance(now, bool) or isinstance(saved, bool) or not isinstance(now, int | float):
+        if saved is not now and (type(saved) is not type(now) or saved != now):
+            raise _misread(where)
+    elif not isinstance(saved, int | float) or saved != now or not abs(now) < _LARGEST:
+        raise _misread(where)
+
+
+def _misread(where: str) -> InputError:
+    return InputError(f"the saved optimizer state is damaged: {where} can't be what was saved")
 
 
 def current(state: Mapping[str, Any], metric: str) -> dict[str, Any]:
@@ -81,6 +139,8 @@ def current(state: Mapping[str, Any], metric: str) -> dict[str, Any]:
             f"the saved state is of metric={own['metric']!r}, this optimizer has {metric!r}"
         )
     version = own.get("version", 1)
+    if type(version) is not int or version < 1:
+        raise InputError(f"the saved optimizer state is damaged: its version is {version!r:.40}")
     if version > VERSION:
         raise InputError(
             f"the saved optimizer state has version {version}, this release knows up to {VERSION}: "
@@ -92,4 +152,11 @@ def current(state: Mapping[str, Any], metric: str) -> dict[str, Any]:
         curvature["decided"] = curvature["limit"] != -1
         curvature["limit"] = curvature["limit"] if curvature["decided"] else None
         curvature.setdefault("damping", LEAST)
-    return {**own, "curvature": curvature}
+    found = {**own, "version": VERSION, "curvature": curvature}
+    for part in ("calibration", "signal"):
+        if not isinstance(own.get(part), dict | None):
+            raise _misread(part)
+    if (calibration := own["calibration"]) is not None and "usual" in calibration:
+        renamed = {"level" if k == "usual" else k: v for k, v in calibration.items()}
+        found["calibration"] = renamed
+    return found
