@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     counts: Counter[tuple[str, str]] = Counter()
-    saved = {kind: _saved(kind) for kind in KINDS}
+    saved = {kind: saved_state(kind) for kind in KINDS}
     for k in range(options.seed, options.seed + options.count):
         kind = list(KINDS)[k % len(KINDS)]
         verdict, what = trial(kind, saved[kind], k)
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
         for kind in KINDS
     ]
     if options.seed == 0 and options.count >= 1000:
-        report("damaged_states", rows)
+        report("damaged states", rows, "damaged_states")
     else:
         print(*rows, sep="\n")
     return int(any(verdict.startswith("FAILED") for verdict in verdicts))
@@ -100,7 +100,7 @@ def trial(kind: str, saved: bytes, seed: int) -> tuple[str, str]:
     except Exception:
         return "FAILED: exception", traceback.format_exc()
     try:
-        where = difference(_told(damaged), _told(optimizer.state_dict(), damaged["ngdt"]))
+        where = difference(_told(damaged), _told(optimizer.state_dict(), _own(damaged)))
     except Exception:  # not even of the form of a state
         where = traceback.format_exc()
     if where is not None:
@@ -139,9 +139,15 @@ def _told(state: Mapping[str, Any], like: Mapping[str, Any] | None = None) -> di
     """What a state says: its settings and its own entry. Left out are the version, without which a
     state is one of the first release, and what ``like`` (or itself) says there is none of."""
     groups = [{k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]]
-    like = state["ngdt"] if like is None else like
-    own = {k: v for k, v in state["ngdt"].items() if k != "version" and like.get(k) is not None}
+    like = _own(state) if like is None else like
+    own = {k: v for k, v in _own(state).items() if k != "version" and like.get(k) is not None}
     return {"param_groups": groups, "ngdt": own}
+
+
+def _own(state: Mapping[str, Any]) -> dict[str, Any]:
+    """NGD-T's entry, which stands twice: at the top and with the first parameter."""
+    found: dict[str, Any] = state["ngdt"] if "ngdt" in state else state["state"][0]["ngdt"]
+    return found
 
 
 def _all(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -155,16 +161,14 @@ def _built(kind: str, seed: int) -> tuple[nn.Module, torch.optim.Optimizer, tupl
     return model, to.NGDT(model, budget=0.01, **KINDS[kind]), batch
 
 
-def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]
-) -> None:
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> None:
     torch.manual_seed(7)
     optimizer.zero_grad()
     nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
     optimizer.step()
 
 
-def _saved(kind: str) -> bytes:
+def saved_state(kind: str) -> bytes:
     model, optimizer, batch = _built(kind, 0)
     for _ in range(3):
         _step(model, optimizer, batch)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from thermo_opt import arguments
+from thermo_opt.errors import InputError
 
 POWER = 0.75
 """Between 0 (Δ says nothing of the KL) and 1 (the bound is met). Ratios of realised to predicted KL
@@ -163,7 +164,13 @@ class Calibration:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave.
+
+        Raises:
+            InputError: when κ isn't positive.
+        """
+        if not float(state["kappa"]) > 0:
+            raise InputError(f"the saved κ is {state['kappa']!r:.40}, not above 0")
         self.kappa, self.level = float(state["kappa"]), float(state.get("level", 0.0))
         self.last, self.wait = int(state["last"]), int(state.get("wait", 1))
         self.breached = bool(state["breached"])

@@ -590,8 +590,12 @@ class NGDT(Optimizer):
                 self.signal.load_state_dict(own["signal"])
             self.steps, self.skipped = int(own["steps"]), int(own["skipped"])
             both = {k: v for k, v in self._own_state().items() if v is not None}
-            absent = {k for k in ("calibration", "signal") if own.get(k) is None or k not in both}
-            state.read_as_written({k: v for k, v in own.items() if k not in absent}, both)
+            for part in ("calibration", "signal"):  # a setting: one of the two may be without
+                if own.get(part) is None or part not in both:
+                    own.pop(part, None)
+                    both.pop(part, None)
+            every = own["version"] == state.VERSION
+            state.read_as_written(own | {"version": state.VERSION}, both, every)
             super().load_state_dict(state.groups(state_dict, super().state_dict()))
             self._mark()
         except Exception as error:

@@ -13,10 +13,9 @@ from thermo_opt.errors import InputError
 from thermo_opt.optim import validate
 from thermo_opt.optim.kronecker.refresh import LEAST
 
-VERSION = 2
-"""2: blocks by name under "blocks", and whether the layout is decided. 1 (without a number):
-"units", and a limit of −1 where it is not."""
-
+VERSION = 3
+"""3: every entry is there. 2: blocks by name under "blocks", and whether the layout is decided; later
+entries may be missing. 1 (without a number): "units", and a limit of −1 where it is not."""
 
 _LARGEST = 1e30
 """No count or measurement of NGD-T's comes near, and its square is still a number."""
@@ -76,7 +75,7 @@ def groups(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, Any]:
     return {"state": {}, "param_groups": found}
 
 
-def read_as_written(saved: Any, now: Any, where: str = "") -> None:
+def read_as_written(saved: Any, now: Any, every: bool, where: str = "") -> None:
     """Hold the entry "ngdt" of a state that was loaded against what the optimizer then says.
 
     A value of another type or shape that was converted on the way, an entry that nobody read, a
@@ -84,8 +83,8 @@ def read_as_written(saved: Any, now: Any, where: str = "") -> None:
 
     Args:
         saved: a part of the entry, in today's form (`current`).
-        now: the same part of the optimizer's own state. Entries that earlier releases didn't have
-            may be in it alone.
+        now: the same part of the optimizer's own state.
+        every: whether all entries of ``now`` must be in ``saved``; earlier versions lack some.
         where: the part's name, for refusals.
 
     Raises:
@@ -94,13 +93,15 @@ def read_as_written(saved: Any, now: Any, where: str = "") -> None:
     if isinstance(now, Mapping):
         if not isinstance(saved, Mapping) or set(saved) - set(now):
             raise _misread(where)
+        if every and (missing := set(now) - set(saved)):
+            raise _misread(f"{where}.{min(missing)}".lstrip("."))
         for key, value in saved.items():
-            read_as_written(value, now[key], f"{where}.{key}" if where else str(key))
+            read_as_written(value, now[key], every, f"{where}.{key}" if where else str(key))
     elif isinstance(now, list):
         if not isinstance(saved, list) or len(saved) != len(now):
             raise _misread(where)
         for k, (value, own) in enumerate(zip(saved, now, strict=True)):
-            read_as_written(value, own, f"{where}[{k}]")
+            read_as_written(value, own, every, f"{where}[{k}]")
     elif isinstance(now, Tensor):
         fits = isinstance(saved, Tensor) and saved.shape == now.shape
         fits = fits and saved.layout == torch.strided
@@ -152,9 +153,9 @@ def current(state: Mapping[str, Any], metric: str) -> dict[str, Any]:
         curvature["decided"] = curvature["limit"] != -1
         curvature["limit"] = curvature["limit"] if curvature["decided"] else None
         curvature.setdefault("damping", LEAST)
-    found = {**own, "version": VERSION, "curvature": curvature}
+    found = {**own, "version": version, "curvature": curvature}
     for part in ("calibration", "signal"):
-        if not isinstance(own.get(part), dict | None):
+        if not isinstance(own.get(part), dict | None) or own.get(part) == {}:
             raise _misread(part)
     if (calibration := own["calibration"]) is not None and "usual" in calibration:
         renamed = {"level" if k == "usual" else k: v for k, v in calibration.items()}
