@@ -14,8 +14,8 @@ from thermo_opt.optim import validate
 from thermo_opt.optim.kronecker.refresh import LEAST
 
 VERSION = 3
-"""3: every entry is there. 2: blocks by name under "blocks", and whether the layout is decided; later
-entries may be missing. 1 (without a number): "units", and a limit of −1 where it is not."""
+"""3: every entry is there. 2: blocks by name under "blocks", and whether the layout is decided;
+some entries may be missing. 1 (without a number): "units", and a limit of −1 where it is not."""
 
 _LARGEST = 1e30
 """No count or measurement of NGD-T's comes near, and its square is still a number."""
