@@ -53,7 +53,12 @@ METHODS = {
     for method in (
         Method("NGD-T", "NGDT", {}, {"budget": BUDGETS}),
         Method("NGD-T EKFAC", "NGDT", {"metric": "ekfac"}, {"budget": BUDGETS}),
-        Method("K-FAC, KL clip", "NGDT", {"calibration": None}, {"budget": [1e-3, 3e-3, 0.01]}),
+        Method(
+            "K-FAC, KL clip",
+            "NGDT",
+            {"regulator": "kl-clip", "calibration": None},
+            {"budget": [1e-3, 3e-3, 0.01]},
+        ),
         Method(
             "AdamW",
             "AdamW",
