@@ -1,7 +1,8 @@
 """A comparison in which every method is tuned alike over its own knobs, and one in which none is.
 
-    python -m analysis evidence digits|cifar10|imagenet|transformer [--trials 12] [--seeds 5]
-    [--steps N] [--seconds 3600] [--methods A;B] [--jobs 2] [--data PATH]
+    python -m analysis evidence digits|cifar10|imagenet|transformer
+    or clouds|sources|spirals|mixer|brackets (`APART`: nothing was developed on them)
+    [--trials 12] [--seeds 5] [--steps N] [--seconds 3600] [--methods A;B] [--jobs 2] [--data PATH]
     [--scale full --device cuda --precision bfloat16 --every 50]
 
 Tuned: every method gets the same number of trials, drawn once for all by a Latin hypercube (SciPy,
@@ -42,13 +43,14 @@ from joblib import Parallel, delayed
 from scipy import stats
 
 import thermo_opt as to
-from analysis.studies import STUDIES
+from analysis.studies import APART, STUDIES
 from analysis.timing import report
 from analysis.trials import RUNS, Recorded, read, record, trial_of
 from thermo_opt.fronts import read_trajectory
 from thermo_opt.sweep import Trial, finished, read_result
 from thermo_opt.sweep.config import PRECISIONS
 
+TASKS = STUDIES | APART
 REFERENCE = "AdamW"
 HORIZON = 5
 """Times a study's steps."""
@@ -63,6 +65,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "transformer": {"probe": 16, "test": 256},
 }
 """Over the study's own options: probes small enough to be recorded at every step."""
+SHOWN = (
+    *("method", "choice", "final_loss", "final_loss_ci", "reached_end"),
+    *("steps_end_ratio", "seconds_end_ratio", "dissipation_end_ratio"),
+)
+"""Columns of the table that is printed; the CSV has all."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +133,10 @@ class Comparison:
 
     def trial(self, method: str, settings: Mapping[str, Any], seed: int) -> Trial:
         """One of its runs."""
-        size = STUDIES[self.task].scales[self.scale]
-        small = OPTIONS[self.task] if self.scale != "tiny" else {}
+        size = TASKS[self.task].scales[self.scale]
+        small = OPTIONS.get(self.task, {}) if self.scale != "tiny" else {}
         return trial_of(
-            self.task,
+            TASKS[self.task].task or self.task,
             {**next(iter(size.variants.values())), **small},
             method,
             settings,
@@ -289,7 +296,7 @@ def main(arguments: list[str]) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("task", choices=list(STUDIES))
+    parser.add_argument("task", choices=list(TASKS))
     parser.add_argument("--scale", default="small", choices=["small", "full", "tiny"])
     parser.add_argument("--methods", default=";".join(SPACES), help="separated by semicolons")
     parser.add_argument("--trials", type=int, default=12)
@@ -309,10 +316,13 @@ def main(arguments: list[str]) -> None:
         raise to.InputError(f"method {unknown[0]!r} is unknown: use some of {', '.join(SPACES)}")
     if options["trials"] < 0 or options["seeds"] < 1:
         raise to.InputError("give no trial or more, and at least one seed")
+    if options["scale"] not in (known := TASKS[options["task"]].scales):
+        raise to.InputError(f"{options['task']} has the scales {', '.join(known)}")
     torch.set_num_threads(1)
     rows = compare(Comparison(**options), seconds)
     if rows is None:
         print("not all runs are there yet: call the same command again to go on")
         return
     suffix = "" if options["scale"] == "small" else f"_{options['scale']}"
-    report(f"evidence on {options['task']}", rows, f"evidence_{options['task']}{suffix}")
+    title = f"evidence on {options['task']}"
+    report(title, rows, f"evidence_{options['task']}{suffix}", SHOWN)

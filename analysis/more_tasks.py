@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import pydoc_data.topics
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from analysis.small_tasks import (
     seeded,
     split,
 )
+from thermo_opt.sweep import Task
 
 
 def poisson(f: Tensor, y: Tensor) -> Tensor:
@@ -345,3 +346,16 @@ def made(rows: list[Row]) -> list[SmallTask]:
         train, validation = split(*data(), size, held)
         found.append(SmallTask(name, seeded(make), train, loss, validation, family))
     return found
+
+
+def untouched(seed: int, network: str) -> Task:
+    """One of `APART` as a task of `thermo_opt.sweep`, by its name; half of its held-out data are
+    the probe, half the validation data."""
+    (one,) = made([row for row in APART if row[0] == network])
+    x, y = one.validation()
+    half = len(x) // 2
+
+    def train(_: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        return one.batches(generator.initial_seed())
+
+    return Task(one.build(seed), train, (x[:half], y[:half]), (x[half:], y[half:]))

@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 import thermo_opt as to
+from analysis.evidence import TASKS
 from analysis.studies import STUDIES
 from analysis.timing import RESULTS
 
@@ -160,11 +161,61 @@ def schedules() -> str:
     return markdown(pd.DataFrame(rows))
 
 
+def budgets(name: str) -> str:
+    """Realised KL over the budget in three windows of steps, and final losses."""
+    table = _read(name)
+    windows = [column for column in map(str, table) if column.startswith("KL / budget")]
+    kept = table[["task", "budget", *windows]].copy()
+    kept["budget"] = [f"{value:g}" for value in kept["budget"]]
+    kept["s, late"] = table["signal, 160–239"]
+    kept["loss"] = [f"{value:.3g}" for value in table["validation loss"]]
+    best = table[[column for column in map(str, table) if column.startswith("AdamW ")]].min(axis=1)
+    kept["AdamW's best"] = [f"{value:.3g}" for value in best]
+    kept["AdamW 0.001"] = [f"{value:.3g}" for value in table["AdamW 0.001"]]
+    return markdown(kept)
+
+
+def evidence() -> str:
+    """Every method tuned alike, and untuned: final losses, and the way to AdamW's over AdamW's."""
+    rows = []
+    for name in (name for name in TASKS if (RESULTS / f"evidence_{name}.csv").is_file()):
+        for _, row in _read(f"evidence_{name}").iterrows():
+            ratios = {
+                title: _with_interval(row[f"{key}_end_ratio"], row[f"{key}_end_ratio_ci"], 2)
+                for title, key in (
+                    ("steps", "steps"),
+                    ("seconds", "seconds"),
+                    ("nats", "dissipation"),
+                )
+            }
+            rows.append(
+                {
+                    "task": f"{name}, {row['variant']}" if "variant" in row else name,
+                    "method": row["method"],
+                    "choice": row["choice"],
+                    "final loss": _with_interval(row["final_loss"], row["final_loss_ci"], 3),
+                    "reached": f"{row['reached_end']} of {row['seeds']}",
+                    **ratios,
+                }
+            )
+    return markdown(pd.DataFrame(rows))
+
+
+def _with_interval(mean: float, half: float, digits: int) -> str:
+    if math.isnan(mean):
+        return "–"
+    found = f"{mean:.{digits}f}"
+    return found if math.isnan(half) else f"{found} ± {half:.{digits}f}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "studies": studies,
     "alignments": alignments,
     "ablations": ablations,
     "steps": steps,
+    "budget": lambda: budgets("budget"),
+    "budget-apart": lambda: budgets("budget_apart"),
+    "evidence": evidence,
     "critical-batches": critical_batches,
     "ensembles": ensembles,
     "schedules": schedules,

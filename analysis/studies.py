@@ -38,10 +38,11 @@ class Scale:
 
 @dataclass(frozen=True)
 class Study:
-    """A task of `analysis.tasks` at its scales."""
+    """A task of `analysis.tasks`, or of another module (``task``), at its scales."""
 
     name: str
     scales: Mapping[str, Scale]
+    task: str = ""
 
 
 _DIGITS = {"minibatch": {"batch_size": 128}, "full batch": {"batch_size": 0}}
@@ -102,3 +103,25 @@ STUDIES = {
         ),
     )
 }
+
+APART = {
+    study.name: study
+    for study in (
+        Study(
+            name,
+            {
+                "small": Scale({"": {"network": network, "batch_size": size}}, 240),
+                "tiny": Scale({"": {"network": network, "batch_size": size}}, 6),
+            },
+            "analysis.more_tasks:untouched",
+        )
+        for name, network, size in (
+            ("clouds", "deep set, point clouds", 32),
+            ("sources", "gated transformer, source text", 16),
+            ("spirals", "deep tanh net, spirals", 64),
+            ("mixer", "mixer, digits", 48),
+            ("brackets", "two-way LSTM, brackets", 24),
+        )
+    )
+}
+"""Tasks on which no rule or default of NGD-T was chosen; `analysis.evidence` alone knows them."""

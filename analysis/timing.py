@@ -63,10 +63,16 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return frame
 
 
-def report(title: str, rows: Sequence[Mapping[str, Any]], name: str) -> Path:
-    """Print the rows as a table and write them to ``analysis/results/<name>.csv`` with the machine;
-    returns the path."""
-    frame = show(title, rows)
+def report(
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    name: str,
+    shown: Sequence[str] | None = None,
+) -> Path:
+    """Print the rows as a table (the columns ``shown``; None: all) and write them to
+    ``analysis/results/<name>.csv`` with the machine; returns the path."""
+    show(title, rows if shown is None else [{key: row[key] for key in shown} for row in rows])
+    frame = pd.DataFrame(rows)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
     frame.assign(machine=machine()).to_csv(path, index=False)

@@ -56,7 +56,7 @@ def trial_of(
     min_lr_rate: float = 0.05,
     precision: str = "float32",
 ) -> Trial:
-    """One run of a method of `METHODS` on a task of `analysis.tasks`.
+    """One run of a method of `METHODS` on a task of `analysis.tasks`, or of "module:function".
 
     All share the schedule: a linear warm-up (20 steps; a fiftieth of long runs), then a cosine to
     ``min_lr_rate``. ``settings`` go over the method's own, but for ``warmup_steps``, which is the
@@ -81,7 +81,7 @@ def trial_of(
     trial = Trial(
         "",
         method,
-        f"analysis.tasks:{task}",
+        task if ":" in task else f"analysis.tasks:{task}",
         "categorical",
         training,
         own.optimizer,
