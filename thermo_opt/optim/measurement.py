@@ -45,6 +45,10 @@ LEAST_EXAMPLES = 4
 UNIFORM = 0.2
 """Share of a sample that is drawn with equal probabilities, so that no weight exceeds 1/UNIFORM."""
 
+SPENT = 0.02
+"""Below this mean square of a prediction's score nearly all predictions are certain. Where a step
+goes wrong then, their scores don't tell which change, so that all are read."""
+
 
 @dataclass
 class Measurement:
@@ -65,6 +69,12 @@ class Measurement:
         most = (epsilon * float(self.before.abs().max())) ** 2 if self.before.numel() else 0.0
         clear = isinstance(self.likelihood, Categorical) and realised > CLEAR * most
         return realised, 0.0 if clear else self._floor(epsilon)
+
+    def of_all(self) -> Measurement:
+        """The same of the whole minibatch: its pass repeats where a sample's does."""
+        if self.rows is None:
+            return self
+        return Measurement(self.likelihood, self.seen, self.seen.outputs)
 
     def _floor(self, epsilon: float) -> float:
         """The mean KL of the outputs to themselves, both rounded independently in a precision of
@@ -198,6 +208,8 @@ class KLMeter:
         if 2 * wanted > count:
             return None, None
         scores = self._scores(seen)
+        if float(scores.mean()) < SPENT * each:
+            return None, None
         chances = scores / scores.sum() if float(scores.sum()) > 0 else torch.ones_like(scores)
         chances = (1 - UNIFORM) * chances / chances.sum() + UNIFORM / count
         generator = torch.Generator().manual_seed(step)

@@ -439,7 +439,12 @@ class NGDT(Optimizer):
             part = max(math.sqrt(limit / realised), 0.1)
             self._cut(taken, kept, kept * part)
             kept *= part
-            again = self._realised(measurement) if realised > QUADRATIC * limit else None
+            again = None
+            if (
+                realised > QUADRATIC * limit
+            ):  # the few examples that carry it may not be the sample's
+                measurement = None if measurement is None else measurement.of_all()
+                again = self._realised(measurement)
             realised = realised * part**2 if again is None else again[0]
             if again is None:
                 break
