@@ -23,6 +23,7 @@ from tests.audits.claims import (
 from tests.audits.recorded_every_step import RUNS, Recorded, thinned
 from thermo_opt.cli import main
 from thermo_opt.lenses import LENSES, SUMMARY_KEYS
+from thermo_opt.lenses.predictions import ReplayedPredictions
 
 
 @pytest.fixture(name="recorded", scope="module", params=RUNS)
@@ -35,6 +36,23 @@ def lenses_at(recorded: Recorded, stride: int) -> list[str]:
     moments = recorded.run.snapshots[0].has_group("exp_avg")
     closer = ["parameters"] if stride >= recorded.parameters_from else []
     return ["outputs", *closer, *(["optimizer-state"] if moments and stride >= 50 else [])]
+
+
+@pytest.fixture(name="replayed_once", scope="module", autouse=True)
+def _replayed_once():
+    """The thinned copies' checkpoints are links to one run's files: each is replayed once."""
+    replay, known = ReplayedPredictions.outputs, {}
+
+    def outputs(self, index):
+        path = self.run.snapshots[index].path
+        file = next(path.glob("*.safetensors")) if path.is_dir() else path
+        if file.stat().st_ino not in known:
+            known[file.stat().st_ino] = replay(self, index)
+        return known[file.stat().st_ino]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReplayedPredictions, "outputs", outputs)
+        yield
 
 
 @cache

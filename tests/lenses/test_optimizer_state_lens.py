@@ -2,6 +2,7 @@
 invariances (§9)."""
 
 import json
+import re
 import shutil
 import threading
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 import thermo_opt as to
 from thermo_opt import thermodynamics as td
+from thermo_opt.describe.quantities import number
 from thermo_opt.errors import InputError
 from thermo_opt.fisher.optimizer_state import step_scalars
 from thermo_opt.runs.format import write_tensors
@@ -101,8 +103,11 @@ def test_without_a_batch_size_it_gives_a_range_over_plausible_ones(tmp_path, mak
 def test_beside_a_probe_it_says_how_far_it_is_off(adam_run, small_model):
     audit = to.audit(adam_run, model=small_model())
     note = next(n for n in audit.lenses["optimizer-state"].summary["notes"] if "is off" in n)
-    assert f"where the probe says {audit.summary['straightness']:.2g}" in note
-    assert "where the probe certifies" in note
+    assert f"where the probe says {number(audit.summary['straightness'], 2)}" in note
+    low, high = re.search(r"where the probe certifies ([\d.]+) to ([\d.]+)", note).groups()
+    bracket = next(s for s in audit.summaries if s["lens"] == "parameters")
+    assert bracket["alignment_lower"] - 0.011 < float(low) <= bracket["alignment_lower"]
+    assert bracket["alignment_upper"] <= float(high) < bracket["alignment_upper"] + 0.011
 
 
 def test_recorded_clipping_and_accumulation_are_said(tmp_path, make_run):

@@ -128,6 +128,56 @@ def test_objects_beside_the_weights_are_skipped(tmp_path):
     assert torch.equal(averaged.load("params/0.bias"), model[0].bias + 1)
 
 
+def shifted(model, by):
+    return {name: w + by if w.is_floating_point() else w for name, w in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("odd", [0, 1, 3])
+def test_averaged_weights_and_raw_ones_make_no_series(tmp_path, odd):
+    def save(k, step, m, o):
+        content = {"model_ema": shifted(m, 0.5)} if k == odd else {"model": m.state_dict()}
+        torch.save(content, tmp_path / f"step_{step}.pt")
+
+    train(save)
+    with pytest.raises(InputError, match="don't make one series"):
+        [snapshot.load_group("params") for snapshot in load_run(tmp_path).snapshots]
+
+
+def test_a_series_that_begins_averaged_goes_on_averaged(tmp_path):
+    def save(k, step, m, o):
+        raw = {"model": m.state_dict()} if k else {}
+        torch.save({"modelEma": shifted(m, 0.5), **raw}, tmp_path / f"step_{step}.pt")
+
+    model = train(save)
+    run = load_run(tmp_path)
+    assert torch.equal(run.snapshots[-1].load("params/0.bias"), model[0].bias + 0.5)
+    assert any("are an average (modelEma)" in remark for remark in run.remarks)
+
+
+@pytest.mark.parametrize("swapped", [0, 1, 2])
+def test_the_average_put_into_the_model_at_the_end_is_left_out(tmp_path, swapped):
+    def save(k, step, m, o):
+        average = shifted(m, 0.5 if k else 0.0)  # before the first step it is the model's copy
+        own = average if k > 3 - swapped else m.state_dict()
+        torch.save({"model": own, "ema": average}, tmp_path / f"step_{step}.pt")
+
+    train(save)
+    run = load_run(tmp_path)
+    assert [snapshot.step for snapshot in run.snapshots] == [0, 4, 8, 12][: 4 - swapped]
+    assert any("have taken the place" in remark for remark in run.remarks) == (swapped > 0)
+
+
+def test_words_that_hold_ema_are_no_averages(tmp_path):
+    def save(k, step, m, o):
+        content = {"semantic_head": m.state_dict()}
+        torch.save(content, tmp_path / f"step_{step}.pt")
+
+    assert not any(
+        "average" in remark
+        for remark in assert_replays(tmp_path, train(save), [0, 4, 8, 12]).remarks
+    )
+
+
 def test_a_whole_pickled_model_gives_its_weights_and_its_class_is_not_built(tmp_path):
     model = train(lambda k, step, m, o: torch.save(m, tmp_path / f"step_{step}.pt"))
     assert_replays(tmp_path, model, [0, 4, 8, 12])

@@ -5,7 +5,11 @@ import shutil
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
@@ -36,7 +40,7 @@ class Classifier(lightning.LightningModule):
         return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.01)
 
 
-def train(path, **options):
+def train(path, callbacks=(), **options):
     torch.manual_seed(0)
     rows = torch.utils.data.TensorDataset(torch.randn(32, 4), torch.randint(0, 3, (32,)))
     module = Classifier(**options)
@@ -51,16 +55,17 @@ def train(path, **options):
         callbacks=[
             ModelCheckpoint(every_n_train_steps=2, save_top_k=-1, save_last=True),
             LearningRateMonitor(logging_interval="step"),
+            *callbacks,
         ],
     )
     trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=8))
-    return module, trainer.optimizers[0]
+    return module, trainer.optimizers[0], trainer
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["all", "frozen"])
 def trained(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("lightning")
-    return path, *train(path, freeze=request.param)
+    return path, *train(path, freeze=request.param)[:2]
 
 
 def test_weights_buffers_and_moments_are_those_of_the_trainer(trained):
@@ -121,3 +126,35 @@ def test_several_runs_and_foreign_files_are_refused(trained, tmp_path):
     (tmp_path / "b/x.ckpt").write_bytes(file.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"x\.ckpt"):
         load_run(tmp_path / "b")
+
+
+def test_averaged_weights_are_told_from_those_that_the_optimizer_moved(tmp_path):
+    *_, trainer = train(tmp_path, [EMAWeightAveraging(decay=0.5)])
+    (folder,) = {file.parent for file in tmp_path.rglob("*.ckpt")}
+    raw = torch.load(folder / "last.ckpt", weights_only=False)["current_model_state"]
+    for file in (folder / "last.ckpt", next(folder.glob("*step=6.ckpt"))):
+        file.unlink()
+    trainer.save_checkpoint(folder / "epoch=1-step=6.ckpt")  # the average has taken their place
+    run = load_run(tmp_path)
+    assert [snapshot.step for snapshot in run.snapshots] == [2, 4]
+    assert any("epoch=1-step=6.ckpt, where averaged weights" in said for said in run.remarks)
+    assert any("averaged weights (EMA): the raw ones" in said for said in run.remarks)
+    final = torch.load(folder / "epoch=1-step=6.ckpt", weights_only=False)
+    final["current_model_state"] = raw
+    torch.save(final, folder / "epoch=1-step=6.ckpt")
+    last = load_run(tmp_path).snapshots[-1]
+    assert last.step == 6
+    assert torch.equal(last.load("params/net.0.weight"), raw["net.0.weight"])
+
+
+def test_the_average_began_within_the_run(tmp_path):
+    train(tmp_path, [EMAWeightAveraging(decay=0.5)])
+    first = next(tmp_path.rglob("*step=2.ckpt"))
+    content = torch.load(first, weights_only=False)
+    raw = content["state_dict"] = content.pop("current_model_state")
+    del content["averaging_state"]  # as written before the callback was added
+    torch.save(content, first)
+    run = load_run(tmp_path)
+    assert [snapshot.step for snapshot in run.snapshots] == [2, 4, 6]
+    assert torch.equal(run.snapshots[0].load("params/net.0.weight"), raw["net.0.weight"])
+    assert any("averaged weights (EMA): the raw ones" in said for said in run.remarks)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from thermo_opt.describe.quantities import number
 from thermo_opt.describe.standing import standing
 from thermo_opt.lenses.results import ALIGNMENT_KEYS, LensAudit
 
@@ -79,16 +80,19 @@ def _held_against(
         if outputs is None or own[f"adam_{key}_lower"] is None:
             continue
         if (other := outputs.summary[key]) is not None:
+            side = standing(outputs.summary, key)
             said.append(
                 f"{key} {_between(own, f'adam_{key}')}, where the probe says "
-                f"{_SAID[standing(outputs.summary, key)]}{other:.2g}"
+                f"{_SAID[side]}"
+                f"{number(other, 2, 'up' if side == 'at most' else None)}"
             )
     for closer in (parameters, outputs):
         if closer is None or own["adam_alignment_lower"] is None:
             continue
         low, high = (closer.summary[f"alignment_{end}"] for end in ("lower", "upper"))
         if low is not None and high is not None:
-            certified = f"at least {low:.2g}" if high >= 1 else f"{low:.2g} to {high:.2g}"
+            least = number(low, 2, "down")
+            certified = f"at least {least}" if high >= 1 else f"{least} to {number(high, 2, 'up')}"
             some = (
                 f" in {len(closer.steps)} of {len(adam.steps)} intervals"
                 if len(closer.steps) < len(adam.steps)
@@ -108,4 +112,6 @@ def _held_against(
 
 def _between(summary: dict[str, float], key: str) -> str:
     low, high = summary[f"{key}_lower"], summary[f"{key}_upper"]
-    return f"{low:.2g}" if high - low < 5e-3 else f"{low:.2g} to {high:.2g}"
+    if high - low < 5e-3:
+        return number(low, 2)
+    return f"{number(low, 2, 'down')} to {number(high, 2, 'up')}"

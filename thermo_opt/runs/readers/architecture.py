@@ -21,13 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from thermo_opt.errors import InputError, first_line
-from thermo_opt.runs.border import read_json
+from thermo_opt.runs.border import JSON_LIMIT, parse_json, read_bytes, read_json
 from thermo_opt.runs.readers import folders
 from thermo_opt.runs.readers.common import Order, Shape, Weights
 
 _REMEDY = "give --model package.module:factory"
 _LARGEST = 1 << 20
 """Sizes in a config up to this are believed whatever the weights say: vocabularies, positions."""
+_SMALL = 1 << 24
+"""Parameters up to which a model may be built, however small the files beside its config."""
 
 
 def architectures(config: Mapping[str, Any]) -> list[str]:
@@ -36,7 +38,7 @@ def architectures(config: Mapping[str, Any]) -> list[str]:
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
-def model_from_config(config_path: Path, device: str = "cpu") -> nn.Module:
+def model_from_config(config_path: Path) -> nn.Module:
     """The architecture that a ``config.json`` names, with fresh weights, built by the installed
     `transformers` alone.
 
@@ -44,33 +46,40 @@ def model_from_config(config_path: Path, device: str = "cpu") -> nn.Module:
     a model that is out of proportion to the checkpoint beside it; code shipped with a checkpoint is
     never run.
     """
-    kind, config = _architecture(config_path)
-    stored = sum(file.stat().st_size for file in config_path.parent.iterdir() if file.is_file())
+    kind, config = _architecture(config_path, read_json(config_path))
+    _refuse_huge(config_path, _parameters_of(_built(config_path, kind, config, "meta")))
+    return _built(config_path, kind, config, "cpu")
+
+
+def _built(config_path: Path, kind: Any, config: Any, device: str) -> nn.Module:
     try:
-        with torch.random.fork_rng(devices=[]):
-            with torch.device("meta"):
-                model: nn.Module = kind(config)
-            size = sum(tensor.numel() for tensor in model.parameters())
-            if size > max(8 * stored, 1 << 24):
-                raise InputError(
-                    f"{config_path}: {kind.__name__} would have {size:,} parameters, though the "
-                    f"files beside it have {stored:,} bytes; restore the config, or {_REMEDY}"
-                )
-            if device == "meta":
-                return model
-            with torch.device(device):
-                return kind(config)
-    except InputError:
-        raise
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            model: nn.Module = kind(config)
     except Exception as error:  # each architecture checks its settings in its own way
         raise InputError(
             f"{config_path}: {kind.__name__} can't be built from it ({first_line(error)}); "
             f"restore the file, or {_REMEDY}"
         ) from None
+    return model
 
 
-def _architecture(config_path: Path) -> tuple[Any, Any]:
-    """The class that a config names and the config, of sizes that fit the files beside it."""
+def _parameters_of(model: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in model.parameters())
+
+
+def _refuse_huge(config_path: Path, parameters: int) -> None:
+    if parameters <= _SMALL:
+        return
+    stored = sum(file.stat().st_size for file in config_path.parent.iterdir() if file.is_file())
+    if parameters > 8 * stored:
+        raise InputError(
+            f"{config_path}: its model would have {parameters:,} parameters, though the files "
+            f"beside it have {stored:,} bytes; restore the config, or {_REMEDY}"
+        )
+
+
+def _architecture(config_path: Path, config: dict[str, Any]) -> tuple[Any, Any]:
+    """The class that a config names and its own config object, of sizes that a model may have."""
     try:
         import transformers
     except ImportError:
@@ -78,7 +87,6 @@ def _architecture(config_path: Path) -> tuple[Any, Any]:
             f"{config_path}: building the model needs transformers; pip install "
             "'thermo-opt[transformers]'"
         ) from None
-    config = read_json(config_path)
     kind, names = str(config.get("model_type")), architectures(config)
     architecture = getattr(transformers, names[0], None) if names else None
     if kind not in transformers.CONFIG_MAPPING or not (
@@ -126,28 +134,50 @@ def _sizes(config: Any, key: str = "", depth: int = 8) -> Iterator[tuple[str, in
 
 @dataclass(frozen=True)
 class _Own:
-    """Names in an architecture: of its parameters, of all its state, and patterns of what it
-    ignores in files.
+    """An architecture's names: of its parameters, of all its state, and patterns of what it ignores
+    in files; the orders in which the Trainer may give its parameters to an optimizer; its size.
     """
 
     parameters: tuple[str, ...]
     state: frozenset[str]
     ignored: tuple[str, ...]
+    orders: list[Order]
+    size: int
 
 
 @lru_cache(maxsize=4)
-def _own(config_path: Path, modified: int) -> _Own | None:
-    """The names of the architecture in a config; None where it can't be built."""
+def _own_of(content: bytes) -> _Own | None:
+    """The names of the architecture in a config of this content: all checkpoints of a run share it.
+
+    None where it can't be built.
+    """
     try:
-        model = model_from_config(config_path, "meta")
-    except InputError:
+        path = Path("config.json")
+        config = parse_json(content)
+        if not isinstance(config, dict):
+            return None
+        model = _built(path, *_architecture(path, config), "meta")
+    except (InputError, ValueError, RecursionError):
         return None
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return _Own(
         tuple(name for name, _ in model.named_parameters()),
         frozenset(model.state_dict()),
         tuple(ignored),
+        _orders(model),
+        _parameters_of(model),
     )
+
+
+def _own(config_path: Path) -> _Own | None:
+    """The names of the architecture in a config; None where it can't be built."""
+    try:
+        own = _own_of(read_bytes(config_path, JSON_LIMIT))
+        if own is not None:
+            _refuse_huge(config_path, own.size)
+    except InputError:
+        return None
+    return own
 
 
 def in_memory(folder: Path, config_path: Path, key: str | None = None) -> Weights:
@@ -157,7 +187,7 @@ def in_memory(folder: Path, config_path: Path, key: str | None = None) -> Weight
     architecture can't be built, or lacks weights even so, the file's own are given.
     """
     stored = folders.weights_of(folder, key)()
-    own = _own(config_path, config_path.stat().st_mtime_ns)
+    own = _own(config_path)
     if own is None:
         return stored
     names = stored.layouts.keys()
@@ -211,7 +241,7 @@ def _converted(
     """What the library's own loading makes of a checkpoint's weights; None where it finds some
     missing.
     """
-    kind, config = _architecture(config_path)
+    kind, config = _architecture(config_path, read_json(config_path))
     stored = folders.weights_of(folder, key)()
     tensors = {name: stored.load(name) for name in stored.layouts}
     try:
@@ -255,16 +285,8 @@ def _quiet() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-@lru_cache(maxsize=2)
-def _trainer_orders(config_path: Path, modified: int) -> list[Order] | None:
-    try:
-        from transformers import Trainer
-
-        model = model_from_config(config_path, "meta")
-    except (InputError, ImportError):
-        return None
+def _orders(model: nn.Module) -> list[Order]:
     names = [name for name, _ in model.named_parameters()]
-    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     matrices = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
 
     def split(first: set[str]) -> Order:
@@ -273,11 +295,19 @@ def _trainer_orders(config_path: Path, modified: int) -> list[Order] | None:
             [name for name in names if name not in first],
         ]
 
-    return [split(decayed), split(matrices), [names]]
+    found = [split(matrices), [names]]
+    try:
+        from transformers import Trainer
+
+        decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    except ImportError:
+        return found
+    return [split(decayed), *found]
 
 
 def trainer_orders(config_path: Path) -> list[Order] | None:
     """Orders in which the Trainer may have given the architecture's parameters to its optimizer
     (decayed, then not); None: it can't be built.
     """
-    return _trainer_orders(config_path, config_path.stat().st_mtime_ns)
+    own = _own(config_path)
+    return None if own is None else own.orders

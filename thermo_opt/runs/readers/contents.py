@@ -4,6 +4,7 @@ dictionaries they lie.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,17 @@ from thermo_opt.runs.torch_file import LazyTensor, Opaque, TorchFile
 
 _DEPTH = 4
 """How deep a state dict may lie in a file: no tool nests them deeper."""
+LIGHTNING_RAW = "current_model_state"
+"""Where Lightning puts the weights that the optimizer moves while ``state_dict`` holds their
+average."""
 _USUAL = (
-    "current_model_state", "model", "state_dict", "model_state_dict", "model_state", "net",
+    LIGHTNING_RAW, "model", "state_dict", "model_state_dict", "model_state", "net",
     "network", "module", "weights", "network_weights", "params",
 )  # fmt: skip
 """Keys under which a model's own state dict lies, the first preferred where a file holds several.
 """
-_AVERAGES = ("ema", "averag", "swa", "shadow", "teacher", "momentum_encoder")
-"""Parts of the keys of averaged weights."""
+_AVERAGES = re.compile("(?<![a-z])(ema|swa)|averag|shadow|teacher|momentum_encoder")
+"""In the keys of averaged weights, their words apart (``model_ema``, not ``semantic``)."""
 
 
 class StateDict:
@@ -38,9 +42,13 @@ class StateDict:
     """
 
     def __init__(
-        self, path: Path, tensors: Mapping[str, LazyTensor], beside: tuple[str, ...] = ()
+        self,
+        path: Path,
+        tensors: Mapping[str, LazyTensor],
+        key: str = "",
+        beside: tuple[str, ...] = (),
     ) -> None:
-        self.path, self.beside = path, beside
+        self.path, self.key, self.beside = path, key, beside
         self._tensors: dict[str, LazyTensor] = {}
         self.tied: dict[str, str] = {}
         first: dict[Any, str] = {}
@@ -68,7 +76,7 @@ class StateDict:
 
 def state_dict(file: TorchFile, key: str | None = None) -> StateDict:
     """The model's state dict in a file: the one under ``key``, or the only one, or the one under a
-    usual name.
+    usual name. Averaged weights (EMA, SWA) only where there are no others: see `is_average`.
 
     Raises `InputError` when there is none, or several and none has a usual name.
     """
@@ -79,16 +87,16 @@ def state_dict(file: TorchFile, key: str | None = None) -> StateDict:
                 f"{file.path} holds no state dict under {key!r}; it has "
                 f"{', '.join(map(repr, found)) or 'none at all'}"
             )
-        return StateDict(file.path, found[key])
+        return StateDict(file.path, found[key], key)
     if not found:
         raise InputError(
             f"{file.path} holds no state dict (it is {_described(file.content)}); save "
             "model.state_dict(), alone or in a "
             "dictionary"
         )
-    own = {name: tensors for name, tensors in found.items() if not _is_average(name)} or found
+    own = {name: tensors for name, tensors in found.items() if not is_average(name)} or found
     if len(own) > 1 and "averaging_state" not in _keys_of(file.content):
-        own = {name: tensors for name, tensors in own.items() if name != "current_model_state"}
+        own = {name: tensors for name, tensors in own.items() if name != LIGHTNING_RAW}
     usual = sorted(
         (_USUAL.index(last), name) for name in own if (last := name.split(".")[-1]) in _USUAL
     )
@@ -98,7 +106,8 @@ def state_dict(file: TorchFile, key: str | None = None) -> StateDict:
             "choose one with --key"
         )
     chosen = usual[0][1] if usual else next(iter(own))
-    return StateDict(file.path, found[chosen], tuple(name for name in found if name != chosen))
+    beside = tuple(name for name in found if name != chosen)
+    return StateDict(file.path, found[chosen], chosen, beside)
 
 
 def optimizer_state(file: TorchFile) -> OptimizerState | str:
@@ -117,15 +126,20 @@ def optimizer_state(file: TorchFile) -> OptimizerState | str:
 
 
 def _state_dicts(
-    tree: Any, path: str = "", depth: int = _DEPTH, seen: set[int] | None = None
+    tree: Any,
+    path: str = "",
+    depth: int = _DEPTH,
+    seen: dict[int, Mapping[str, LazyTensor]] | None = None,
 ) -> Iterator[tuple[str, Mapping[str, LazyTensor]]]:
     """Dotted keys and tensors of each dictionary of tensors, the top one's key being empty;
     optimizers' are left out.
     """
-    seen = set() if seen is None else seen
-    if id(tree) in seen or depth == 0:
+    seen = {} if seen is None else seen
+    if id(tree) in seen or depth == 0:  # a pickle may hold one object many times, or within itself
+        if known := seen.get(id(tree)):
+            yield path, known
         return
-    seen.add(id(tree))  # a pickle may hold one object many times, or within itself
+    seen[id(tree)] = {}
     if isinstance(tree, Opaque) and _is_module(tree):
         tensors = dict(_module_tensors(tree))
     elif isinstance(tree, Mapping) and not claims_optimizer_state(tree):
@@ -146,6 +160,7 @@ def _state_dicts(
     else:
         return
     if tensors:
+        seen[id(tree)] = tensors
         yield path, tensors
 
 
@@ -207,8 +222,10 @@ def _keys_of(content: Any) -> frozenset[str]:
     )
 
 
-def _is_average(name: str) -> bool:
-    return any(part in name.lower() for part in _AVERAGES)
+def is_average(name: str) -> bool:
+    """Whether the key of a state dict says that its weights are an average of the model's."""
+    words = re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    return _AVERAGES.search(words) is not None
 
 
 def _described(content: Any) -> str:

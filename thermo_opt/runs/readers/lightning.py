@@ -53,7 +53,8 @@ def read(path: Path, key: str | None = None) -> Run:
     found = torch_folder.series_of(path, files, key)
     steps, remark = find_curve([folders[0], folders[0].parent, path], shift=1)
     remarks = [remark] if remark else []
-    if "averaging_state" in _keys(files[0]) and key is None:
+    ends = (found.members[0][1].path, found.members[-1][1].path)
+    if key is None and any("averaging_state" in _keys(file) for file in ends):
         remarks.append(
             "its state_dict holds averaged weights (EMA): the raw ones, which the optimizer "
             "moved, were read"

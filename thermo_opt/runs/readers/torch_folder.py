@@ -68,22 +68,49 @@ def run_of(
     **info: Any,
 ) -> Run:
     """The run of a series of such files."""
-    checkpoints = [
-        Found(step, checkpoint(candidate.path, key)) for step, candidate in found.members
-    ]
     weights = state_dict(found.members[0][1].path, key)
+    members, swapped = (found.members, []) if key else _as_optimized(found.members)
+    checkpoints = [
+        Found(step, checkpoint(candidate.path, key, weights)) for step, candidate in members
+    ]
     return open_run(
         path,
         format,
         checkpoints,
         steps=steps,
-        remarks=[*found.remarks, *beside(weights), *remarks],
+        remarks=[*found.remarks, *beside(weights), *swapped, *remarks],
         key=key,
         tied=weights.tied,
         step_unit=found.unit,
         step_source=found.source,
         **info,
     )
+
+
+def _as_optimized(
+    members: list[tuple[int, Candidate]],
+) -> tuple[list[tuple[int, Candidate]], list[str]]:
+    """The series without its last files where those hold an average in the weights' own place.
+
+    Tools that average weights put the average there when training ends: no step led to it.
+    """
+    ends = 0
+    for _, candidate in reversed(members):
+        weights = state_dict(candidate.path)
+        if not any(
+            same_weights(weights, state_dict(candidate.path, name))
+            for name in weights.beside
+            if contents.is_average(name) or weights.key == contents.LIGHTNING_RAW
+        ):
+            break
+        ends += 1
+    if not 0 < ends < len(members):  # before the first step, too, both are the same
+        return members, []
+    names = ", ".join(candidate.path.name for _, candidate in members[-ends:][:3])
+    return members[:-ends], [
+        f"left out: {names}, where averaged weights (EMA or SWA) have taken the place of those "
+        "that the optimizer moved"
+    ]
 
 
 def series_of(path: Path, files: list[Path], key: str | None) -> Series:
@@ -97,11 +124,27 @@ def series_of(path: Path, files: list[Path], key: str | None) -> Series:
     )
 
 
-def checkpoint(file: Path, key: str | None) -> Checkpoint:
-    """The contents of one such file; its optimizer's state may lie in a file beside it, named
-    alike.
+def checkpoint(file: Path, key: str | None, first: contents.StateDict) -> Checkpoint:
+    """The contents of one such file of a series that begins with the weights ``first``; its
+    optimizer's state may lie in a file beside it, named alike.
     """
-    return Checkpoint(file, partial(state_dict, file, key), partial(optimizer_of, file))
+    return Checkpoint(
+        file, partial(_state_dict_like, first.key, file, key), partial(optimizer_of, file)
+    )
+
+
+def _state_dict_like(first: str, file: Path, key: str | None) -> contents.StateDict:
+    """A file's state dict; averaged weights only where the series' first were, and else refused."""
+    found = state_dict(file, key)
+    if key is not None or contents.is_average(found.key) == contents.is_average(first):
+        return found
+    if first in found.beside:
+        return state_dict(file, first)
+    averaged, raw = (found.key, first) if contents.is_average(found.key) else (first, found.key)
+    raise InputError(
+        f"{file}: averaged weights ({averaged}) and the optimizer's own ({raw}) don't make one "
+        "series; move those of one kind elsewhere, or choose with --key"
+    )
 
 
 def state_dict(file: Path, key: str | None = None) -> contents.StateDict:
@@ -139,12 +182,18 @@ OPTIMIZER_COUNT = "the optimizer's own count"
 
 def beside(weights: contents.StateDict) -> list[str]:
     """What is said of other state dicts in the same file."""
-    if not weights.beside:
-        return []
-    return [
-        f"its files hold other weights too ({', '.join(weights.beside[:3])}), which were left "
-        "aside: choose with --key"
-    ]
+    remarks = []
+    if contents.is_average(weights.key):
+        remarks.append(
+            f"its weights are an average ({weights.key}): those that the optimizer moved aren't in "
+            "its files"
+        )
+    if weights.beside:
+        remarks.append(
+            f"its files hold other weights too ({', '.join(weights.beside[:3])}), which were left "
+            "aside: choose with --key"
+        )
+    return remarks
 
 
 def same_weights(one: contents.StateDict, other: contents.StateDict) -> bool:
