@@ -72,6 +72,20 @@ def parameters_last(likelihood: str, outputs: Any, targets: Any = None) -> Any:
     return outputs if axis == -1 else _moved(outputs, axis)
 
 
+def soft_targets_last(shape: Sequence[int], targets: Any) -> Any:
+    """Soft targets with the classes along the last axis, as outputs of this shape have them.
+
+    Those of images lie along axis 1 by torch's convention, unless their last axis has
+    probabilities already; other targets are given as they are.
+    """
+    if not _floating(targets) or targets.ndim != len(shape) or targets.ndim < 4:
+        return targets
+    moved = _moved(targets, 1)
+    if tuple(moved.shape) != tuple(shape):
+        return targets
+    return targets if tuple(targets.shape) == tuple(shape) and _are_rows(targets) else moved
+
+
 def checked_outputs(likelihood: str, outputs: Any) -> Any:
     """The outputs, or `InputError` where no family of this name could be read from their shape or
     type."""
@@ -103,7 +117,8 @@ def checked_targets(likelihood: str, outputs: Any, targets: Any) -> Any:
     """Targets in the family's form for outputs that have their `parameters_last`.
 
     Categorical: integers of the leading shape, or floating-point soft targets of the outputs'
-    shape; the others: of the outputs' shape (heteroscedastic: half as wide).
+    shape (of images, with the classes along axis 1 as torch has them); the others: of the outputs'
+    shape (heteroscedastic: half as wide).
 
     Raises:
         InputError: shapes that don't fit, a class that isn't there, values outside the family's
@@ -136,6 +151,7 @@ def checked_targets(likelihood: str, outputs: Any, targets: Any) -> Any:
 
 def _class_targets(outputs: Any, targets: Any) -> Any:
     shape, classes = tuple(outputs.shape), outputs.shape[-1]
+    targets = soft_targets_last(shape, targets)
     if tuple(targets.shape) == shape and _floating(targets):
         return _soft_targets(targets)
     if tuple(targets.shape) != shape[:-1]:
@@ -177,13 +193,19 @@ def _soft_targets(targets: Any) -> Any:
         raise InputError(
             f"every target is {IGNORED}, so no prediction counts; give at least one class"
         )
-    if not bool(((counted >= 0).all(-1) & (abs(counted.sum(-1) - 1) < ROUNDED)).all()):
+    if not _are_rows(counted):
         raise InputError(
             "soft class targets must be ≥ 0 and sum to 1 in each row; for several independent "
             "labels per example use "
             "likelihood='bernoulli'"
         )
     return targets
+
+
+def _are_rows(targets: Any) -> bool:
+    """Whether the last axis holds probabilities, wherever a prediction is counted."""
+    counted = targets[targets[..., 0] != IGNORED]
+    return bool(((counted >= 0).all(-1) & (abs(counted.sum(-1) - 1) < ROUNDED)).all())
 
 
 def is_soft(likelihood: str, targets: Any) -> bool:

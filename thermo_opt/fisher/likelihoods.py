@@ -22,9 +22,16 @@ from thermo_opt.likelihoods import FAMILIES, IGNORED
 
 class Likelihood(ABC):
     """One output family. Methods act prediction by prediction; none divides by the number of
-    predictions."""
+    predictions.
+
+    Attributes:
+        name: the family's.
+        joint: whether all outputs of an example are one prediction, as an audit counts them,
+            except of classes.
+    """
 
     name: str = ""
+    joint: bool = False
 
     def outputs(self, f: Tensor, targets: Tensor | None = None) -> Tensor:
         """Outputs as (..., c), classes last; raises `InputError` for what this family can't read.
@@ -33,6 +40,9 @@ class Likelihood(ABC):
         """
         likelihoods.checked_outputs(self.name, f)
         f = likelihoods.parameters_last(self.name, f, targets)
+        if self.joint and f.dim() > 2 and self.name != "categorical":
+            halves = f.chunk(2, -1) if self.name == "heteroscedastic" else (f,)
+            return torch.cat([half.flatten(1) for half in halves], dim=-1)
         return f.unsqueeze(-1) if f.dim() == 1 else f
 
     def targets(self, f: Tensor, y: Tensor) -> Tensor:
@@ -309,12 +319,22 @@ _FAMILIES: dict[str, type[Likelihood]] = {
 }
 
 
-def likelihood(name: str | Likelihood, sigma2: float | None = None) -> Likelihood:
-    """The output family of this name; ``sigma2`` is the Gaussian's variance (1 if not given)."""
+def likelihood(
+    name: str | Likelihood, sigma2: float | None = None, *, joint: bool = False
+) -> Likelihood:
+    """The output family of this name.
+
+    Args:
+        name: one of `thermo_opt.likelihoods.FAMILIES`, or a family, which is given back.
+        sigma2: the Gaussian's variance (1 if not given).
+        joint: see `Likelihood`.
+    """
     if isinstance(name, Likelihood):
         return name
     family = _FAMILIES[likelihoods.known(name)]
-    return Gaussian(1.0 if sigma2 is None else sigma2) if family is Gaussian else family()
+    made = Gaussian(1.0 if sigma2 is None else sigma2) if family is Gaussian else family()
+    made.joint = joint
+    return made
 
 
 def _counted(y: Tensor, values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ from thermo_opt import fisher, likelihoods
 from thermo_opt.errors import InputError
 from thermo_opt.fisher.certificate import gradient_norm
 from thermo_opt.fisher.exact import JacobianMetric
+from thermo_opt.fisher.likelihoods import Likelihood
 from thermo_opt.fisher.metric import dot
 from thermo_opt.lenses.inputs import LensInputs, Unsupported
 from thermo_opt.lenses.measurements import Measurements
@@ -90,9 +91,7 @@ class ParameterLens:
             ends.append(self._scalars(step))
         a, d, lower, upper = (float(np.mean([e[k] for e in ends])) for k in range(4))
         by_parameter = np.mean([e[4] for e in ends], axis=0)
-        divergence = fisher.likelihoods.likelihood(self.likelihood, self.sigma2).kl(
-            outputs, outputs_end
-        )
+        divergence = self._family.kl(outputs, outputs_end)
         return Interval(
             a=a,
             a_damped=a + self.damping * dot(step, step),
@@ -105,14 +104,17 @@ class ParameterLens:
             by_parameter=by_parameter.tolist(),
         )
 
+    @property
+    def _family(self) -> Likelihood:
+        return fisher.likelihoods.likelihood(self.likelihood, self.sigma2, joint=True)
+
     def _metric(self, damping: float) -> JacobianMetric:
         metric = fisher.make(
             "exact",
             self.model,
             (self.probe.inputs, self.probe.targets),
-            likelihood=self.likelihood,
+            likelihood=self._family,
             damping=damping,
-            sigma2=self.sigma2 if self.likelihood == "gaussian" else None,
             microbatch=self.microbatch,
         )
         assert isinstance(metric, JacobianMetric)
@@ -144,8 +146,7 @@ class ParameterLens:
         predictor = fisher.Predictor(
             self.model,
             (self.probe.inputs, self.probe.targets),
-            self.likelihood,
-            sigma2=self.sigma2 if self.likelihood == "gaussian" else None,
+            self._family,
             microbatch=self.microbatch,
         )
         return predictor.values, predictor.loss(), predictor.outputs()
@@ -211,7 +212,11 @@ def measure(lens_inputs: LensInputs) -> Measurements:
             "the first"
         )
     install(model, first_snapshot, run.info.tied)
-    predict(model, map_tensors(inputs, lambda t: t[:1]))  # refuses inputs that the model can't take
+    one = predict(model, map_tensors(inputs, lambda t: t[:1]))  # or refuses the inputs
+    if likelihood == "categorical":
+        shape = likelihoods.parameters_last(likelihood, one, targets).shape
+        targets = likelihoods.soft_targets_last((len(targets), *shape[1:]), targets)
+        lens.probe = replace(probe, targets=targets)
     lens.microbatch = _microbatch(model, inputs, likelihood)
     pairs = list(zip(lens_inputs.indices[:-1], lens_inputs.indices[1:], strict=True))
     chosen = _subset(len(pairs), lens_inputs.intervals)
@@ -340,7 +345,11 @@ def _finite_intervals(
 def _point(lens: ParameterLens, index: int) -> Point:
     """The predictions of a snapshot as a point of the prediction manifold."""
     outputs = lens._state(index)[2].cpu().numpy()
-    targets = None if lens.probe.targets is None else lens.probe.targets.cpu().numpy()
+    assert lens.probe.targets is not None
+    targets = array_of(lens.probe.targets)
+    if lens.likelihood == "categorical":  # a row per prediction, wherever the classes lay
+        targets = targets.reshape(-1, *targets.shape[outputs.ndim - 1 :])
+        outputs = outputs.reshape(-1, outputs.shape[-1])
     return embed(outputs, targets, likelihood=lens.likelihood, sigma2=lens.sigma2)
 
 

@@ -78,9 +78,10 @@ class Predictions(ABC):
         )
         array = outputs[0] if count == 1 else np.concatenate(outputs)
         try:
-            if 0 in indices and self.kind is None:
-                f = likelihoods.parameters_last(self.likelihood, outputs[0], self.targets)
-                likelihoods.refuse_probabilities(self.likelihood, f)
+            for index, f in zip(indices, outputs, strict=True):
+                if self.kind is None and index in (0, len(self.steps) - 1):
+                    f = likelihoods.parameters_last(self.likelihood, f, self.targets)
+                    likelihoods.refuse_probabilities(self.likelihood, f)
             return embed(
                 array,
                 targets,
@@ -125,6 +126,7 @@ class Predictions(ABC):
             leading = (kept, *np.delete(shape, axis)[1:].tolist())
         counted = np.ones(leading, dtype=bool)
         if self.likelihood == "categorical" and targets is not None:
+            targets = likelihoods.soft_targets_last((*leading, shape[axis]), targets)
             ignored = targets == likelihoods.IGNORED
             counted &= ~(ignored if ignored.ndim == len(leading) else ignored[..., 0])
         if weights is not None:

@@ -228,7 +228,8 @@ def _log_amplitudes(rows: NDArray[Any], kind: str) -> Array:
     if kind == "probabilities":
         with np.errstate(divide="ignore"):
             return 0.5 * np.log(_checked_probabilities(rows))
-    z = 0.5 * (rows - rows.max(axis=1, keepdims=True)).astype(np.float64)
+    z = rows.astype(np.float64)
+    z = 0.5 * (z - z.max(axis=1, keepdims=True))
     with np.errstate(invalid="ignore"):
         return z - 0.5 * np.log(np.exp(2 * z).sum(axis=1, keepdims=True))
 
