@@ -173,3 +173,51 @@ def test_examples_in_blocks_add_up_to_the_whole(tmp_path, monkeypatch):
     np.testing.assert_allclose(split.steps.to_numpy(), whole.steps.to_numpy(), rtol=1e-9)
     np.testing.assert_allclose(split.headline.coarse, whole.headline.coarse, rtol=1e-9)
     assert split.headline.hurst == pytest.approx(whole.headline.hurst)
+
+
+@pytest.mark.parametrize("kept", ["blocks", "sketch"])
+def test_who_holds_chi_squared_is_told_of_large_vocabularies_too(tmp_path, monkeypatch, kept):
+    from thermo_opt.lenses import predictions
+
+    y = torch.arange(40 * 3).reshape(40, 3) * 7 % 50
+    y[5:8, 0] = -100
+    truth = torch.where(torch.arange(40)[:, None] == 17, (y + 1) % 50, y).clamp_min(0)
+    logits = nn.Parameter(functional.one_hot(truth, 50).double() * 9)
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows = logits
+
+        def forward(self, x):
+            return self.rows[x]
+
+    model = Table()
+    options = {"sketch": 48} if kept == "sketch" else {}
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    probe = (torch.arange(40), y)
+    path = tmp_path / "run"
+    with to.Recorder(path, model=model, optimizer=optimizer, probe=probe, **options) as recorder:
+        for _ in range(6):
+            with torch.no_grad():
+                logits += 0.3 * functional.one_hot(truth, 50)
+            recorder.step()
+    whole = to.audit(path).summary
+    assert whole["held_by"] == [17]
+    assert whole["alignment_lower"] < 0.1 < 0.9 < whole["alignment_lower_rest"]
+    if kept == "blocks":
+        monkeypatch.setattr(predictions, "_BLOCK_BYTES", 8 * 50 * 3 * 7)
+        source = predictions.RecordedPredictions(to.load_run(path), "categorical")
+        assert len(source.blocks(0)) == 6
+        split = to.audit(path).summary
+        assert split["held_by"] == [17]
+        for key in ("alignment_lower", "alignment_lower_rest"):
+            assert split[key] == pytest.approx(whole[key], rel=1e-9)
+
+
+def test_predictions_that_move_alike_share_a_sketchs_error():
+    p, q = (np.sqrt(x) for x in np.random.default_rng(0).dirichlet(np.ones(60), 2))
+    found = np.array([(((p - q) @ signs(60, 8, seed)) ** 2).sum() for seed in range(400)])
+    chord = ((p - q) ** 2).sum()
+    assert found.mean() == pytest.approx(chord, rel=6 * relative_error(8, 400))
+    assert found.std() / chord == pytest.approx(relative_error(8, 1), rel=0.2)

@@ -101,11 +101,12 @@ def measure(inputs: LensInputs) -> Measurements:
     if isinstance(source, RecordedPredictions):
         if first.sketched:
             distance = min(distance, float(np.sqrt(a).sum()))
-            error = relative_error(first.w.shape[1], first.examples)
+            width = first.w.shape[1]
+            apart, alike = relative_error(width, first.examples), relative_error(width, 1)
             notes.append(
-                f"distances are estimates from sketches of {first.w.shape[1]} random sums, with a "
-                f"relative standard error of {error:.2g} for each squared distance; losses are "
-                f"exact"
+                f"distances are estimates from sketches of {width} random sums, with a relative "
+                f"standard error of each squared distance from {apart:.2g}, where predictions move "
+                f"in ways of their own, to {alike:.2g}, where all move alike; losses are exact"
             )
         split = measure_split(
             source,
@@ -117,12 +118,13 @@ def measure(inputs: LensInputs) -> Measurements:
             inputs.batch_size,
         )
     held_by = np.empty(0, dtype=int)
-    if found.chi2_shares is not None and not first.sketched:
+    if found.chi2_shares is not None:
         held_by = _holding(found.chi2_shares, source.owners(indices[0]))
     rest = None
     if len(held_by):
         others = path_scalars(source.leaving_out(held_by), indices, strides=(), jobs=inputs.jobs)
-        rest = (np.array(others.a), _directed(others.a, others.d), np.array(others.chi2))
+        rest_d, rest_chi2 = _directed(others.a, others.d), np.array(others.chi2)
+        rest = (_allowed(np.array(others.a), rest_d, rest_chi2), rest_d, rest_chi2)
     return Measurements(
         step=audited[:-1],
         step_end=audited[1:],
@@ -141,9 +143,16 @@ def measure(inputs: LensInputs) -> Measurements:
         start=start,
         floor=float(np.median(floor)) if len(floor) else 0.0,
         split=split,
+        a_alignment=_allowed(a, d, chi2) if first.sketched else None,
         held_by=held_by.tolist(),
         rest=rest,
     )
+
+
+def _allowed(a: np.ndarray, d: np.ndarray, chi2: np.ndarray) -> np.ndarray:
+    """a, or the least that d² ≤ a χ² allows where a sketch's estimate fell below it (§5, §13)."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.fmax(a, np.where(np.isfinite(chi2) & (chi2 > 0), d * d / chi2, 0.0))
 
 
 def _directed(a: Sequence[float], d: Sequence[float]) -> np.ndarray:

@@ -45,6 +45,8 @@ class PathScalars:
         chi2: (K,) the certificate Δ ≤ χ² at each interval's start (nats).
         chi2_shares: (rows,) each row's share of χ², summed over the intervals with weight a; None
             without targets.
+        chi2_rows: per interval (rows,) each row's χ², of a block of examples only: its shares are
+            of all blocks' χ².
         chords: per stride m the list of (first, last, a) of the chords over m intervals.
         lagged: products of displacements apart in time (`lags`), (first snapshot, product) per m.
         landmarks: (position, amplitudes) of the predictions kept for the trajectory map.
@@ -56,6 +58,7 @@ class PathScalars:
     d: list[float] = field(default_factory=list)
     chi2: list[float] = field(default_factory=list)
     chi2_shares: Array | None = None
+    chi2_rows: list[Array] = field(default_factory=list)
     chords: dict[int, list[tuple[int, int, float]]] = field(default_factory=dict)
     lagged: Products = field(default_factory=dict)
     landmarks: list[tuple[int, Array]] = field(default_factory=list)
@@ -71,6 +74,7 @@ def path_scalars(
     landmarks: int = 0,
     jobs: int = 1,
     advance: Callable[[int], None] | None = None,
+    of_block: bool = False,
 ) -> PathScalars:
     """Scalars of the path through the snapshots ``indices`` of a source of predictions.
 
@@ -83,6 +87,7 @@ def path_scalars(
         landmarks: Predictions to keep for a map, evenly spread.
         jobs: Processes that share the path's segments.
         advance: Called with the number of snapshots done.
+        of_block: Whether ``source`` is one block of a whole (`PathScalars.chi2_rows`).
 
     Returns:
         `PathScalars`. Cost: one embedding per snapshot, O(n c), and about two distances.
@@ -98,6 +103,7 @@ def path_scalars(
                 landmarks=landmarks if block is blocks[0] else 0,
                 jobs=jobs,
                 advance=advance if block is blocks[0] else None,
+                of_block=True,
             )
             for block in blocks
         ]
@@ -115,6 +121,7 @@ def path_scalars(
         first_order=first_order,
         marks=frozenset(kept.tolist()),
         block=max(1, _BLOCK_BYTES // bytes_each),
+        of_block=of_block,
     )
     starts = range(0, intervals, _SEGMENT)
     segments: Iterator[PathScalars]
@@ -157,11 +164,15 @@ def _added(parts: Sequence[PathScalars], examples: Sequence[int]) -> PathScalars
         for m, products in parts[0].lagged.items()
     }
     stopped = [part.stopped for part in parts if part.stopped is not None]
+    a, shares = mean([part.a for part in parts]), None
+    for step, rows in zip(a, zip(*(part.chi2_rows for part in parts), strict=False), strict=False):
+        shares = _with_shares(shares, np.concatenate(rows), step)
     return PathScalars(
         loss=mean([part.loss for part in parts]),
-        a=mean([part.a for part in parts]),
+        a=a,
         d=mean([part.d for part in parts]),
         chi2=mean([part.chi2 for part in parts]),
+        chi2_shares=shares,
         chords=dict(sorted(chords.items())),
         lagged=lagged,
         landmarks=parts[0].landmarks,
@@ -176,6 +187,7 @@ class _Plan:
     first_order: bool
     marks: frozenset[int]
     block: int
+    of_block: bool
 
 
 def _append(total: PathScalars, part: PathScalars) -> None:
@@ -184,6 +196,7 @@ def _append(total: PathScalars, part: PathScalars) -> None:
     total.a += part.a
     total.d += part.d
     total.chi2 += part.chi2
+    total.chi2_rows += part.chi2_rows
     if part.chi2_shares is not None:
         total.chi2_shares = part.chi2_shares + (
             0.0 if total.chi2_shares is None else total.chi2_shares
@@ -227,8 +240,8 @@ def _segment(
                 and source.likelihood in ON_SPHERES
                 and not point.sketched
             ):
-                rows = max(1, _LANDMARK_FLOATS // point.w.shape[1])
-                out.landmarks.append((k, point.first(rows).astype(np.float32)))
+                few = max(1, _LANDMARK_FLOATS // point.w.shape[1])
+                out.landmarks.append((k, point.first(few).astype(np.float32)))
             if previous is None:
                 held = dict.fromkeys(plan.strides[1:], (k, point))
             elif plan.first_order:
@@ -236,7 +249,11 @@ def _segment(
                 out.a.append(step.a)
                 out.d.append(step.d)
                 out.chi2.append(step.chi2)
-                _count_shares(out, previous, step.a, source.likelihood)
+                rows = chi_squared_rows(previous, source.likelihood)
+                if rows is not None and plan.of_block:
+                    out.chi2_rows.append(rows)
+                elif rows is not None:
+                    out.chi2_shares = _with_shares(out.chi2_shares, rows, step.a)
             if previous is not None:
                 for m in plan.strides[:1]:
                     out.chords[m].append((k - 1, k, out.a[k - 1 - start]))
@@ -320,16 +337,13 @@ def _rows(block: Point, part: slice) -> Point:
     return Point(block.w[part], block.examples, scale=scale, sketched=block.sketched)
 
 
-def _count_shares(out: PathScalars, point: Point, a: float, likelihood: str) -> None:
-    """Add each row's share of χ² at an interval's start, with weight a."""
-    chi2 = chi_squared_rows(point, likelihood)
-    if chi2 is None:
-        return
+def _with_shares(shares: Array | None, chi2: Array, a: float) -> Array:
+    """Each row's share of χ² at an interval's start, with weight a, added to those before it."""
     infinite = np.isinf(chi2)
-    shares = np.where(infinite, 1.0, 0.0) if infinite.any() else chi2
-    total = shares.sum()
-    added = shares * (a / total) if total > 0 else np.zeros(len(shares))
-    out.chi2_shares = added if out.chi2_shares is None else out.chi2_shares + added
+    held = np.where(infinite, 1.0, 0.0) if infinite.any() else chi2
+    total = held.sum()
+    added: Array = held * (a / total) if total > 0 else np.zeros(len(held))
+    return added if shares is None else added + shares
 
 
 def ends(source: Predictions, first: int, last: int) -> tuple[Point, float | None, float]:

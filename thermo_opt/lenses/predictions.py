@@ -118,11 +118,11 @@ class Predictions(ABC):
         shape = self.shape(index)
         kept = shape[0] - (0 if self.without is None else len(self.without))
         weights, targets = self._weights(shape), self.targets
+        axis = self._class_axis(shape)
         leading: tuple[int, ...] = (kept,)  # a row is an example,
         if self.likelihood == "bernoulli":  # one of its labels,
             leading = (kept, *shape[1:])
         elif self.likelihood == "categorical":  # or one of its counted predictions
-            axis = likelihoods.class_axis(shape, None if targets is None else targets.shape)
             leading = (kept, *np.delete(shape, axis)[1:].tolist())
         counted = np.ones(leading, dtype=bool)
         if self.likelihood == "categorical" and targets is not None:
@@ -154,6 +154,10 @@ class Predictions(ABC):
         """Shape of the outputs of snapshot ``index``."""
         return tuple(self.outputs(index).shape)
 
+    def _class_axis(self, shape: tuple[int, ...]) -> int:
+        """The axis of the classes in outputs of this shape."""
+        return likelihoods.class_axis(shape, None if self.targets is None else self.targets.shape)
+
     def _counts(self, part: slice) -> bool:
         """Whether any prediction of these examples counts."""
         return self.targets is None or bool((self.targets[part] != likelihoods.IGNORED).any())
@@ -182,6 +186,10 @@ class Predictions(ABC):
                 likelihoods.checked_outputs(self.likelihood, floats)
         except InputError as error:
             raise InputError(f"{self.name(index)}: {error}") from None
+        return self._kept(array)
+
+    def _kept(self, array: np.ndarray) -> np.ndarray:
+        """Of one entry per example, those of the examples that are looked at."""
         array = array if self.without is None else np.delete(array, self.without, axis=0)
         return array if self.only is None else array[self.only]
 
@@ -218,6 +226,9 @@ class RecordedPredictions(Predictions):
         """Shape of the outputs of snapshot ``index``."""
         name = "probe/sketch" if self.sketched else "probe/logits"
         return tuple(self.run.snapshots[index].shape(name))
+
+    def _class_axis(self, shape: tuple[int, ...]) -> int:
+        return -1 if self.sketched else super()._class_axis(shape)
 
     def name(self, index: int) -> str:
         """The snapshot's path."""
@@ -261,7 +272,7 @@ class RecordedPredictions(Predictions):
             raise InputError(f"{name}: {error}") from None
 
     def _sketch_point(self, tensors: Mapping[str, Tensor]) -> Point:
-        sketch = array_of(tensors["probe/sketch"]).astype(np.float64)
+        sketch = self._kept(array_of(tensors["probe/sketch"])).astype(np.float64)
         leading = sketch.shape[:-1]
         rows = sketch.reshape(-1, sketch.shape[-1])
         counted = np.ones(len(rows), dtype=bool)
@@ -274,7 +285,8 @@ class RecordedPredictions(Predictions):
             weights = weights[counted] / weights[counted].mean()
         rows, log_y = rows[counted], None
         if "probe/log_p_y" in tensors:
-            log_p = array_of(tensors["probe/log_p_y"]).astype(np.float64).reshape(-1)[counted]
+            log_p = self._kept(array_of(tensors["probe/log_p_y"])).astype(np.float64)
+            log_p = log_p.reshape(-1)[counted]
             log_y = np.minimum(0.5 * log_p, 0.0)
         return Point(
             rows,

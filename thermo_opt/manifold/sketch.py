@@ -2,7 +2,8 @@
 §13).
 
 Squared chords between sketches are unbiased, with a relative error of √(2/k)/√n over n predictions
-for k sums.
+for k sums where these move in directions of their own. All predictions share the sums, so where all
+move in one direction the error is √(2/k), however many they are.
 """
 
 from __future__ import annotations
@@ -26,5 +27,6 @@ def signs(classes: int, width: int, seed: int) -> Array:
 
 
 def relative_error(width: int, predictions: int) -> float:
-    """Standard error of a mean squared chord over its value, ``√(2/k)/√n`` (§13)."""
+    """Standard error of a mean squared chord over its value, ``√(2/k)/√n`` for n predictions that
+    move in directions of their own (§13)."""
     return float(np.sqrt(2.0 / width / predictions))
