@@ -231,8 +231,6 @@ def certificates(quick: bool, repeats: int) -> list[dict[str, Any]]:
 FAST = 40
 """Rounds for the perceptron, whose factors take two milliseconds."""
 
-FISHER_TYPES = {"exact": "type-2", "empirical": "empirical"}
-
 
 class ClassesFirst(nn.Module):
     """A sequence model with its logits as (n, classes, t), the layout curvlinops reads."""
@@ -265,7 +263,7 @@ def factor_cases() -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
 
 
 def contenders(
-    kind: str, model: nn.Module, x: Tensor, y: Tensor, targets: str, setting: str
+    kind: str, model: nn.Module, x: Tensor, y: Tensor, fisher_type: str, kfac_approx: str
 ) -> dict[str, Callable[[], object]]:
     """One call each that computes the factors from scratch."""
     linear = [
@@ -280,8 +278,8 @@ def contenders(
             nn.CrossEntropyLoss(),
             linear,
             [(x, y)],
-            fisher_type=FISHER_TYPES[targets],
-            kfac_approx=setting,
+            fisher_type=fisher_type,
+            kfac_approx=kfac_approx,
             separate_weight_and_bias=False,
             check_deterministic=False,
             num_data=len(x),
@@ -292,7 +290,7 @@ def contenders(
             built.compute_eigenvalue_correction()
 
     return {
-        "ours": lambda: make(kind, model, (x, y), targets=targets, setting=setting),
+        "ours": lambda: make(kind, model, (x, y), fisher_type=fisher_type, kfac_approx=kfac_approx),
         "curvlinops": judge,
     }
 
@@ -301,15 +299,15 @@ def factors(repeats: int = 3) -> list[dict[str, Any]]:
     """Factors' time over curvlinops', one row per model, kind and setting."""
     found = []
     for name, (model, x, y) in factor_cases().items():
-        plans = [("kfac", "exact", "expand"), ("kfac", "empirical", "expand")]
+        plans = [("kfac", "type-2", "expand"), ("kfac", "empirical", "expand")]
         if y.dim() == 1:
-            plans += [("kfac", "exact", "reduce"), ("ekfac", "exact", "expand")]
-        for kind, targets, setting in plans:
+            plans += [("kfac", "type-2", "reduce"), ("ekfac", "type-2", "expand")]
+        for kind, fisher, approx in plans:
             rounds = repeats if x.dim() > 2 or y.dim() > 1 else FAST
-            seconds = interleaved(contenders(kind, model, x, y, targets, setting), rounds)
+            seconds = interleaved(contenders(kind, model, x, y, fisher, approx), rounds)
             found.append(
                 {
-                    "benchmark": f"{kind} factors over curvlinops', {name}, {targets}, {setting}",
+                    "benchmark": f"{kind} factors over curvlinops', {name}, {fisher}, {approx}",
                     "value": ratio(seconds, "ours", "curvlinops"),
                     "target": "" if "all layers" in name else "≤ 1",
                 }

@@ -421,8 +421,8 @@ def test_bad_arguments():
         make("exact", model, (x[:0], y[:0]))
     with pytest.raises(InputError, match="needs targets"):
         make("empirical", model, x)
-    with pytest.raises(InputError, match="targets must be one of"):
-        make("low-rank", model, (x, y), targets="real")
+    with pytest.raises(InputError, match="fisher_type must be one of"):
+        make("low-rank", model, (x, y), fisher_type="real")
     with pytest.raises(InputError, match="no trainable parameters"):
         make("exact", nn.Tanh(), (x, y))
     metric = make("exact", model, x)  # targets aren't needed for the true Fisher

@@ -172,7 +172,7 @@ def test_every_operation_agrees_with_the_metrics_own_dense_matrix(build, kind, s
     torch.manual_seed(0)
     model, shape = build()
     assert_consistent_with_its_dense_matrix(
-        make(kind, model, data(shape), damping=damping, setting=setting, rtol=1e-6)
+        make(kind, model, data(shape), damping=damping, kfac_approx=setting, rtol=1e-6)
     )
 
 
@@ -192,7 +192,7 @@ def test_deep_linear_gaussian_network_is_exact_blockwise_on_any_batch(shape):
     torch.manual_seed(2)
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3, bias=False), nn.Linear(3, 2)).double()
     x = torch.randn(shape, dtype=torch.float64)
-    metric = make("kfac", model, (x, None), likelihood="gaussian", sigma2=0.3, setting="expand")
+    metric = make("kfac", model, (x, None), likelihood="gaussian", sigma2=0.3, kfac_approx="expand")
     assert_blocks_exact(metric, model, dense_fisher(model, x, "gaussian", 0.3))
 
 
@@ -212,7 +212,7 @@ def test_every_likelihood_is_exact_blockwise_on_one_example(kind, likelihood):
     options = {"sigma2": 0.7} if likelihood == "gaussian" else {}
     metric = make(kind, model, (x, y), likelihood=likelihood, **options)
     assert_blocks_exact(metric, model, oracle.dense_fisher(model, x, y, likelihood, **options))
-    empirical = make(kind, model, (x, y), likelihood=likelihood, targets="empirical", **options)
+    empirical = make(kind, model, (x, y), likelihood=likelihood, fisher_type="empirical", **options)
     assert_blocks_exact(
         empirical, model, oracle.dense_fisher(model, x, y, likelihood, empirical=True, **options)
     )
@@ -235,7 +235,7 @@ def test_reduce_is_exact_for_a_linear_network_that_averages_its_positions():
     x = torch.randn(6, 3, 4, dtype=torch.float64)
     truth = dense_fisher(model, x, "gaussian")
     reduce, expand = (
-        make("kfac", model, (x, None), likelihood="gaussian", setting=s)
+        make("kfac", model, (x, None), likelihood="gaussian", kfac_approx=s)
         for s in ("reduce", "expand")
     )
     assert_blocks_exact(reduce, model, truth)
@@ -323,11 +323,11 @@ def test_ignored_positions_do_not_count():
     x = torch.randn(2, 3, 4, dtype=torch.float64)
     y = torch.tensor([[0, 1, 2], [1, -100, -100]])
     kept = (
-        make("kfac", model, (x.reshape(6, 4)[:4], y.flatten()[:4]), targets="empirical")
+        make("kfac", model, (x.reshape(6, 4)[:4], y.flatten()[:4]), fisher_type="empirical")
         .blocks[0]
         .block
     )
-    masked = make("kfac", model, (x, y), targets="empirical").blocks[0].block
+    masked = make("kfac", model, (x, y), fisher_type="empirical").blocks[0].block
     torch.testing.assert_close(masked.G.matrix, kept.G.matrix)
 
 
@@ -337,13 +337,13 @@ def test_sampled_targets_converge_to_the_exact_factors():
     batch = data(shape)
     exact, sampled = (
         make("kfac", model, batch),
-        make("kfac", model, batch, targets="sampled", samples=4000),
+        make("kfac", model, batch, fisher_type="mc", samples=4000),
     )
     for a, b in zip(exact.blocks, sampled.blocks, strict=True):
         torch.testing.assert_close(a.block.trace, b.block.trace, rtol=0.05, atol=0)
-    again = make("kfac", model, batch, targets="sampled", samples=2, seed=3)
+    again = make("kfac", model, batch, fisher_type="mc", samples=2, seed=3)
     torch.testing.assert_close(
-        again.dense(), make("kfac", model, batch, targets="sampled", samples=2, seed=3).dense()
+        again.dense(), make("kfac", model, batch, fisher_type="mc", samples=2, seed=3).dense()
     )
 
 
@@ -387,7 +387,7 @@ def test_two_calls_of_a_module_are_two_shared_positions():
     y = torch.zeros(5, dtype=torch.long)
     for kind in ("kfac", "ekfac"):
         for setting in ("expand", "reduce"):
-            one, two = (make(kind, m, (x, y), setting=setting).dense() for m in (other, model))
+            one, two = (make(kind, m, (x, y), kfac_approx=setting).dense() for m in (other, model))
             torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
 
 
@@ -588,14 +588,14 @@ def test_an_input_overwritten_after_use_is_refused_not_misread():
 def test_bad_input_is_refused():
     model, shape = mlp()
     batch = data(shape)
-    with pytest.raises(InputError, match="setting"):
-        make("kfac", model, batch, setting="exact")
-    with pytest.raises(InputError, match="targets"):
-        make("ekfac", model, batch, targets="all")
+    with pytest.raises(InputError, match="kfac_approx"):
+        make("kfac", model, batch, kfac_approx="exact")
+    with pytest.raises(InputError, match="fisher_type"):
+        make("ekfac", model, batch, fisher_type="all")
     with pytest.raises(InputError, match="samples"):
-        make("kfac", model, batch, targets="sampled", samples=0)
+        make("kfac", model, batch, fisher_type="mc", samples=0)
     with pytest.raises(InputError, match="needs targets"):
-        make("kfac", model, batch[0], targets="empirical")
+        make("kfac", model, batch[0], fisher_type="empirical")
 
 
 def test_training_on_and_overridden_weights_leave_the_metric_as_it_was():
@@ -603,7 +603,7 @@ def test_training_on_and_overridden_weights_leave_the_metric_as_it_was():
     x, y = data(shape)
     given = {name: p.detach() + 1 for name, p in model.named_parameters()}
     for options in ({}, {"parameters": given}):
-        metric = make("kfac", model, (x, y), targets="empirical", **options)
+        metric = make("kfac", model, (x, y), fisher_type="empirical", **options)
         before = metric.dense().clone()
         with torch.no_grad():
             for p in [*model.parameters(), *given.values()]:

@@ -26,8 +26,8 @@ KINDS += [
 ]
 KINDS += [
     ("empirical", {"microbatch": 2}, 1),
-    ("low-rank", {"targets": "empirical"}, 1),
-    ("dense", {"targets": "empirical"}, 1),
+    ("low-rank", {"fisher_type": "empirical"}, 1),
+    ("dense", {"fisher_type": "empirical"}, 1),
 ]
 
 
@@ -79,8 +79,8 @@ def test_agrees_with_the_dense_fisher(name, kind, options, empirical, damping):
 @pytest.mark.parametrize("name", CASES)
 def test_diagonal_is_the_diagonal(name):
     model, x, y = CASES[name]
-    for targets, empirical in (("exact", 0), ("empirical", 1)):
-        metric = make("diagonal", model, (x, y), damping=1e-3, targets=targets)
+    for fisher_type, empirical in (("type-2", 0), ("empirical", 1)):
+        metric = make("diagonal", model, (x, y), damping=1e-3, fisher_type=fisher_type)
         diagonal = TRUTH[name, empirical].diagonal()
         torch.testing.assert_close(flatten(metric.diagonal), diagonal, rtol=1e-10, atol=1e-14)
         v, g = vectors(metric)
@@ -118,7 +118,7 @@ def test_sequence_bernoulli_and_single_outputs():
 @pytest.mark.parametrize("name", CASES)
 def test_sampled_targets_are_unbiased(name):
     model, x, y = CASES[name]
-    metric = make("diagonal", model, (x, y), targets="sampled", samples=4000, seed=0)
+    metric = make("diagonal", model, (x, y), fisher_type="mc", samples=4000, seed=0)
     exact = TRUTH[name, 0].diagonal()
     # Each entry's standard error is at most √(E s⁴/N); the trace averages many entries.
     assert float(flatten(metric.diagonal).sum()) == pytest.approx(float(exact.sum()), rel=0.05)

@@ -53,7 +53,9 @@ def test_first_step_is_the_natural_gradient_of_the_empirical_kfac_metric() -> No
     direction and Δ."""
     model = models.mlp()
     x, y = models.minibatch(models.digits(), 0, 64)
-    metric = to.fisher.make("kfac", copy.deepcopy(model), (x, y), damping=1e-3, targets="empirical")
+    metric = to.fisher.make(
+        "kfac", copy.deepcopy(model), (x, y), damping=1e-3, fisher_type="empirical"
+    )
     optimizer = to.NGDT(
         model,
         metric=KFAC(inverse="pseudo", max_rows=None, max_solve_overhead=1e9),

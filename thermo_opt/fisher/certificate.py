@@ -29,7 +29,7 @@ from thermo_opt.fisher import ridge
 from thermo_opt.fisher.exact import JacobianMetric
 from thermo_opt.fisher.metric import Bracket, flatten, unflatten
 from thermo_opt.fisher.predictor import Part
-from thermo_opt.fisher.scores import Targets, score_rows
+from thermo_opt.fisher.scores import FisherType, score_rows
 
 KNOWN_SHARE = (4, 16)
 """One example in so many has its score rows formed, at most and at least: fewer than that save too
@@ -163,8 +163,10 @@ class _Outputs:
         """The score rows of ``count`` examples; None where they say nothing that float64 can
         resolve."""
         examples = _spread_choice(rho.view(self.predictor.examples, -1).square().sum(1), count)
-        targets: Targets = "empirical" if self.empirical else "exact"
-        blocks = [block.double() for block in score_rows(self.predictor.subset(examples), targets)]
+        fisher_type: FisherType = "empirical" if self.empirical else "type-2"
+        blocks = [
+            block.double() for block in score_rows(self.predictor.subset(examples), fisher_type)
+        ]
         where = torch.zeros(
             self.predictor.examples, rho.numel() // self.predictor.examples, dtype=torch.bool
         )

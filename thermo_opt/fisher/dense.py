@@ -11,7 +11,7 @@ from thermo_opt.fisher.decomposed import DecomposedMetric
 from thermo_opt.fisher.likelihoods import Likelihood
 from thermo_opt.fisher.metric import check_dense
 from thermo_opt.fisher.predictor import Predictor
-from thermo_opt.fisher.scores import Targets, check_targets, score_rows
+from thermo_opt.fisher.scores import FisherType, check_fisher_type, score_rows
 from thermo_opt.fisher.spectral import default_rtol, eigh, threshold
 
 
@@ -21,7 +21,7 @@ def dense(
     *,
     likelihood: str | Likelihood = "categorical",
     damping: float = 0.0,
-    targets: Targets = "exact",
+    fisher_type: FisherType = "type-2",
     samples: int = 1,
     seed: int = 0,
     rtol: float | None = None,
@@ -31,16 +31,16 @@ def dense(
     """F = SᵀS/n summed over the batch in float64, then its eigendecomposition. ``metric.matrix`` is
     F, (P, P).
 
-    ``targets`` as for kind "low-rank". Eigenvalues ≤ max(rtol·σ_max, atol) count as zero; ``rtol``
-    defaults to P·machine epsilon of the model's dtype. Cost O(n·c·P² + P³) time, 16·P² bytes;
-    raises `InputError` beyond `DENSE_LIMIT`.
+    ``fisher_type`` as for kind "low-rank". Eigenvalues ≤ max(rtol·σ_max, atol) count as zero;
+    ``rtol`` defaults to P·machine epsilon of the model's dtype. Cost O(n·c·P² + P³) time,
+    16·P² bytes; raises `InputError` beyond `DENSE_LIMIT`.
     """
     predictor = Predictor(model, batch, likelihood, **options)
-    check_targets(predictor, targets)
+    check_fisher_type(predictor, fisher_type)
     size = sum(p.numel() for p in predictor.values)
     check_dense(size)
     matrix = torch.zeros((size, size), dtype=torch.float64, device=predictor.device)
-    for block in score_rows(predictor, targets, samples, seed):
+    for block in score_rows(predictor, fisher_type, samples, seed):
         rows = block.double()
         matrix.addmm_(rows.T, rows)
     return DenseMetric(predictor, matrix / predictor.count, damping, rtol, atol)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from thermo_opt.fisher.likelihoods import Likelihood
 from thermo_opt.fisher.metric import Bracket, Metric, check_dense, flatten, unflatten
 from thermo_opt.fisher.predictor import Predictor
-from thermo_opt.fisher.scores import Targets, check_targets, score_rows
+from thermo_opt.fisher.scores import FisherType, check_fisher_type, score_rows
 
 
 class DiagonalMetric(Metric):
@@ -88,23 +88,23 @@ def diagonal(
     *,
     likelihood: str | Likelihood = "categorical",
     damping: float = 0.0,
-    targets: Targets = "exact",
+    fisher_type: FisherType = "type-2",
     samples: int = 1,
     seed: int = 0,
     **options: Any,
 ) -> DiagonalMetric:
     """The exact diagonal of the Fisher on the batch, from per-example score rows summed in float64.
 
-    ``targets``: "exact" (true Fisher, all classes: c backward passes per prediction), "sampled"
-    (``samples`` draws from the model, unbiased, cheaper) or "empirical" (the data's targets).
+    ``fisher_type``: "type-2" (true Fisher, all classes: c backward passes per prediction), "mc"
+    (``samples`` draws from the model, unbiased, cheaper) or "empirical" (the data's fisher_type).
     Memory O(P) beside one block of rows.
     """
     predictor = Predictor(model, batch, likelihood, **options)
-    check_targets(predictor, targets)
+    check_fisher_type(predictor, fisher_type)
     total = torch.zeros(
         sum(p.numel() for p in predictor.values), dtype=torch.float64, device=predictor.device
     )
-    for block in score_rows(predictor, targets, samples, seed):
+    for block in score_rows(predictor, fisher_type, samples, seed):
         total += block.double().square().sum(0)
     parts = unflatten(total / predictor.count, predictor.shapes)
     metric = DiagonalMetric(predictor.names, parts, damping, dtype=predictor.dtype)

@@ -28,7 +28,7 @@ from thermo_opt.fisher.likelihoods import Likelihood
 from thermo_opt.fisher.low_rank import ENTRIES_LIMIT, decompose, row_count
 from thermo_opt.fisher.metric import Bracket, Metric, axpy, dot, flatten, unflatten
 from thermo_opt.fisher.predictor import Part, Predictor, materialise
-from thermo_opt.fisher.scores import Targets, score_rows
+from thermo_opt.fisher.scores import FisherType, score_rows
 from thermo_opt.fisher.slopes import FixedSlopes
 
 LINEARISE_AT = 3
@@ -289,10 +289,10 @@ class JacobianMetric(Metric):
     def diagnostics(self) -> dict[str, Any]:
         """``trace`` of F exactly, from the score rows; ``rank`` and ``condition`` where the score
         matrix is small enough."""
-        rows = row_count(self.predictor, self._targets)
+        rows = row_count(self.predictor, self._fisher_type)
         if self._dual is not None or rows * self.size * min(rows, self.size) <= SPECTRUM_WORK:
             return self._decomposed("the spectrum").diagnostics()
-        blocks = score_rows(self.predictor, self._targets)
+        blocks = score_rows(self.predictor, self._fisher_type)
         trace = sum(float(block.double().square().sum()) for block in blocks) / self.predictor.count
         return {
             "rank": None,
@@ -305,21 +305,22 @@ class JacobianMetric(Metric):
         }
 
     @property
-    def _targets(self) -> Targets:
-        return "exact" if self.curvature == "true" else "empirical"
+    def _fisher_type(self) -> FisherType:
+        return "type-2" if self.curvature == "true" else "empirical"
 
     def _small(self) -> bool:
-        return row_count(self.predictor, self._targets) * self.size <= ENTRIES_LIMIT
+        return row_count(self.predictor, self._fisher_type) * self.size <= ENTRIES_LIMIT
 
     def _decomposed(self, what: str) -> DecomposedMetric:
         if self._dual is None:
             if not self._small():
                 raise InputError(
                     f"{what} of a matrix-free Fisher needs its score matrix, too large here "
-                    f"({row_count(self.predictor, self._targets)} × {self.size}); give damping > 0 "
+                    f"({row_count(self.predictor, self._fisher_type)} × {self.size}); give "
+                    f"damping > 0 "
                     "or a smaller batch"
                 )
-            self._dual = decompose(self.predictor, self.damping, self._targets)
+            self._dual = decompose(self.predictor, self.damping, self._fisher_type)
         return self._dual
 
     def precise(self) -> JacobianMetric:

@@ -1,8 +1,8 @@
 """Score rows: the matrix S whose Gram matrix is the Fisher, F = SᵀS/n (theory §7).
 
-A prediction contributes rows BᵀJ_i, where the columns of B (c × m) satisfy B Bᵀ = Λ_i ("exact": all
-classes, m = c), or are the residual of the data's target ("empirical", m = 1) or of m targets drawn
-from the model ("sampled", divided by √m).
+A prediction contributes rows BᵀJ_i, where the columns of B (c × m) satisfy B Bᵀ = Λ_i ("type-2":
+all classes, m = c), or are the residual of the data's target ("empirical", m = 1) or of m targets
+drawn from the model ("mc", divided by √m). The names are those of curvlinops and of NGD-T.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ from thermo_opt.fisher.metric import flatten
 from thermo_opt.fisher.predictor import Part, Predictor, materialise
 from thermo_opt.models import is_batched, map_tensors, slice_inputs
 
-Targets = Literal["exact", "empirical", "sampled"]
+FisherType = Literal["type-2", "mc", "empirical"]
 
 ENTRIES = 2**25
 """Most numbers in the score rows computed at once (256 MB in float64)."""
 
 
-def check_targets(predictor: Predictor, targets: str) -> None:
-    """Raise `InputError` for an unknown kind of targets, and for the empirical Fisher of a batch
+def check_fisher_type(predictor: Predictor, fisher_type: str) -> None:
+    """Raise `InputError` for an unknown Fisher type, and for the empirical Fisher of a batch
     without targets."""
-    if targets not in get_args(Targets):
-        raise InputError(f"targets must be one of {', '.join(get_args(Targets))}, got {targets!r}")
-    if targets == "empirical":
+    if fisher_type not in get_args(FisherType):
+        raise InputError(
+            f"fisher_type must be one of {', '.join(get_args(FisherType))}, got {fisher_type!r}"
+        )
+    if fisher_type == "empirical":
         predictor.require_targets("the empirical Fisher")
 
 
@@ -38,15 +40,15 @@ def cotangents(
     predictor: Predictor,
     part: Part,
     f: Tensor,
-    targets: Targets,
+    fisher_type: FisherType,
     samples: int,
     generator: torch.Generator | None,
 ) -> Tensor:
     """The columns B of every prediction, shape (…, c, m); zero where a prediction isn't counted."""
     family = predictor.likelihood
-    if targets == "exact":
+    if fisher_type == "type-2":
         columns = family.factor(f)
-    elif targets == "empirical":
+    elif fisher_type == "empirical":
         assert part.targets is not None
         columns = family.residual(f, part.targets).unsqueeze(-1)
     else:
@@ -56,7 +58,10 @@ def cotangents(
 
 
 def score_rows(
-    predictor: Predictor, targets: Targets = "exact", samples: int = 1, seed: int | None = None
+    predictor: Predictor,
+    fisher_type: FisherType = "type-2",
+    samples: int = 1,
+    seed: int | None = None,
 ) -> Iterator[Tensor]:
     """Blocks (rows, P) of S, in order, examples × positions × columns; rows of uncounted
     predictions are zero.
@@ -70,7 +75,7 @@ def score_rows(
     for part in predictor.parts:
         with torch.no_grad(), predictor.evaluation():
             f = predictor.call(predictor.values, part.inputs)
-        columns = cotangents(predictor, part, f, targets, samples, generator)
+        columns = cotangents(predictor, part, f, fisher_type, samples, generator)
         examples, rows_each = f.shape[0], columns[0].numel() // f.shape[-1]
         chunk = max(1, ENTRIES // max(1, size * rows_each))
         for start in range(0, examples, chunk):
@@ -91,7 +96,7 @@ def score_rows(
                 one = Part(
                     *(_example(t, i, examples) for t in (part.inputs, part.targets, part.mask))
                 )
-                yield _looped(predictor, one, targets, samples, generator)
+                yield _looped(predictor, one, fisher_type, samples, generator)
 
 
 def _example(tree: Any, i: int, examples: int) -> Any:
@@ -112,13 +117,13 @@ def _spread(columns: Tensor) -> Tensor:
 def _looped(
     predictor: Predictor,
     part: Part,
-    targets: Targets,
+    fisher_type: FisherType,
     samples: int,
     generator: torch.Generator | None,
 ) -> Tensor:
     f, leaves = predictor.graph(part)
     rows = []
-    for u in _spread(cotangents(predictor, part, f.detach(), targets, samples, generator))[0]:
+    for u in _spread(cotangents(predictor, part, f.detach(), fisher_type, samples, generator))[0]:
         gradients = torch.autograd.grad(
             f, leaves, u.unsqueeze(0), retain_graph=True, allow_unused=True
         )

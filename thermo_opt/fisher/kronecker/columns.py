@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 from thermo_opt.errors import InputError
 from thermo_opt.fisher.kronecker.factors import working
 from thermo_opt.fisher.predictor import Part, Predictor
-from thermo_opt.fisher.scores import Targets, check_targets, cotangents
+from thermo_opt.fisher.scores import FisherType, check_fisher_type, cotangents
 
 _BATCHED_ELEMENTS = 1 << 22
 """Most gradient elements in one batched backward pass; beyond it one pass a column is as fast and
@@ -23,7 +23,7 @@ smaller."""
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns s with ``E[Σ s sᵀ] = Λ`` per loss term, for one kind of ``targets`` (see
+    """Columns s with ``E[Σ s sᵀ] = Λ`` per loss term, for one ``fisher_type`` (see
     `thermo_opt.fisher.scores`).
 
     All loss terms travel back together. Those of one sequence meet in layers that mix positions
@@ -33,29 +33,29 @@ class Columns:
     """
 
     predictor: Predictor
-    targets: Targets = "exact"
+    fisher_type: FisherType = "type-2"
     samples: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_targets(self.predictor, self.targets)
+        check_fisher_type(self.predictor, self.fisher_type)
         if self.samples < 1:
             raise InputError(f"samples must be at least 1, got {self.samples!r}")
 
     @property
     def single(self) -> bool:
         """Whether there is one column, so that one plain backward pass is enough."""
-        return self.targets == "empirical" or (self.targets == "sampled" and self.samples == 1)
+        return self.fisher_type == "empirical" or (self.fisher_type == "mc" and self.samples == 1)
 
     def at(self, number: int, part: Part, f: Tensor) -> Tensor:
         """(K, *f.shape) columns for microbatch ``number`` with outputs f; zero where a prediction
         isn't counted."""
         generator = torch.Generator(device=f.device).manual_seed(self.seed + number)
         columns = cotangents(
-            self.predictor, part, f.detach(), self.targets, self.samples, generator
+            self.predictor, part, f.detach(), self.fisher_type, self.samples, generator
         ).movedim(-1, 0)
         if (
-            self.targets == "sampled"
+            self.fisher_type == "mc"
         ):  # draws are independent and their scores have mean zero already
             return columns
         bits = torch.randint(

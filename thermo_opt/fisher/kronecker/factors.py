@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from thermo_opt.fisher.kronecker.rules import KroneckerRule, Module, Setting
+from thermo_opt.fisher.kronecker.rules import KfacApprox, KroneckerRule, Module
 
 _COPIED = 1 << 15
 """Most numbers in input samples that are copied to append a column of ones: beyond it, summing
@@ -88,10 +88,10 @@ def outer(
     return total
 
 
-def flatten(samples: Tensor, setting: Setting, mean: bool) -> Tensor:
+def flatten(samples: Tensor, kfac_approx: KfacApprox, mean: bool) -> Tensor:
     """Samples (…, n, r, k) as rows (…, rows, k): every position ("expand") or its mean or sum an
     example ("reduce")."""
-    if setting == "expand":
+    if kfac_approx == "expand":
         return samples.flatten(-3, -2)
     return samples.mean(-2) if mean else samples.sum(-2)
 
@@ -100,7 +100,7 @@ def input_moment(
     rule: KroneckerRule,
     module: Module,
     x: Tensor,
-    setting: Setting = "expand",
+    kfac_approx: KfacApprox = "expand",
     dtype: torch.dtype | None = None,
     diagonal: bool = False,
 ) -> Moment:
@@ -112,18 +112,18 @@ def input_moment(
     """
     if not rule.covers(module, "weight"):
         samples = x
-    elif setting == "reduce" and not rule.one_hot:
+    elif kfac_approx == "reduce" and not rule.one_hot:
         samples = rule.mean_inputs(module, x)
     else:
         samples = rule.inputs(module, x)
-    return samples_moment(rule, module, samples, setting, dtype, diagonal)
+    return samples_moment(rule, module, samples, kfac_approx, dtype, diagonal)
 
 
 def samples_moment(
     rule: KroneckerRule,
     module: Module,
     samples: Tensor,
-    setting: Setting = "expand",
+    kfac_approx: KfacApprox = "expand",
     dtype: torch.dtype | None = None,
     diagonal: bool = False,
 ) -> Moment:
@@ -140,7 +140,7 @@ def samples_moment(
             dtype=dtype or working_dtype(module.bias.dtype),
         )
         return Moment(one.to(module.bias.device), 1)
-    rows = flatten(samples, setting, mean=True)
+    rows = flatten(samples, kfac_approx, mean=True)
     ones = rule.covers(module, "bias")
     if ones and rows.numel() <= _COPIED:
         rows, ones = functional.pad(rows, (0, 1), value=1.0), False
@@ -152,7 +152,7 @@ def gradient_moment(
     module: Module,
     x: Tensor,
     g: Tensor,
-    setting: Setting = "expand",
+    kfac_approx: KfacApprox = "expand",
     dtype: torch.dtype | None = None,
     diagonal: bool = False,
 ) -> Tensor:
@@ -161,7 +161,9 @@ def gradient_moment(
 
     Divide by M for unaveraged g, multiply by M for g of the mean loss.
     """
-    rows = flatten(rule.gradients(module, x, g), "expand" if rule.one_hot else setting, mean=False)
+    rows = flatten(
+        rule.gradients(module, x, g), "expand" if rule.one_hot else kfac_approx, mean=False
+    )
     return outer(rows, dtype=dtype, diagonal=diagonal)
 
 

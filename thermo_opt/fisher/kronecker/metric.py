@@ -17,11 +17,11 @@ from thermo_opt.fisher.kronecker.columns import Columns
 from thermo_opt.fisher.kronecker.estimate import estimate
 from thermo_opt.fisher.kronecker.factors import working_dtype
 from thermo_opt.fisher.kronecker.placement import Placed
-from thermo_opt.fisher.kronecker.rules import SETTINGS
+from thermo_opt.fisher.kronecker.rules import KFAC_APPROXIMATIONS
 from thermo_opt.fisher.likelihoods import Likelihood
 from thermo_opt.fisher.metric import Bracket, Metric, check_dense, dot
 from thermo_opt.fisher.predictor import Predictor
-from thermo_opt.fisher.scores import Targets
+from thermo_opt.fisher.scores import FisherType
 
 
 class KroneckerMetric(Metric):
@@ -203,8 +203,8 @@ def kronecker_metric(
     *,
     likelihood: str | Likelihood = "categorical",
     damping: float = 0.0,
-    setting: str = "expand",
-    targets: Targets = "exact",
+    kfac_approx: str = "expand",
+    fisher_type: FisherType = "type-2",
     samples: int = 1,
     seed: int = 0,
     rtol: float | None = None,
@@ -214,9 +214,9 @@ def kronecker_metric(
 ) -> KroneckerMetric:
     """The block-diagonal metric of a model on a batch.
 
-    ``setting``: how positions that share a weight enter, "expand" or "reduce" (see
-    `thermo_opt.fisher.kronecker.factors`). ``targets``: whose Fisher: "exact" (all classes, c
-    backward passes), "sampled" (``samples`` draws from the model) or "empirical" (the data's).
+    ``kfac_approx``: how positions that share a weight enter, "expand" or "reduce" (see
+    `thermo_opt.fisher.kronecker.factors`). ``fisher_type``: whose Fisher: "type-2" (all classes, c
+    backward passes), "mc" (``samples`` draws from the model) or "empirical" (the data's).
     ``seed``: of those draws, and of the signs that keep the loss terms of a sequence apart.
     ``max_side``: a wider side of a block keeps only the diagonal of its factor. Other options:
     those of `Predictor`.
@@ -224,14 +224,20 @@ def kronecker_metric(
     Embeddings: diagonal A (token frequencies); normalisation layers: one dense block of scale and
     shift (above 1024 parameters one small block a channel); tied weights: the nearest Kronecker
     product of the sum over their uses; parameters without a rule: a diagonal block, named once in a
-    warning. Raises `InputError` for unknown settings or targets and for a batch that disagrees with
-    the likelihood.
+    warning. Raises `InputError` for an unknown ``kfac_approx`` or ``fisher_type`` and for a batch
+    that disagrees with the likelihood.
     """
-    if setting not in SETTINGS:
-        raise InputError(f"setting {setting!r} is not one of {', '.join(SETTINGS)}")
+    if kfac_approx not in KFAC_APPROXIMATIONS:
+        raise InputError(
+            f"kfac_approx {kfac_approx!r} is not one of {', '.join(KFAC_APPROXIMATIONS)}"
+        )
     predictor = Predictor(model, batch, likelihood, copied=False, **options)
     result = estimate(
-        predictor, Columns(predictor, targets, samples, seed), setting, kind == "ekfac", max_side
+        predictor,
+        Columns(predictor, fisher_type, samples, seed),
+        kfac_approx,
+        kind == "ekfac",
+        max_side,
     )
     metric = KroneckerMetric(
         kind, predictor.names, predictor.values, result.blocks, damping, rtol, atol

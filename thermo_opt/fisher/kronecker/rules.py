@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Setting = str
+KfacApprox = str
 """Weight sharing: "expand" (every position counts as an example) or "reduce" (positions are summed
 first)."""
-SETTINGS = ("expand", "reduce")
+KFAC_APPROXIMATIONS = ("expand", "reduce")
 
 Module = Any
 """A ``torch.nn.Module`` whose own attributes (``weight``, ``stride``, …) the rule reads by name."""
@@ -333,7 +333,7 @@ class ScaleRule(Rule):
         return F.rms_norm(x, list(module.normalized_shape), None, module.eps)
 
     def rows(
-        self, module: Module, normalised: Tensor, g: Tensor, setting: Setting = "reduce"
+        self, module: Module, normalised: Tensor, g: Tensor, kfac_approx: KfacApprox = "reduce"
     ) -> Tensor:
         """Gradients of (scale, shift), flattened to (rows, k): a row an example ("reduce") or a
         position ("expand")."""
@@ -342,11 +342,11 @@ class ScaleRule(Rule):
             sample = g if name == "bias" else g * normalised
             if self.axes == "channel":
                 sample = sample.flatten(2) if sample.dim() > 2 else sample.unsqueeze(-1)
-                sample = sample.sum(-1) if setting == "reduce" else sample.mT.flatten(0, 1)
+                sample = sample.sum(-1) if kfac_approx == "reduce" else sample.mT.flatten(0, 1)
             else:
                 width = self.parameters(module)[0][1].numel()
                 sample = sample.reshape(sample.shape[0], -1, width)
-                sample = sample.sum(1) if setting == "reduce" else sample.flatten(0, 1)
+                sample = sample.sum(1) if kfac_approx == "reduce" else sample.flatten(0, 1)
             parts.append(sample)
         return torch.cat(parts, dim=-1)
 
