@@ -80,8 +80,9 @@ class Calibration:
         every: most steps between measurements.
         predictions: about how many predictions a measurement reads, in 4 examples at least (None:
             the whole minibatch). They are drawn anew every time, in proportion to how much their KL
-            is likely to change. A model whose outputs for some examples depend on the others is
-            measured on the whole minibatch.
+            is likely to change. The whole minibatch is read where a model's outputs for some
+            examples depend on the others, where nearly all predictions are certain, and where the
+            drawn ones say that the step overspends.
         warmup: steps in which κ may rise fast.
         gain: share of the measured correction that κ takes.
 
