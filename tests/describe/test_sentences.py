@@ -215,6 +215,7 @@ def test_every_numeric_summary_key_is_described() -> None:
         "notes",
         "step_unit",
         "every_step",
+        "sketch",
         "split",
         "counterfactual",
     } == set(SUMMARY_KEYS)

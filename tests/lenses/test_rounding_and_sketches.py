@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 import thermo_opt as to
+from thermo_opt.describe import sentences
+from thermo_opt.describe.standing import standing
 from thermo_opt.manifold import embed, squared_distance
 from thermo_opt.manifold.precision import computed_dtype, rounding_floor, ulp
 from thermo_opt.manifold.sketch import relative_error, signs
@@ -142,6 +144,14 @@ def test_sketched_predictions_agree_with_the_whole_ones_within_their_error(tmp_p
     assert size["sketched"] < size["whole"] / 30
     info = to.load_run(tmp_path / "sketched").info
     assert info.sketch == {"width": 64, "seed": 0}
+    assert (sketched["sketch"], exact["sketch"]) == (64, None)
+    for key in ("dissipation", "length", "distance", "alignment_lower"):
+        assert standing(sketched, key) == "estimate"
+    assert standing(sketched, "loss_end") == "exact"
+    said = " ".join([sentences.headline(sketched), *sentences.explanation(sketched)])
+    assert "about" in said
+    assert "at least" not in said
+    assert "at most" not in said
 
 
 def test_squared_chords_of_sketches_are_unbiased():

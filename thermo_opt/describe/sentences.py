@@ -81,10 +81,16 @@ def headline(summary: Summary) -> str:
         if (summary["first_step"] > 0)
         else "This"
     )
-    amount = f"{number(total)} {cost_unit(summary['clock'])}"
+    about = "about " if summary.get("sketch") is not None else ""
+    amount = f"{about}{number(total)} {cost_unit(summary['clock'])}"
     if total == 0:
         where = "never moved" if summary["every_step"] else "were the same in all snapshots"
         return f"{since} run dissipated nothing that is seen: its predictions {where}."
+    if about and not summary["every_step"]:
+        return (
+            f"{since} run dissipated {amount}, seen {seen_every(summary)} in sketches of its "
+            "predictions; what was undone between two snapshots is not seen."
+        )
     if not summary["every_step"]:
         least = f"{number(total, toward='down')} {cost_unit(summary['clock'])}"
         said = f"{since} run dissipated at least {least}, seen {seen_every(summary)}"
@@ -122,6 +128,8 @@ def explanation(summary: Summary) -> list[str]:
         least = least_distance**2 / (2 * duration)
         share = least / total
         paid = percent(share) if summary["every_step"] else f"at most {percent(share, 'up')}"
+        if summary.get("sketch") is not None:
+            paid = f"about {percent(share)}"
         said.append(
             "To reach the same loss in that time, no optimizer and no network can pay less than "
             f"{number(least, toward='down')} {unit}, {paid} of what this run paid."
@@ -168,9 +176,9 @@ def alignment(summary: Summary) -> list[str]:
             sentence += f" downhill, and {_range(up_low, up_high)} uphill"
         said.append(f"{sentence}; the rest bought no first-order decrease of the loss.")
     elif low is not None and low >= _LEAST:
-        sentence = of_what.format(f"at least {percent(low, 'down')}") + ", downhill"
+        sentence = of_what.format(_or_more(summary, low)) + ", downhill"
         if up_low is not None and up_low >= _WORTH_SAYING:
-            sentence += f", and at least {percent(up_low, 'down')} uphill"
+            sentence += f", and {_or_more(summary, up_low)} uphill"
         said.append(sentence + ".")
     if summary["held_by"] and summary["alignment_lower_rest"] is not None:
         held = summary["held_by"]
@@ -179,8 +187,8 @@ def alignment(summary: Summary) -> list[str]:
         said.append(
             f"{count} of the probe (number {names}, counted from 0; a wrong label?) "
             f"{'holds' if len(held) == 1 else 'hold'} this lower end down: on the probe without "
-            f"{'it' if len(held) == 1 else 'them'}, the mean alignment is at least "
-            f"{percent(max(summary['alignment_lower_rest'], 0.0), 'down')}."
+            f"{'it' if len(held) == 1 else 'them'}, the mean alignment is "
+            f"{_or_more(summary, max(summary['alignment_lower_rest'], 0.0))}."
         )
     if summary["displacement_alignment"] is not None:
         said.append(
@@ -190,6 +198,13 @@ def alignment(summary: Summary) -> list[str]:
             "between."
         )
     return [sentence[0].upper() + sentence[1:] for sentence in said]
+
+
+def _or_more(summary: Summary, share: float) -> str:
+    """A lower end as what it is: certified, or estimated from sketches."""
+    if summary.get("sketch") is not None:
+        return f"about {percent(share)} or more"
+    return f"at least {percent(share, 'down')}"
 
 
 def comparison(audits: Sequence[Audited]) -> str | None:

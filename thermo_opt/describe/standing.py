@@ -77,6 +77,9 @@ bound. ``estimate``: neither. ``unknown``: null. Keys that aren't listed are fac
 unknown to the lens. A path of one interval has no detour, pacing, straightness, steadiness or
 efficiency: unknown."""
 
+EXACT_OF_SKETCHES = {"duration", "loss_start", "loss_end", "least_distance"}
+"""What sketched predictions (§13) leave as it is; all else becomes an estimate."""
+
 _SIGNS = {"at least": "≥ ", "at most": "≤ ", "estimate": "≈ "}
 
 
@@ -86,6 +89,8 @@ def standing(summary: Mapping[str, Any], key: str) -> str:
     if summary.get(key) is None:
         return "unknown"
     full, sparse = STANDING[str(summary["lens"])].get(key, ("exact", "exact"))
+    if summary.get("sketch") is not None and key not in EXACT_OF_SKETCHES:
+        return "estimate"
     if full in ("at least", "at most") and summary["duration"] is None:
         return "estimate"  # the parameter lens looked at some intervals, spread over the run
     return full if summary["every_step"] else sparse

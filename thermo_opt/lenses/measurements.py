@@ -43,6 +43,7 @@ class Measurements:
         extra: Further columns.
         floor: The rounding floor a₀ of an interval (§4).
         split: Noise apart from drift (§11).
+        sketch: Random sums that stand for each prediction's outputs; None where they are whole.
     """
 
     step: np.ndarray
@@ -69,6 +70,7 @@ class Measurements:
     extra: dict[str, np.ndarray] = field(default_factory=dict)
     floor: float = 0.0
     split: Split | None = None
+    sketch: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

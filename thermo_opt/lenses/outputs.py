@@ -98,10 +98,10 @@ def measure(inputs: LensInputs) -> Measurements:
     d = np.where(a >= ABOVE * floor, _directed(found.a, found.d), np.nan)
     distance = float(np.sqrt(square))
     split = None
+    width = first.w.shape[1] if first.sketched else None
     if isinstance(source, RecordedPredictions):
-        if first.sketched:
+        if width is not None:
             distance = min(distance, float(np.sqrt(a).sum()))
-            width = first.w.shape[1]
             apart, alike = relative_error(width, first.examples), relative_error(width, 1)
             notes.append(
                 f"distances are estimates from sketches of {width} random sums, with a relative "
@@ -146,6 +146,7 @@ def measure(inputs: LensInputs) -> Measurements:
         a_alignment=_allowed(a, d, chi2) if first.sketched else None,
         held_by=held_by.tolist(),
         rest=rest,
+        sketch=width,
     )
 
 

@@ -35,6 +35,7 @@ SUMMARY_KEYS = (
     "last_step",
     "stride",
     "every_step",
+    "sketch",
     "steps",
     "duration",
     "loss_start",

@@ -89,6 +89,7 @@ def summarise(
     if measured.split is not None and measured.split.replicas and measured.split.reason:
         notes.append(measured.split.reason)
     summary = common | {
+        "sketch": measured.sketch,
         "duration": whole(parts.duration),
         "dissipation": summed(parts.dissipation),
         "length": summed(parts.length),
