@@ -84,6 +84,37 @@ def test_the_way_of_measuring_is_found_by_trying(kind: str) -> None:
         assert measurement.finish()[0] < 1e-10
 
 
+def test_an_overspending_step_is_measured_on_all_after_a_sample() -> None:
+    model = Lambda(KINDS["plain"][0])
+    x, y = torch.randn(256, 6), torch.randint(4, (256,))
+    seen = recorded(model, x, y).used()[0]
+    measurement = KLMeter(Categorical(), Processes(model)).begin(seen, 32, 0, expected=1e-2)
+    assert measurement is not None
+    assert measurement.rows is not None
+    with torch.no_grad():
+        old = torch.log_softmax(model(x), -1)
+        model.two.weight.add_(0.3)
+        model.one.bias.mul_(-1)
+        new = torch.log_softmax(model(x), -1)
+    whole = float(functional.kl_div(new, old, log_target=True, reduction="batchmean"))
+    assert measurement.of_all().finish()[0] == pytest.approx(whole, rel=1e-4)
+    assert measurement.of_all().of_all().rows is None
+
+
+@pytest.mark.parametrize(("factor", "way"), [(1.0, "sample"), (1e4, "whole")])
+def test_certain_predictions_are_measured_whole(factor: float, way: str) -> None:
+    """What one bad step changes of them, their scores do not tell."""
+    model = Lambda(lambda m, h: h)
+    x = torch.randn(256, 6)
+    with torch.no_grad():
+        model.two.weight.mul_(factor)
+        sure = model(x).argmax(-1)
+    seen = recorded(model, x, sure).used()[0]
+    meter = KLMeter(Categorical(), Processes(model))
+    meter.begin(seen, 32, 0, expected=1e-2)
+    assert meter.way == way
+
+
 def test_a_recurrent_net_over_time_first_sequences_is_measured_whole() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
