@@ -1,4 +1,4 @@
-"""Work shared out over processes, through joblib."""
+"""Work shared out over processes, through joblib; inside `cluster.on_cluster` over a cluster's."""
 
 from __future__ import annotations
 

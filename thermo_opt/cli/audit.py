@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from thermo_opt.cli.options import (
     BatchSize,
     Clock,
+    Cluster,
     Format,
     Html,
     Jobs,
@@ -29,6 +30,7 @@ from thermo_opt.cli.options import (
     with_settings,
 )
 from thermo_opt.cli.pages import check_page
+from thermo_opt.cluster import on_cluster
 from thermo_opt.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ def audit(
     batch_size: BatchSize = None,
     steps: Steps = None,
     jobs: Jobs = 1,
+    cluster: Cluster = None,
     likelihood: Likelihood = None,
     sigma2: Sigma2 = None,
     kind: Kind = None,
@@ -56,13 +59,12 @@ def audit(
     """Audit a recorded run: what its path dissipated, how much was unavoidable, where the rest
     went."""
     check_page(html, "--html")
-    audits, _ = _audits(
-        [run],
-        {"format": format, "key": key},
-        _options(
-            lens, clock, stride, model, probe, batch_size, steps, jobs, likelihood, sigma2, kind
-        ),
+    jobs = jobs if cluster is None else -1
+    options = _options(
+        lens, clock, stride, model, probe, batch_size, steps, jobs, likelihood, sigma2, kind
     )
+    with on_cluster(cluster):
+        audits, _ = _audits([run], {"format": format, "key": key}, options)
     from thermo_opt.cli import terminal
 
     if not json:
@@ -84,6 +86,7 @@ def compare(
     batch_size: BatchSize = None,
     steps: Steps = None,
     jobs: Jobs = 1,
+    cluster: Cluster = None,
     likelihood: Likelihood = None,
     sigma2: Sigma2 = None,
     kind: Kind = None,
@@ -92,13 +95,12 @@ def compare(
     """Audit several runs and compare them at the snapshots that all have, the most efficient
     first. A run that can't be read is left out with a sentence."""
     check_page(html, "--html")
-    audits, left_out = _audits(
-        runs,
-        {"format": format, "key": key},
-        _options(
-            lens, clock, stride, model, probe, batch_size, steps, jobs, likelihood, sigma2, kind
-        ),
+    jobs = jobs if cluster is None else -1
+    options = _options(
+        lens, clock, stride, model, probe, batch_size, steps, jobs, likelihood, sigma2, kind
     )
+    with on_cluster(cluster):
+        audits, left_out = _audits(runs, {"format": format, "key": key}, options)
     named = [a.named(with_settings(a.run, a.settings, label or [])) for a in audits]
     print_compared(named, json, html, left_out)
 

@@ -89,6 +89,13 @@ Steps = Annotated[
     str | None, typer.Option(help="Intervals the parameter lens looks at.", metavar="A:B:C")
 ]
 Jobs = Annotated[int, typer.Option(help="Processes.")]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        help="Dask scheduler whose workers do the work, as dask://HOST:PORT; they need the runs "
+        "under the same paths."
+    ),
+]
 Output = Annotated[Path, typer.Option(help="Where to write the report page.")]
 
 

@@ -12,8 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from thermo_opt.cli.drift import show_drift
-from thermo_opt.cli.options import Key, Label, LeftOut, Likelihood, Sigma2, setting, with_settings
+from thermo_opt.cli.options import (
+    Cluster,
+    Key,
+    Label,
+    LeftOut,
+    Likelihood,
+    Sigma2,
+    setting,
+    with_settings,
+)
 from thermo_opt.cli.pages import check_page
+from thermo_opt.cluster import on_cluster
 from thermo_opt.errors import InputError
 
 if TYPE_CHECKING:
@@ -70,6 +80,7 @@ def pareto(
         ),
     ] = False,
     jobs: Annotated[int, typer.Option(help="Processes; more than one pays for large probes.")] = 1,
+    cluster: Cluster = None,
 ) -> None:
     """Draw what runs took, in time and dissipation, to reach a loss, beside the frontier that none
     can cross. A run that can't be read is left out with a sentence."""
@@ -89,7 +100,8 @@ def pareto(
             raise InputError("--drift prints a table: leave out --html, --group-by and --label")
         show_drift(runs, x, target_loss, reading, replay, json)
         return
-    with terminal.Bars() as bars:
+    jobs = jobs if cluster is None else -1
+    with on_cluster(cluster), terminal.Bars() as bars:
         tracks, left_out = read_trajectories(
             runs, CLOCK_OF[x], reading, replay, jobs, bars("reading runs", len(runs))
         )

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from thermo_opt.cli.options import Cluster
+from thermo_opt.cluster import on_cluster
 from thermo_opt.errors import InputError
 
 
@@ -15,6 +17,7 @@ def sweep(
         Path, typer.Argument(help="Configuration of the sweep (TOML).", show_default=False)
     ],
     jobs: Annotated[int, typer.Option(help="Runs trained at a time; -1: one a core.")] = 1,
+    cluster: Cluster = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")
     ] = False,
@@ -29,7 +32,8 @@ def sweep(
     if jobs == 0:
         raise InputError("--jobs 0: give at least one process, or -1 for all cores")
     settings = read_config(config)
-    with terminal.Bars() as bars:
+    jobs = jobs if cluster is None else -1
+    with on_cluster(cluster), terminal.Bars() as bars:
         outcome = run_sweep(settings, jobs=jobs, progress=bars)
     if json:
         terminal.print_json(outcome.front.to_json())
