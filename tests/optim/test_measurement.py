@@ -15,6 +15,7 @@ from torch.nn import functional
 
 import thermo_opt as to
 from thermo_opt.fisher.likelihoods import Categorical
+from thermo_opt.optim.calibration import Calibration
 from thermo_opt.optim.measurement import KLMeter
 from thermo_opt.optim.pass_recorder import PassRecorder
 from thermo_opt.optim.processes import Processes
@@ -113,6 +114,11 @@ def test_certain_predictions_are_measured_whole(factor: float, way: str) -> None
     meter = KLMeter(Categorical(), Processes(model))
     meter.begin(seen, 32, 0, expected=1e-2)
     assert meter.way == way
+    assert meter.certain == (way == "whole")
+    calibration = Calibration(every=10)
+    for step in range(40):
+        calibration.observe(step, 1e-3, 1e-3, certain=meter.certain)
+    assert calibration.due(40) == meter.certain
 
 
 def test_a_recurrent_net_over_time_first_sequences_is_measured_whole() -> None:

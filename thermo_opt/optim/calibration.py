@@ -132,9 +132,23 @@ class Calibration:
         self.breached = False
         return self._jumped or self.due(step)
 
-    def observe(self, step: int, predicted: float, realised: float, floor: float = 0.0) -> None:
+    def observe(
+        self,
+        step: int,
+        predicted: float,
+        realised: float,
+        floor: float = 0.0,
+        certain: bool = False,
+    ) -> None:
         """Take one step's predicted and realised KL (nats). ``floor``: what rounding alone would
-        realise; a step that can't be told from it teaches nothing."""
+        realise; a step that can't be told from it teaches nothing. ``certain``: nearly all
+        predictions were, and the metric of a certain prediction says nothing of a large step: the
+        next one is measured, too."""
+        self._learn(step, predicted, realised, floor)
+        if certain:
+            self.wait = 1
+
+    def _learn(self, step: int, predicted: float, realised: float, floor: float) -> None:
         ratio = realised / predicted if predicted > 0 else math.inf
         drowned = max(predicted, realised) <= ABOVE_FLOOR * floor
         if drowned or not predicted > RESOLUTION or (self._overrated and ratio < 1):

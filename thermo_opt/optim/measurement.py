@@ -47,7 +47,7 @@ UNIFORM = 0.2
 
 SPENT = 0.02
 """Below this mean square of a prediction's score nearly all predictions are certain. Where a step
-goes wrong then, their scores don't tell which change, so that all are read."""
+goes wrong then, their scores don't tell which change, so that all are read, at every step."""
 
 
 @dataclass
@@ -97,11 +97,13 @@ class KLMeter:
 
     Attributes:
         way: "sample", "whole", "evaluation" or "none" at the last measurement; None before it.
+        certain: whether nearly all predictions of the last measurement were certain (`SPENT`).
     """
 
     def __init__(self, likelihood: Likelihood, processes: Processes) -> None:
         self.likelihood, self.processes = likelihood, processes
         self.way: str | None = None
+        self.certain = False
         self._whole: dict[Any, str] = {}
         self._samples: dict[Any, bool] = {}
 
@@ -120,8 +122,12 @@ class KLMeter:
             None where no way of repeating the pass gives the same outputs again. All processes
             decide alike, since a pass may need all of them.
         """
-        rows, weights = (None, None) if seen is None else self._drawn(seen, predictions, step)
-        present, drawn = self.processes.total([float(seen is not None), float(rows is not None)])
+        certain = seen is not None and self._certain(seen)
+        rows = weights = None
+        if seen is not None and not certain:
+            rows, weights = self._drawn(seen, predictions, step)
+        present, drawn, sure = self.processes.total([seen is not None, rows is not None, certain])
+        self.certain = sure > 0
         if seen is None or present < self.processes.count:
             return None
         if drawn < self.processes.count:
@@ -208,8 +214,6 @@ class KLMeter:
         if 2 * wanted > count:
             return None, None
         scores = self._scores(seen)
-        if float(scores.mean()) < SPENT * each:
-            return None, None
         chances = scores / scores.sum() if float(scores.sum()) > 0 else torch.ones_like(scores)
         chances = (1 - UNIFORM) * chances / chances.sum() + UNIFORM / count
         generator = torch.Generator().manual_seed(step)
@@ -217,6 +221,12 @@ class KLMeter:
         points = (torch.arange(wanted, dtype=torch.float64) + start) / wanted
         rows = torch.searchsorted(chances.cumsum(0), points).clamp_max(count - 1)
         return rows.to(old.device), (1 / (count * chances[rows])).to(old.device)
+
+    def _certain(self, seen: ForwardPass) -> bool:
+        if seen.outputs.dim() < 2 or seen.outputs.numel() == 0:
+            return False
+        each = seen.outputs[0, ..., 0].numel()
+        return float(self._scores(seen).mean()) < SPENT * each
 
     def _scores(self, seen: ForwardPass) -> Tensor:
         """E|r|² + |r|² of each example, r the score of its predictions."""

@@ -428,7 +428,8 @@ class NGDT(Optimizer):
             return None, 1.0
         realised, floor = found
         if math.isfinite(realised) and self.calibration is not None:
-            self.calibration.observe(self.steps, taken.predicted, realised, floor)
+            certain = self.meter.certain
+            self.calibration.observe(self.steps, taken.predicted, realised, floor, certain)
         kept, limit = 1.0, taken.limit
         for _ in range(MOST_CUTS):
             if limit is None or realised <= max(EXCESS * limit, ABOVE_FLOOR * floor):
