@@ -50,6 +50,8 @@ _ARGUMENTS = frozenset(
 """Arguments of Hugging Face's models, passed by name; columns beside them that aren't among these
 are not used.
 """
+_POSITIONS = ("start_positions", "end_positions")
+"""Targets of extractive question answering, two for each example."""
 CAUSAL = ("ForCausalLM", "LMHeadModel")
 """Ends of the names of Hugging Face's causal language models."""
 _MOST = 4096
@@ -120,7 +122,8 @@ def load_probe(path: str | os.PathLike[str]) -> Probe:
     Arrays (tensors, columns) are named ``inputs`` (or ``x``) for ``model(inputs)``, ``inputs/0,
     inputs/1, …`` for ``model(*inputs)``, ``inputs/<key>`` for ``model(**inputs)``, or as the
     arguments of a Hugging Face model (``input_ids``, ``attention_mask``, ``pixel_values``, …); the
-    targets ``targets``, ``labels`` or ``y``.
+    targets ``targets``, ``labels`` or ``y``, or ``start_positions`` and ``end_positions`` of
+    question answering: two targets for each example.
 
     Returns:
         The probe; its ``remarks`` name arrays that nothing uses.
@@ -218,6 +221,7 @@ def _from_batches(loader: Iterable[Any]) -> Probe:
 
 
 def _assemble(named: Mapping[str, Any], source: str) -> Probe:
+    named, said = _with_positions(named, source)
     names = list(named)
     target = next((name for name in _TARGETS if name in named), None)
     inputs = _input_names(names, target)
@@ -242,13 +246,50 @@ def _assemble(named: Mapping[str, Any], source: str) -> Probe:
             "row per example"
         )
     unused = sorted(set(names) - set(used))
-    remarks = (f"arrays of the probe that nothing uses: {', '.join(unused[:6])}",) if unused else ()
+    remarks = said
+    if unused:
+        remarks += (f"arrays of the probe that nothing uses: {', '.join(unused[:6])}",)
     probe = make_probe(
         _gathered({name: tensors[name] for name in inputs}),
         tensors[target] if target else None,
         tensors.get("weights"),
     )
     return replace(probe, remarks=remarks, as_labels=target in ("labels", "label"))
+
+
+def _with_positions(
+    named: Mapping[str, Any], source: str
+) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """The arrays with ``start_positions`` and ``end_positions`` as targets (n, 2), and what to say.
+
+    Positions at and beyond the sequence's end, where an answer was cut off, aren't counted, as the
+    models themselves leave them out of their loss.
+    """
+    if any(name in named for name in _TARGETS) or not all(name in named for name in _POSITIONS):
+        return named, ()
+    ends = [_tensor(named[name], source, name) for name in _POSITIONS]
+    if any(end.numel() != len(end) or end.is_floating_point() for end in ends):
+        raise InputError(
+            f"{source}: start_positions and end_positions must be one whole number per example"
+        )
+    if len(ends[0]) != len(ends[1]):
+        raise InputError(
+            f"{source}: start_positions has {len(ends[0])} rows and end_positions {len(ends[1])}; "
+            "give one of each per example"
+        )
+    targets = torch.stack([end.reshape(-1).long() for end in ends], dim=1)
+    remarks: tuple[str, ...] = ()
+    tokens = next((named[n] for n in ("input_ids", "inputs/input_ids") if n in named), None)
+    if tokens is not None and (shape := _tensor(tokens, source, "input_ids").shape)[1:]:
+        beyond = targets >= shape[1]
+        if count := int(beyond.sum()):
+            targets = targets.masked_fill(beyond, IGNORED)
+            remarks = (
+                f"{count} of {beyond.numel()} positions of answers lie beyond the sequence's end: "
+                "not counted, as the model itself leaves them out",
+            )
+    kept = {name: value for name, value in named.items() if name not in _POSITIONS}
+    return {**kept, _TARGETS[0]: targets}, remarks
 
 
 def _input_names(names: Sequence[str], target: str | None) -> list[str]:

@@ -35,7 +35,11 @@ _CATEGORICAL = (
     "ForConditionalGeneration",
     "ForAudioClassification",
     "ForSemanticSegmentation",
+    "ForQuestionAnswering",
+    "ForQuestionAnsweringSimple",
 )
+_BERNOULLI = ("ViltForQuestionAnswering", "TapasForQuestionAnswering")
+"""Architectures whose answers are independent: several may be true."""
 _PROBLEMS: Mapping[str, Likelihood] = {
     "single_label_classification": "categorical",
     "multi_label_classification": "bernoulli",
@@ -134,6 +138,8 @@ def _likelihood(config: Mapping[str, Any], names: Sequence[str]) -> Likelihood |
         and len(config.get("id2label") or "xx") == 1
     ):
         return "gaussian"
+    if any(name in _BERNOULLI for name in names):
+        return "bernoulli"
     return "categorical" if any(name.endswith(_CATEGORICAL) for name in names) else None
 
 
