@@ -1,6 +1,8 @@
 """Extractive question answering as the real Trainer leaves it: two categorical predictions for each
 example."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -64,7 +66,7 @@ def test_starts_and_ends_are_two_predictions(trained):
     log_p, losses = zip(*own_outputs(trained, batch()), strict=True)
     squares = [
         np.mean((2 * np.arccos(np.minimum(np.exp((p + q) / 2).sum(-1), 1))) ** 2)
-        for p, q in zip(log_p[:-1], log_p[1:], strict=True)
+        for p, q in itertools.pairwise(log_p)
     ]
     seen = audit.lenses["outputs"]
     np.testing.assert_allclose(seen.steps["a"], squares, rtol=1e-4)

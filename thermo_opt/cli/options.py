@@ -38,7 +38,10 @@ Clock = Annotated[
 Stride = Annotated[int, typer.Option(help="Use every M-th snapshot.", metavar="M")]
 Model = Annotated[
     str | None,
-    typer.Option(help="Architecture, as package.module:factory, to replay weights with."),
+    typer.Option(
+        help="Architecture to replay weights with: package.module:factory, or the folder of a "
+        "Hugging Face model; of an adapter's run its base."
+    ),
 ]
 Probe = Annotated[
     Path | None,

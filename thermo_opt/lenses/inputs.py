@@ -16,8 +16,9 @@ from thermo_opt import likelihoods
 from thermo_opt import thermodynamics as td
 from thermo_opt.errors import InputError
 from thermo_opt.lenses.predictions import build_model
-from thermo_opt.runs import Probe, Run
+from thermo_opt.runs import Probe, Run, adapters
 from thermo_opt.runs.probe import CAUSAL, shifted_labels, wants_shift
+from thermo_opt.runs.readers.huggingface import likelihood_of
 
 Progress = Callable[[str, int], Callable[[int], None]]
 """``progress(description, total)`` starts a bar and returns ``advance(n)``."""
@@ -95,13 +96,35 @@ class LensInputs:
     def probe(self) -> Probe | None:
         """The user's probe, else the run's own."""
         probe = self.given_probe if self.given_probe is not None else self.run.probe
-        architecture = (
-            self.run.info.notes.get("architecture") if self.run.info.hf_config_path else None
-        )
+        if self.run.info.hf_config_path:
+            architecture = self.run.info.notes.get("architecture")
+        else:
+            architecture = None if self.given_probe is None else self._given_class
         shifts = isinstance(architecture, str) and architecture.endswith(CAUSAL)
         return (
             shifted_labels(probe) if probe is not None and shifts and wants_shift(probe) else probe
         )
+
+    @property
+    def _replays(self) -> bool:
+        """Whether predictions are made by a model that the user gave."""
+        first = self.run.snapshots[0]
+        return self.architecture is not None and first.has_group("params")
+
+    @property
+    def _given_class(self) -> str | None:
+        """Name of the class of the model that the user gave, without what adapts it."""
+        return type(adapters.base_of(self.model)).__name__ if self._replays else None
+
+    @property
+    def _given_likelihood(self) -> str | None:
+        """What the config of a Hugging Face model that the user gave says of its outputs."""
+        if not self._replays or self.run.snapshots[0].has_group("probe"):
+            return None
+        config = getattr(adapters.base_of(self.model), "config", None)
+        if config is None or self._given_class is None or not hasattr(config, "to_dict"):
+            return None
+        return likelihood_of(config.to_dict(), [self._given_class])
 
     @property
     def batch_size(self) -> int | None:
@@ -119,7 +142,7 @@ class LensInputs:
     @property
     def likelihood(self) -> tuple[str, list[str]]:
         """The outputs' likelihood, and a note when it had to be assumed."""
-        said = self.given_likelihood or self.run.info.likelihood
+        said = self.given_likelihood or self.run.info.likelihood or self._given_likelihood
         if said is None:
             return "categorical", ["outputs taken for class logits (the record doesn't say)"]
         return said, []

@@ -12,6 +12,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from thermo_opt import likelihoods
 from thermo_opt.errors import InputError
 from thermo_opt.manifold import Point, embed
 from thermo_opt.models import load_factory, map_tensors, working_directory_last
-from thermo_opt.runs import Probe, Run
+from thermo_opt.runs import Probe, Run, adapters
+from thermo_opt.runs.pretrained import pretrained
 from thermo_opt.runs.probe import Inputs
 from thermo_opt.runs.probing import install, predict
 from thermo_opt.runs.readers.architecture import model_from_config
@@ -391,15 +393,28 @@ def build_model(run: Run, spec: str | nn.Module | None = None) -> nn.Module:
     """The architecture whose weights the run recorded, from ``spec``, the run's own note of it, or
     a Hugging Face config.
 
-    ``spec``: a module, or ``package.module:factory`` naming a callable that takes nothing and
-    returns one. Without it, a factory of this package named in the record, or the `transformers`
-    class named in ``config.json``, is used; any other name found in a run directory is not
-    imported. Raises InputError saying what is missing.
+    ``spec``: a module, ``package.module:factory`` naming a callable that takes nothing and returns
+    one, or the folder of a Hugging Face model; of a run that holds an adapter alone, the base or
+    PEFT's whole model. Without it, a factory of this package named in the record, or the
+    `transformers` class named in ``config.json``, is used; any other name found in a run directory
+    is not imported. Raises InputError saying what is missing.
     """
-    if isinstance(spec, nn.Module):
-        return copy.deepcopy(spec)  # the caller's own keeps its weights
+    adapter = run.info.adapter_path
     if spec is not None:
-        return _call_factory(spec)
+        model = _given(spec)
+        shapes = {
+            name.removeprefix("params/"): shape
+            for name, shape in run.snapshots[0].layout.items()
+            if name.startswith("params/")
+        }
+        return model if adapter is None else adapters.adapted(model, adapter, shapes)
+    if adapter is not None:
+        name = adapters.base_name(adapter)
+        said = f" (its config calls it {name[:80]!r})" if name else ""
+        raise InputError(
+            f"{run.path}: its checkpoints hold an adapter alone: give the base model{said}, as "
+            "--model FOLDER or --model package.module:factory"
+        )
     recorded = run.info.model
     if recorded is not None and recorded.startswith("thermo_opt.demo_models:"):
         return _call_factory(recorded)
@@ -407,6 +422,13 @@ def build_model(run: Run, spec: str | nn.Module | None = None) -> nn.Module:
         return model_from_config(run.info.hf_config_path)
     hint = f"; the record names {recorded}, which is only imported on request" if recorded else ""
     raise InputError(f"{run.path}: the model is unknown{hint}: pass --model package.module:factory")
+
+
+def _given(spec: str | nn.Module) -> nn.Module:
+    """The model that the user gave: a module, the folder of a Hugging Face model, or a factory."""
+    if isinstance(spec, nn.Module):
+        return copy.deepcopy(spec)  # the caller's own keeps its weights
+    return pretrained(Path(spec)) if Path(spec).is_dir() else _call_factory(spec)
 
 
 def _call_factory(spec: str) -> nn.Module:

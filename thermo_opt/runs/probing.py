@@ -28,6 +28,7 @@ from thermo_opt.models import (
     tensors_in,
     untouched,
 )
+from thermo_opt.runs import adapters
 from thermo_opt.runs.probe import Inputs, make_probe
 from thermo_opt.runs.run import Snapshot
 from thermo_opt.runs.weight_names import fitted
@@ -280,6 +281,9 @@ def install(model: nn.Module, snapshot: Snapshot, tied: Mapping[str, str] | None
         if name in stored:
             stored.setdefault(alias, stored[name])
     own = dict(model.named_parameters())
+    if adapters.is_adapted(model) and not own.keys() <= stored.keys():
+        _install_adapter(model, snapshot, stored)
+        return
     aliases = dict(model.named_parameters(remove_duplicate=False))
     persistent = model.state_dict(keep_vars=True)
     known = {**aliases, **persistent, **dict(model.named_buffers())}
@@ -309,6 +313,26 @@ def install(model: nn.Module, snapshot: Snapshot, tied: Mapping[str, str] | None
                     f"{snapshot.path}: {name!r} has shape {tuple(tensor.shape)}, in the model "
                     f"{tuple(target.shape)}; "
                     "name the right model"
+                )
+            target.copy_(tensor)
+
+
+def _install_adapter(model: nn.Module, snapshot: Snapshot, stored: Mapping[str, Tensor]) -> None:
+    """Copy an adapter's weights into PEFT's model, whose base keeps its own."""
+    names, wanted = adapters.own_names(model, stored)
+    if missing := sorted(wanted - stored.keys()):
+        raise InputError(
+            f"{snapshot.path} has no weight {missing[0]!r}, which the adapter has ({len(missing)} "
+            "missing); name the right base model"
+        )
+    known = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        for name, tensor in stored.items():
+            target = known.get(names.get(name, ""))
+            if target is None or target.shape != tensor.shape:
+                raise InputError(
+                    f"{snapshot.path}: {name!r} of shape {tuple(tensor.shape)} doesn't fit the "
+                    "model; name the right base model"
                 )
             target.copy_(tensor)
 

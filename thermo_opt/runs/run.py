@@ -187,7 +187,8 @@ class RunInfo:
     ``settings``: the optimizer's, common to all its groups, and ``groups`` where they differ.
     ``parameters``: one ``{name, shape, dtype, trainable}`` each. ``tied``: other names of shared
     parameters → the name under which they are stored. ``model``: ``package.module:factory`` that
-    builds the architecture. ``step_unit``: what one step counts (``step`` or ``epoch``), and
+    builds the architecture. ``adapter_path``: the settings of a PEFT adapter, where the weights are
+    an adapter's alone. ``step_unit``: what one step counts (``step`` or ``epoch``), and
     ``step_source``: where its number was read. ``notes``: free metadata. ``kind``: what the
     recorded outputs of classes are, one of `thermo_opt.likelihoods.KINDS`. ``sketch``: ``width``
     and ``seed`` of recorded sketches (§13).
@@ -204,6 +205,7 @@ class RunInfo:
     probe_fingerprint: str | None = None
     model: str | None = None
     hf_config_path: Path | None = None
+    adapter_path: Path | None = None
     schema_version: int | None = None
     created: str | None = None
     step_unit: str = "step"

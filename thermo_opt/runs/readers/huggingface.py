@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from thermo_opt.errors import InputError
+from thermo_opt.runs.adapters import CONFIG
 from thermo_opt.runs.border import read_json, whole
 from thermo_opt.runs.readers import contents, folders
 from thermo_opt.runs.readers.architecture import architectures, in_memory, trainer_orders
@@ -40,6 +41,8 @@ _CATEGORICAL = (
 )
 _BERNOULLI = ("ViltForQuestionAnswering", "TapasForQuestionAnswering")
 """Architectures whose answers are independent: several may be true."""
+_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS")
+"""Tasks of PEFT's adapters whose outputs are logits of classes."""
 _PROBLEMS: Mapping[str, Likelihood] = {
     "single_label_classification": "categorical",
     "multi_label_classification": "bernoulli",
@@ -78,11 +81,14 @@ def read(path: Path, key: str | None = None) -> Run:
         for key in ("train_batch_size", "max_steps", "num_train_epochs")
         if whole(state.get(key)) is not None
     }
-    remarks = []
+    remarks, adapter = [], None
     if _is_adapter(found[min(found)]):
         remarks.append(
             "its checkpoints hold an adapter (LoRA or another of PEFT's) alone: the base model is "
             "not in them"
+        )
+        adapter = next(
+            (file for folder in found.values() if (file := folder / CONFIG).exists()), None
         )
     first = folders.weights_of(found[min(found)], key)()
     return open_run(
@@ -92,8 +98,9 @@ def read(path: Path, key: str | None = None) -> Run:
         steps=_training_curve(state, state_path),
         remarks=remarks,
         key=key,
-        likelihood=_likelihood(config, names),
+        likelihood=likelihood_of(config, names) if adapter is None else _of_task(adapter),
         hf_config_path=config_path,
+        adapter_path=adapter,
         notes={**notes, **({"architecture": names[0]} if names else {})},
         tied=first.tied if isinstance(first, contents.StateDict) else {},
         step_unit="step",
@@ -121,7 +128,14 @@ def _checkpoint(folder: Path, config_path: Path | None, key: str | None) -> Chec
     return Checkpoint(folder, weights, partial(folders.optimizer_of, folder), orders)
 
 
-def _likelihood(config: Mapping[str, Any], names: Sequence[str]) -> Likelihood | None:
+def _of_task(adapter: Path) -> Likelihood | None:
+    """The output distribution by the task in an adapter's config: of sequence classification only
+    the base knows."""
+    task = read_json(adapter).get("task_type")
+    return "categorical" if isinstance(task, str) and task in _TASKS else None
+
+
+def likelihood_of(config: Mapping[str, Any], names: Sequence[str]) -> Likelihood | None:
     """The output distribution by what the config says of the problem, else by the architecture's
     task.
     """
@@ -199,9 +213,15 @@ _WITHIN = [
 """Order in which transformers' layers define their projections."""
 
 
+_HEAD = re.compile(
+    r"base_model\.model\.(classifier|score|qa_outputs)(\.(dense|out_proj))?\.(weight|bias)"
+)
+"""Weights of the heads that PEFT trains beside an adapter, which models define last."""
+
+
 def _adapter_orders(shapes: Mapping[str, Shape], state: OptimizerState | str) -> Sequence[Order]:
     """The order in which PEFT adds an adapter's parameters: layer by layer, projections as defined,
-    A before B.
+    A before B, a head trained beside them last; biases in the second of two groups.
 
     Safetensors files are sorted by name, and the base model isn't there to ask; where a name isn't
     known, no order is given.
@@ -209,7 +229,8 @@ def _adapter_orders(shapes: Mapping[str, Shape], state: OptimizerState | str) ->
     if isinstance(state, str):
         return []
     ranks = {}
-    for name in shapes:
+    heads = sorted(name for name in shapes if _HEAD.fullmatch(name))
+    for name in shapes.keys() - set(heads):
         parts = name.split(".")
         lora = next((i for i, part in enumerate(parts) if part.startswith("lora_")), None)
         if lora is None or lora == 0 or parts[lora - 1] not in _WITHIN:
@@ -220,8 +241,11 @@ def _adapter_orders(shapes: Mapping[str, Shape], state: OptimizerState | str) ->
             for part in parts[:lora]
         )
         ranks[name] = (layers, block, _WITHIN.index(parts[lora - 1]), parts[lora])
-    order = sorted(shapes, key=lambda name: ranks[name])
-    return [[order if group.keys else [] for group in state.groups]]
+    order = [*sorted(ranks, key=lambda name: ranks[name]), *heads]
+    if len(state.groups) != 2:
+        return [[order if group.keys else [] for group in state.groups]]
+    biases = [name for name in order if name.endswith(".bias")]
+    return [[[name for name in order if name not in biases], biases]]
 
 
 def _training_curve(state: dict[str, Any], file: Path) -> pd.DataFrame:
