@@ -206,7 +206,7 @@ def test_what_an_adapters_config_names_is_not_used(copy, tmp_path, monkeypatch):
     change(
         copy,
         target_modules="(((a+)+)+)+$",
-        base_model_name_or_path=str(copy / "elsewhere"),
+        base_model_name_or_path="elsewhere/base",
         auto_mapping={"base_model_class": "Own", "parent_library": "poison"},
     )
     (tmp_path / "poison.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
