@@ -1,4 +1,5 @@
-"""What MkDocs does to our pages: it links "§4" and fills in ``{{ options of COMMAND }}``."""
+"""What MkDocs does to our pages: it links "§4" and fills in ``{{ options of COMMAND }}`` and
+``{{ quantities }}``."""
 
 import re
 from typing import Any
@@ -7,6 +8,9 @@ import typer
 from mkdocs.utils import get_relative_url
 
 from thermo_opt.cli.app import application
+from thermo_opt.describe.counterfactual import COUNTERFACTUAL
+from thermo_opt.describe.quantities import QUANTITIES
+from thermo_opt.describe.split import SPLIT
 
 _TAGS = re.compile(r"(<a\b.*?</a>|<[^>]+>)", re.S)
 _SECTION = re.compile(r"§(\d+)")
@@ -14,7 +18,8 @@ _OPTIONS = re.compile(r"^\{\{ options of (\w+) \}\}$", re.M)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """The page with its tables of options filled in."""
+    """The page with its tables of options and of quantities filled in."""
+    markdown = markdown.replace("{{ quantities }}", _quantities())
     return _OPTIONS.sub(lambda match: _table(match[1]), markdown)
 
 
@@ -41,4 +46,16 @@ def _table(command: str) -> str:
         if default not in (None, False) and not callable(default) and "efault" not in meaning:
             meaning += f" Default: {default}."
         rows.append(f"| `{name}` | {meaning} |")
+    return "\n".join(rows)
+
+
+def _quantities() -> str:
+    """Every quantity as the terminal and the page name it, with its key in the JSON."""
+    rows = ["| name | symbol | key | unit | meaning |", "|---|---|---|---|---|"]
+    of = (("", QUANTITIES), ("split.", SPLIT), ("counterfactual.", COUNTERFACTUAL))
+    units = {"clock": "time", "cost": "nats per time", "length": "√nats"}
+    for entry, quantities in of:
+        for q in quantities:
+            measure = units.get(q.unit, q.unit)
+            rows.append(f"| {q.name} | {q.symbol} | `{entry}{q.key}` | {measure} | {q.meaning} |")
     return "\n".join(rows)

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import ast
 import re
+from html import unescape
 
 import pytest
 import typer
 
+import thermo_opt as to
+from docs._hooks import on_page_markdown
 from tests.docs.pages import DOCS, ROOT
 from thermo_opt.cli.app import application
+from thermo_opt.cli.terminal import print_audit
+from thermo_opt.describe.counterfactual import COUNTERFACTUAL
 from thermo_opt.describe.quantities import QUANTITIES
+from thermo_opt.describe.split import SPLIT
 from thermo_opt.lenses import SUMMARY_KEYS
+from thermo_opt.report.page import render
 
 GAP = "…"
 
@@ -50,6 +57,46 @@ def test_every_quantity_is_explained_by_its_name() -> None:
 
 def test_every_key_of_json_is_listed() -> None:
     assert [key for key in SUMMARY_KEYS if f"`{key}`" not in page("format.md")] == []
+
+
+NAMED = {
+    **{q.key: q for q in QUANTITIES},
+    **{f"split-{q.key}": q for q in SPLIT},
+    **{f"counterfactual-{q.key}": q for q in COUNTERFACTUAL},
+}
+
+
+def test_no_two_quantities_share_a_name() -> None:
+    names = [q.name for q in NAMED.values()]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_terminal_page_docs_and_json_use_the_same_words(capsys, monkeypatch) -> None:
+    """Row by row of an audit through every lens: its name, and what is printed beside it."""
+    monkeypatch.setenv("COLUMNS", "160")
+    audit = to.audit(
+        ROOT / "data" / "digits-adam", model="thermo_opt.demo_models:digits_mlp", steps=slice(3)
+    )
+    print_audit(audit)
+    printed = capsys.readouterr().out.split("What the lenses could not see")[0].splitlines()
+    table = on_page_markdown("{{ quantities }}").splitlines()
+    row = r'<tr><th scope="row">(.*?)(?: <span>.*?</span>)?</th>(.*?)</tr>'
+    rows = re.findall(row, render([audit]), re.S)
+    assert len(rows) > 20
+    for name, cells in rows:
+        name = unescape(name)
+        (key,) = set(re.findall(r'data-key="(.*?)"', cells))
+        assert NAMED[key].name == name
+        (line,) = [p for p in printed if re.match(re.escape(name) + r"\s\s|" + name + "$", p)]
+        for text in re.findall(r">([^<>]*?)</td>", cells):
+            assert unescape(text) in line, (name, text, line)
+        (entry,) = [t for t in table if t.startswith(f"| {name} |")]
+        assert f"`{key.replace('-', '.')}`" in entry
+        *entries, last = key.split("-")
+        summary = audit.summaries[0]
+        for part in entries:
+            summary = summary[part]
+        assert last in summary
 
 
 def test_every_command_has_its_section() -> None:

@@ -142,3 +142,35 @@ def test_resuming_drops_later_minibatches(run, tmp_path):
     ):  # fmt: skip
         pass
     assert [b.step for b in read_batches(tmp_path / "again")] == [0, 10]
+
+
+def test_a_label_map_is_one_prediction_however_it_is_laid_out(tmp_path):
+    """As the other lenses count binary maps (n, h, w): by example, not by row."""
+    found = []
+    for name, shape in (("map", (3, 4)), ("row", (12,))):
+        torch.manual_seed(0)
+        x = torch.randn(60, 6)
+        y = (x @ torch.randn(6, 12) > 0).float().reshape(60, *shape)
+        model = nn.Sequential(nn.Linear(6, 12), nn.Unflatten(1, shape))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        with to.Recorder(
+            tmp_path / name,
+            model=model,
+            optimizer=optimizer,
+            probe=(x[:20], y[:20]),
+            likelihood="bernoulli",
+            params=True,
+            every=1,
+        ) as recorder:
+            for _ in range(2):
+                loss = nn.functional.binary_cross_entropy_with_logits(model(x[20:]), y[20:])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                recorder.step(loss=loss, batch=(x[20:], y[20:]))
+        audit = to.audit(tmp_path / name, model=model, lens=["outputs", "counterfactual"])
+        found.append(audit.lenses["counterfactual"].summary["counterfactual"])
+        outputs = audit.lenses["outputs"].steps["a"].sum() / 2
+        assert found[-1]["nats_held"] == pytest.approx(outputs, rel=0.2)  # KL is a/2 + O(δ³)
+    for key, value in found[0].items():
+        assert found[1][key] == pytest.approx(value, rel=1e-5), key

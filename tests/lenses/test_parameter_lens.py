@@ -144,3 +144,62 @@ def test_without_being_asked_it_glances_at_evenly_spread_intervals(adam_run, sma
     assert len(glance.steps) == 32
     assert glance.steps["step"].iloc[[0, -1]].tolist() == [0, 36]
     assert glance.summary["dissipation"] is None
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli"])
+def test_declared_probabilities_have_the_metric_of_their_logits(tmp_path, likelihood):
+    """A softmax or a sigmoid after the logits changes what the model puts out, not p(y|x)."""
+    classes = likelihood == "categorical"
+    torch.manual_seed(0)
+    x = torch.randn(30, 6)
+    y = torch.randint(4, (30,)) if classes else torch.randint(2, (30, 4)).float()
+    inner = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4))
+    model = torch.nn.Sequential(inner, torch.nn.Softmax(-1) if classes else torch.nn.Sigmoid())
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    path = tmp_path / "run"
+    with to.Recorder(
+        path,
+        model=model,
+        optimizer=optimizer,
+        probe=(x, y),
+        every=1,
+        params=True,
+        likelihood=likelihood,
+        kind="probabilities",
+    ) as recorder:
+        for _ in range(3):
+            optimizer.zero_grad()
+            p = model(x)
+            nll = -(p.log()[range(30), y]) if classes else (y * p + (1 - y) * (1 - p)).log().neg()
+            nll.mean().backward()
+            optimizer.step()
+            recorder.step(batch=(x, y))
+    logits = torch.nn.Sequential(inner)  # the same weights, named alike
+    for lens in ("parameters", "counterfactual"):
+        options = {"lens": lens, "damping": 1e-3}
+        seen = to.audit(path, model=model, **options)
+        same = to.audit(path, model=logits, kind="logits", **options)
+        chosen = [c for c in seen.steps if c not in ("step", "step_end") and c in same.steps]
+        for column in chosen:
+            np.testing.assert_allclose(seen.steps[column], same.steps[column], rtol=1e-6)
+        assert len(chosen) > 4
+
+
+def test_a_weighted_probe_is_left_to_the_outputs_lens_with_the_way_out(tmp_path, small_model):
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 6), torch.randint(4, (12,))
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    weights = torch.rand(12) + 0.5
+    with to.Recorder(
+        tmp_path / "run", model=model, optimizer=optimizer, probe=(x, y, weights), params=True
+    ) as recorder:
+        for _ in range(2):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            recorder.step()
+    audit = to.audit(tmp_path / "run", model=model)
+    assert list(audit.lenses) == ["outputs"]
+    assert "give --probe without them" in audit.missing["parameters"]
+    assert "parameters" in to.audit(tmp_path / "run", model=model, probe=(x, y)).lenses

@@ -71,6 +71,43 @@ def test_class_weights_are_no_scale() -> None:
     assert any("weighted" in text for text in said)
 
 
+BCE = functional.binary_cross_entropy
+BCE_OF_LOGITS = functional.binary_cross_entropy_with_logits
+SQUASHED = {
+    "softmax twice": ("categorical", lambda f, y, hot: functional.cross_entropy(f.softmax(-1), y)),
+    "sigmoid twice": ("bernoulli", lambda f, y, hot: BCE_OF_LOGITS(f.sigmoid(), hot)),
+    "right classes": ("categorical", lambda f, y, hot: functional.cross_entropy(f, y)),
+    "right labels": ("bernoulli", lambda f, y, hot: BCE(f.sigmoid(), hot)),
+    "weighted labels": (
+        "bernoulli",
+        lambda f, y, hot: BCE_OF_LOGITS(f, hot, pos_weight=torch.tensor(9.0)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SQUASHED)
+def test_a_softmax_or_sigmoid_too_many_is_named_as_what_it_is(name: str) -> None:
+    likelihood, loss = SQUASHED[name]
+
+    def of(f: Tensor, y: Tensor) -> Tensor:
+        return loss(f, y, functional.one_hot(y, 5).float())
+
+    _, said = trained(of, likelihood=likelihood)
+    text = " ".join(said)
+    assert ("for logits: drop that" in text) == name.endswith("twice"), said
+    assert not (name.endswith("twice") and "weighted" in text)
+
+
+def test_probabilities_taken_for_logits_are_named_as_such() -> None:
+    model = nn.Sequential(net(1), nn.Sigmoid())
+    optimizer = to.NGDT(model, likelihood="bernoulli")
+    x = torch.randn(48, 10)
+    y = (x[:, :1] > 0).float()
+    functional.binary_cross_entropy(model(x), y).backward()
+    with pytest.warns(UserWarning, match="leave the model's sigmoid out"):
+        optimizer.step()
+
+
 def test_a_summed_loss_is_refused_and_returns_of_a_hundred_are_not() -> None:
     with pytest.raises(to.InputError, match="looks summed over its 48 terms"):
         trained(lambda f, y: functional.cross_entropy(f, y, reduction="sum"))

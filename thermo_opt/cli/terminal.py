@@ -116,15 +116,15 @@ def print_audit(audit: Audited) -> None:
     for summary in audit.summaries:
         table.add_column(summary["lens"], justify="right")
     for quantity in QUANTITIES:
-        if quantity.key == "lens" or quantity.key.endswith("_upper"):
+        if quantity.key == "lens":
             continue
         if any(summary[quantity.key] is not None for summary in audit.summaries):
             clock = audit.summary["clock"]
             notation = " ".join(
                 part for part in (quantity.symbol, unit(quantity.unit, clock)) if part
             )
-            cells = (_value(summary, quantity.key) for summary in audit.summaries)
-            table.add_row(_name(quantity.name), notation.removesuffix(" ≥"), *cells)
+            cells = (with_standing(summary, quantity.key) for summary in audit.summaries)
+            table.add_row(quantity.name, notation, *cells)
     _add_rows(table, noise_words.SPLIT, [s["split"] for s in audit.summaries])
     _add_rows(table, other_words.COUNTERFACTUAL, [s["counterfactual"] for s in audit.summaries])
     console.print()
@@ -259,18 +259,6 @@ def _filled(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> Table:
     for row in rows:
         table.add_row(plain(row["run"]), *(_cell(row, key) for key in columns))
     return table
-
-
-def _name(name: str) -> str:
-    """A bracket's name: its two ends share a row."""
-    return name.removesuffix(", at least").replace(", at least", "")
-
-
-def _value(summary: Mapping[str, Any], key: str) -> str:
-    upper = key.removesuffix("_lower") + "_upper"
-    if not key.endswith("_lower") or upper not in summary:
-        return with_standing(summary, key)
-    return _range(summary[key], summary[upper]) or "–"
 
 
 def _cell(row: Mapping[str, Any], key: str) -> str:

@@ -34,6 +34,13 @@ SPLIT = (
         "½ ⟨δ, δ′⟩ of steps far apart",
     ),
     Quantity(
+        "transport_lag",
+        "",
+        "Transport’s lag",
+        "steps",
+        "How far apart the steps are whose common motion is the transport; 1 for neighbours.",
+    ),
+    Quantity(
         "housekeeping",
         "",
         "Housekeeping",

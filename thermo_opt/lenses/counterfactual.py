@@ -9,7 +9,6 @@ that of the run's own step. In float64 and evaluation mode.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from thermo_opt import fisher
 from thermo_opt.errors import InputError
+from thermo_opt.fisher.likelihoods import Likelihood
 from thermo_opt.fisher.metric import dot
 from thermo_opt.lenses.inputs import LensInputs, Unsupported
 from thermo_opt.lenses.predictions import array_of
@@ -94,16 +94,20 @@ def measure(inputs: LensInputs) -> CounterfactualMeasurements:
         )
     if probe is None or probe.inputs is None or probe.targets is None:
         raise Unsupported("it needs a probe with inputs and targets, held out: give --probe")
-    if probe.weights is not None or inputs.kind == "probabilities":
-        raise Unsupported("it counts all examples alike and needs logits")
+    if probe.weights is not None:
+        raise Unsupported(
+            "its losses are means over examples that count alike, and the probe has weights: give "
+            "--probe without them, for numbers of all examples alike"
+        )
     chosen = _chosen(len(batches), inputs.intervals)
-    model = copy.deepcopy(inputs.model).to(device=inputs.device, dtype=torch.float64).eval()
+    model = inputs.exact_model()
     install(model, run.snapshots[inputs.indices[-1]], run.info.tied)
     held = _double(probe, inputs.device)
     likelihood, sigma2, notes = inputs.family(
         lambda: array_of(predict(model, held[0])), array_of(probe.targets)
     )
-    world = _World(model, likelihood, sigma2 if likelihood == "gaussian" else None, held)
+    family = fisher.likelihoods.likelihood(likelihood, sigma2, joint=True)
+    world = _World(model, family, held)
     own: list[Outcome] = []
     other: dict[str, list[Outcome | None]] = {name: [] for name in METRICS}
     losses = []
@@ -146,15 +150,8 @@ class _World:
     """The model, and what counts as loss and as held out."""
 
     model: nn.Module
-    likelihood: str
-    sigma2: float | None
+    family: Likelihood
     held: tuple[Any, Tensor]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"likelihood": self.likelihood} | (
-            {} if self.sigma2 is None else {"sigma2": self.sigma2}
-        )
 
     def weights(self, inputs: LensInputs, index: int) -> dict[str, Tensor]:
         """Trainable parameters of a snapshot, and its buffers."""
@@ -167,12 +164,12 @@ class _World:
         return state
 
     def loss(self, batch: tuple[Any, Tensor], weights: Mapping[str, Tensor]) -> float:
-        return fisher.loss(self.model, batch, parameters=weights, **self.options)
+        return fisher.loss(self.model, batch, parameters=weights, likelihood=self.family)
 
     def kl(
         self, batch: tuple[Any, Tensor], start: Mapping[str, Tensor], end: Mapping[str, Tensor]
     ) -> float:
-        return fisher.kl(self.model, batch, start, end, **self.options)
+        return fisher.kl(self.model, batch, start, end, likelihood=self.family)
 
     def outcome(
         self, batch: tuple[Any, Tensor], start: Mapping[str, Tensor], end: Mapping[str, Tensor]
@@ -188,15 +185,17 @@ class _World:
         self, kind: str, batch: tuple[Any, Tensor], damping: float | None
     ) -> list[Tensor]:
         """F_λ⁻¹g of the minibatch at the model's weights."""
-        g = fisher.gradient(self.model, batch, **self.options)
+        g = fisher.gradient(self.model, batch, likelihood=self.family)
         if damping is None:
-            bare = fisher.make("exact", self.model, batch, **self.options)
+            bare = fisher.make("exact", self.model, batch, likelihood=self.family)
             generator = torch.Generator().manual_seed(0)
             signs = [torch.randint(0, 2, v.shape, generator=generator).to(v) * 2 - 1 for v in g]
-            count = fisher.Predictor(self.model, batch, **self.options).count
+            count = fisher.Predictor(self.model, batch, likelihood=self.family).count
             mean = bare.quadratic(signs) / sum(v.numel() for v in g)
             damping = _PER_PREDICTION / count * mean
-        return fisher.make(kind, self.model, batch, damping=damping, **self.options).solve(g)
+        return fisher.make(kind, self.model, batch, damping=damping, likelihood=self.family).solve(
+            g
+        )
 
     def scaled(
         self,
@@ -217,7 +216,7 @@ class _World:
                 for (name, value), move in zip(start.items(), direction, strict=True)
             }
 
-        metric = fisher.make("exact", self.model, batch, **self.options)
+        metric = fisher.make("exact", self.model, batch, likelihood=self.family)
         quadratic = metric.quadratic(direction)
         if not quadratic > 0:
             return None

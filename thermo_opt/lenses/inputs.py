@@ -3,6 +3,7 @@ added."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,18 +11,31 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from thermo_opt import likelihoods
 from thermo_opt import thermodynamics as td
 from thermo_opt.errors import InputError
 from thermo_opt.lenses.predictions import build_model
+from thermo_opt.models import outputs_of
 from thermo_opt.runs import Probe, Run, adapters
 from thermo_opt.runs.probe import CAUSAL, shifted_labels, wants_shift
 from thermo_opt.runs.readers.huggingface import likelihood_of
 
 Progress = Callable[[str, int], Callable[[int], None]]
 """``progress(description, total)`` starts a bar and returns ``advance(n)``."""
+
+
+def _class_logits(_model: nn.Module, _arguments: Any, returned: Any) -> Tensor:
+    return outputs_of(returned).log()
+
+
+def _binary_logits(_model: nn.Module, _arguments: Any, returned: Any) -> Tensor:
+    return outputs_of(returned).logit()
+
+
+_LOGITS = {"categorical": _class_logits, "bernoulli": _binary_logits}
+"""Forward hooks that turn a model's probabilities into logits, which have the same distribution."""
 
 
 class Unsupported(InputError):
@@ -195,6 +209,15 @@ class LensInputs:
             if self.architecture is not None:
                 raise
             raise Unsupported(str(error)) from None
+
+    def exact_model(self) -> nn.Module:
+        """A copy of the model in float64 and evaluation mode that puts out the family's own
+        parameters: of declared probabilities p, the logits log p or log p/(1 − p)."""
+        model = copy.deepcopy(self.model).to(device=self.device, dtype=torch.float64).eval()
+        likelihood = self.likelihood[0]
+        if self.kind == "probabilities" and likelihood in _LOGITS:
+            model.register_forward_hook(_LOGITS[likelihood])
+        return model
 
     def tau(self, steps: np.ndarray) -> np.ndarray:
         """Durations of the intervals between these steps on the chosen clock."""

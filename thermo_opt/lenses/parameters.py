@@ -8,7 +8,6 @@ in one metric, F_λ = F + λI.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -187,12 +186,11 @@ def measure(lens_inputs: LensInputs) -> Measurements:
     if probe is None or probe.inputs is None or probe.targets is None:
         raise Unsupported("the parameter lens needs a probe with inputs and targets: give --probe")
     if probe.weights is not None:
-        raise Unsupported("the parameter lens counts all examples alike, and the probe has weights")
-    if lens_inputs.kind == "probabilities":
-        raise Unsupported("the parameter lens needs logits, and the model puts out probabilities")
-    model = (
-        copy.deepcopy(lens_inputs.model).to(device=lens_inputs.device, dtype=torch.float64).eval()
-    )
+        raise Unsupported(
+            "its metric and its loss are means over examples that count alike, and the probe has "
+            "weights: give --probe without them, for numbers of all examples alike"
+        )
+    model = lens_inputs.exact_model()
     inputs = map_tensors(
         probe.inputs, lambda t: (t.double() if t.is_floating_point() else t).to(lens_inputs.device)
     )

@@ -64,15 +64,10 @@ def loss_scale(
     Returns:
         None where it can't be told.
     """
-    if seen.gradient is None or seen.outputs.shape != seen.gradient.shape:
+    rows = _rows(likelihood, seen)
+    if rows is None:
         return None
-    f = likelihood.outputs(seen.outputs).detach().flatten(0, -2)
-    g = seen.gradient.reshape(f.shape)
-    active = (g != 0).any(-1).nonzero()[:, 0]
-    active = active[:: max(len(active) // MOST, 1)]
-    if len(active) == 0:
-        return None
-    f, g = f[active].float(), g[active].float() * (terms / scale)
+    f, g = rows[0], rows[1] * (terms / scale)
     if isinstance(likelihood, Categorical):
         label = g.argmin(-1, keepdim=True)
         missed = 1 - f.softmax(-1).gather(-1, label)[:, 0]
@@ -92,6 +87,62 @@ def loss_scale(
         return None
     spread = float((scales / max(typical, 1e-30) - 1).abs().max())
     return LossScale(typical, spread < COMMON)
+
+
+def squashed(likelihood: Likelihood, seen: ForwardPass) -> str | None:
+    """What the gradients say of a softmax or sigmoid too many, as an advice; None where there is
+    none.
+
+    Held against what a loss would have left that takes the squashed outputs for logits, and, of
+    binary outcomes, one that takes the outputs for probabilities. Up to a common factor.
+    """
+    rows = _rows(likelihood, seen)
+    if rows is None:
+        return None
+    f, g = rows
+    if isinstance(likelihood, Categorical):
+        y = torch.zeros_like(g).scatter_(-1, g.argmin(-1, keepdim=True), 1.0)
+        f = f.clone().requires_grad_()
+        with torch.enable_grad():
+            nll = likelihood.nll(f.softmax(-1), y).sum()
+        if _proportional(g, torch.autograd.grad(nll, f)[0]):
+            return (
+                "the loss takes a softmax of the model's outputs for logits: drop that softmax, "
+                "since cross_entropy has one of its own"
+            )
+    elif isinstance(likelihood, Bernoulli):
+        y, p = (g < 0).to(f), f.sigmoid()
+        if _proportional(g, (p.sigmoid() - y) * p * (1 - p)):
+            return (
+                "the loss takes a sigmoid of the model's outputs for logits: drop that sigmoid, "
+                "since binary_cross_entropy_with_logits has one of its own"
+            )
+        within = float(f.min()) >= 0 and float(f.max()) <= 1
+        if within and _proportional(g, (f - y) / (f * (1 - f)).clamp_min(1e-12)):
+            return (
+                "the loss takes the model's outputs for probabilities, and NGDT takes them for "
+                "logits: leave the model's sigmoid out, and give its outputs to "
+                "binary_cross_entropy_with_logits"
+            )
+    return None
+
+
+def _rows(likelihood: Likelihood, seen: ForwardPass) -> tuple[Tensor, Tensor] | None:
+    """Outputs and their gradients, a row for each of up to `MOST` predictions that have any."""
+    if seen.gradient is None or seen.outputs.shape != seen.gradient.shape:
+        return None
+    f = likelihood.outputs(seen.outputs).detach().flatten(0, -2)
+    g = seen.gradient.reshape(f.shape)
+    active = (g != 0).any(-1).nonzero()[:, 0]
+    active = active[:: max(len(active) // MOST, 1)]
+    return (f[active].float(), g[active].float()) if len(active) else None
+
+
+def _proportional(g: Tensor, expected: Tensor) -> bool:
+    """Whether ``g`` is, for most of its size, a positive multiple of ``expected``."""
+    factor = float((g * expected).sum() / expected.square().sum())
+    gap = float((g - factor * expected).abs().sum())
+    return factor > 0 and gap < COMMON * float(g.abs().sum())
 
 
 def zero_sum(seen: ForwardPass, unit: float, axis: int = -1) -> bool:
@@ -179,7 +230,9 @@ class Notices:
         self.scale = found.typical
         if found.common and seen.terms >= 8 and abs(self.scale / terms - 1) < COMMON:
             raise InputError(f"the loss looks summed over its {terms} terms: use reduction='mean'")
-        if not 1 / NEAR < self.scale < NEAR:
+        if not found.common and (advice := squashed(self.likelihood, seen)) is not None:
+            self._say("likelihood", advice)
+        elif not 1 / NEAR < self.scale < NEAR:
             self._say("scale", _scaled(self.scale, found.common))
 
     def compare(self, ratio: float) -> None:
