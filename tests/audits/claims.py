@@ -3,7 +3,6 @@ sentence, note and number must be one that is known here, and true."""
 
 import re
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -295,11 +294,5 @@ def printed(text: str) -> tuple[str, list[list[str]], list[str]]:
     return sentences, rows, notes
 
 
-KEYS = {q.name: q.key for q in QUANTITIES} | {
-    q.name.removesuffix(", at least").replace(", at least", ""): q.key
-    for q in QUANTITIES
-    if ", at least" in q.name
-}
-"""Name of a row → key; a bracket's row is named after its lower end."""
-
-assert all(a != b for a, b in pairwise(KEYS))
+KEYS = {q.name: q.key for q in QUANTITIES}
+"""Name of a row → key."""

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import thermo_opt as to
+from thermo_opt.describe.sentences import explanation
 from thermo_opt.errors import InputError
 from thermo_opt.manifold import embed
 
@@ -300,3 +301,45 @@ def test_what_is_no_run_and_no_audit(adam_run):
     ):
         with pytest.raises(InputError, match=said):
             to.pareto([audit], **arguments)
+
+
+def trained(path, model, rate, steps=8, size=1.0):
+    """A run of plain descent whose weights and predictions are recorded at every step."""
+    torch.manual_seed(0)
+    x, y = size * torch.randn(40, 6), torch.randint(4, (40,))
+    optimizer = torch.optim.SGD(model.parameters(), rate)
+    with to.Recorder(path, model=model, optimizer=optimizer, probe=(x, y), params=True) as recorder:
+        for _ in range(steps):
+            pick = torch.randint(40, (16,))
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x[pick]), y[pick]).backward()
+            optimizer.step()
+            recorder.step()
+    return path
+
+
+def test_statistics_that_move_alone_are_no_step_and_have_no_alignment(tmp_path):
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 4))
+    audit = to.audit(trained(tmp_path / "run", model, 0.0), model=model)
+    outputs, parameters = (audit.lenses[name] for name in ("outputs", "parameters"))
+    assert outputs.summary["dissipation"] > 0 == parameters.summary["dissipation"]
+    assert outputs.summary["alignment_lower"] is None
+    assert outputs.steps["alignment_lower"].isna().all()
+    assert any("which is no step of the optimizer" in n for n in outputs.summary["notes"])
+    for key in ("distance", "irreducible"):  # of the predictions, whatever moved them
+        assert parameters.summary[key] == pytest.approx(outputs.summary[key], rel=1e-5)
+    assert not any("too long" in note for note in parameters.summary["notes"])
+
+
+def test_a_run_that_diverges_is_audited_as_far_as_numbers_go(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    audit = to.audit(trained(tmp_path / "run", model, 30.0, size=30.0), model=model)
+    assert audit.lenses["outputs"].summary["dissipation"] > 0
+    said = " ".join(audit.lenses["parameters"].summary["notes"])
+    assert "nothing follows from them" in said
+    assert "nothing need be paid" in " ".join(explanation(audit.summary))
+
+
+def test_a_lag_is_told_only_with_the_transport_it_belongs_to(tmp_path, small_model):
+    told = to.audit(trained(tmp_path / "run", small_model, 0.0), lens="outputs").summary["split"]
+    assert told is None or (told["transport"] is None) == (told["transport_lag"] is None)

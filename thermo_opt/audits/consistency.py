@@ -33,18 +33,27 @@ def _one_alignment(outputs: LensAudit, parameters: LensAudit) -> tuple[LensAudit
     """First-order quantities along the predictions' arc and along the weights' step agree for
     small steps only. Where an interval's χ² end exceeds the bracket from the weights, or the run's
     would, the outputs lens leaves alignment to the parameter lens. Else, where the latter looked at
-    some intervals only, their mean is not the run's, which the outputs lens bounds."""
-    columns = ["step", "alignment_lower", "alignment_upper"]
+    some intervals only, their mean is not the run's, which the outputs lens bounds. Where
+    predictions move and weights don't, there is no optimizer step to align."""
+    columns = ["step", "a", "alignment_lower", "alignment_upper"]
     both = outputs.steps[columns].merge(parameters.steps[columns], on="step")
+    still = (both["a_x"] > 0) & (both["a_y"] == 0)
+    if still.any() and outputs.summary["alignment_lower"] is not None:
+        reason = (
+            f"alignment is unknown: {_some(still.sum(), len(both), outputs)} the weights stood "
+            "still while the predictions moved, which is no step of the optimizer"
+        )
+        steps = outputs.steps.assign(alignment_lower=np.nan, alignment_upper=np.nan)
+        return replace(_left_to_another(outputs, reason), steps=steps), parameters
     apart = (both["alignment_lower_x"] > both["alignment_upper_y"] + 1e-9) | (
         both["alignment_upper_x"] < both["alignment_lower_y"] - 1e-9
     )
     looked, count = len(parameters.steps), len(outputs.steps)
     if apart.any():
         reason = (
-            f"alignment is left to the parameter lens: in {int(apart.sum())} of {len(both)} "
-            "intervals the steps are too long for the predictions' arc and the weights' step to "
-            "agree at first order"
+            f"alignment is left to the parameter lens: {_some(apart.sum(), len(both), outputs)} "
+            "the steps are too long for the predictions' arc and the weights' step to agree at "
+            "first order"
         )
         steps = outputs.steps.assign(alignment_lower=np.nan, alignment_upper=np.nan)
         return replace(_left_to_another(outputs, reason), steps=steps), parameters
@@ -61,6 +70,12 @@ def _one_alignment(outputs: LensAudit, parameters: LensAudit) -> tuple[LensAudit
         reason = "alignment is left to the parameter lens, whose bracket is the narrower one"
         return _left_to_another(outputs, reason), parameters
     return outputs, parameters
+
+
+def _some(found: int, looked: int, outputs: LensAudit) -> str:
+    """In how many of the intervals that both lenses looked at."""
+    which = "intervals" if looked == len(outputs.steps) else "intervals that both lenses looked at,"
+    return f"in {int(found)} of {looked} {which}"
 
 
 def _left_to_another(lens: LensAudit, reason: str) -> LensAudit:

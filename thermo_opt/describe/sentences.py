@@ -124,7 +124,9 @@ def explanation(summary: Summary) -> list[str]:
             f"in the same time, costs {number(irreducible)} {unit}."
         )
     least_distance, duration = summary["least_distance"], summary["duration"]
-    if least_distance is not None and duration and total:
+    if least_distance == 0 and total:
+        said.append("The loss ended no lower than it began: to reach it, nothing need be paid.")
+    elif least_distance is not None and duration and total:
         least = least_distance**2 / (2 * duration)
         share = least / total
         paid = percent(share) if summary["every_step"] else f"at most {percent(share, 'up')}"
@@ -148,7 +150,9 @@ def brief(summary: Summary) -> list[str]:
     least_distance, duration = summary["least_distance"], summary["duration"]
     if irreducible is not None and total:
         sentence = f"The straight path costs {number(irreducible)} {unit}"
-        if least_distance is not None and duration:
+        if least_distance == 0:
+            sentence += "; its loss ended no lower than it began"
+        elif least_distance is not None and duration:
             sentence += (
                 "; no method reaches this loss in this time for less than "
                 f"{number(least_distance**2 / (2 * duration), toward='down')}"

@@ -30,6 +30,7 @@ class Measurements:
         distance: D, None where unknown.
         least_distance: D*, None where unknown.
         a_alignment: a in Δ's metric, where it isn't ``a``'s.
+        decomposed: Whether ``a`` is exact enough for ℒ ≥ D, so that D splits the dissipation.
         path: Whether the intervals follow one another: else there is no path to sum over.
         bounded: Whether sums over coarser snapshots bound those over finer ones (exact arcs do, a
             quadratic form does not).
@@ -58,6 +59,7 @@ class Measurements:
     distance: float | None
     least_distance: float | None = None
     a_alignment: np.ndarray | None = None
+    decomposed: bool = True
     path: bool = True
     bounded: bool = True
     notes: list[str] = field(default_factory=list)

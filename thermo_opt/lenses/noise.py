@@ -149,7 +149,7 @@ def measure_split(
         drift_error=_number(drift.error),
         transport=way.value if told else None,
         transport_error=_number(way.error),
-        transport_lag=None if moved is None else moved.lag,
+        transport_lag=moved.lag if moved is not None and told else None,
         housekeeping=_number(rest.value),
         housekeeping_error=_number(rest.error),
         critical_batch=_number(batch.value),

@@ -107,7 +107,8 @@ def measure(inputs: LensInputs) -> AdamMeasurements:
     loss = inputs.training_loss(steps)
     notes.append(
         "this is Adam's own metric, not the Fisher's: its gradient is a running mean, it is "
-        "diagonal, and its numbers compare with no other lens's; losses are training losses"
+        "diagonal, and its numbers compare with no other lens's; losses are those logged in "
+        "training, as they were logged"
     )
     if (entering := _entering_moments(run)) is not None:
         notes.append(entering)

@@ -43,6 +43,9 @@ _RELATIVE_DAMPING = 1e-3
 _TRACE_PROBES = 8
 _MOST_PRODUCTS = 60
 """Fisher products after which Δ's bracket is taken as it is, if it hasn't reached 10 % before."""
+_BEYOND = 700.0
+"""Size of outputs whose exponentials, inverse probabilities among them, leave float64."""
+_NOT_FINITE = "weights are NaN or infinite"
 _WORTH_THREADS = 1e8
 """Examples times parameters below which a Fisher product runs on one thread."""
 
@@ -76,11 +79,26 @@ class ParameterLens:
     quadrature: Quadrature
     microbatch: int | None
 
-    def interval(self, i: int, j: int) -> Interval | None:
-        """Scalars of the step from snapshot i to snapshot j, None where weights aren't finite. A
+    def interval(self, i: int, j: int) -> Interval | str:
+        """Scalars of the step from snapshot i to snapshot j; what isn't finite, where that is so. A
         few dozen Fisher products."""
         if not (self._finite(i) and self._finite(j)):
-            return None
+            return _NOT_FINITE
+        try:
+            return self._interval(i, j)
+        except InputError as error:
+            if max(self._extent(k) for k in (i, j)) < _BEYOND:
+                raise
+            return f"outputs are so large that nothing follows from them ({error})"
+
+    def _extent(self, index: int) -> float:
+        """The largest output of a snapshot in size; infinite where one is no number."""
+        assert self.probe.inputs is not None
+        install(self.model, self.run.snapshots[index], self.run.info.tied)
+        largest = float(predict(self.model, self.probe.inputs).abs().max())
+        return largest if largest >= 0 else np.inf
+
+    def _interval(self, i: int, j: int) -> Interval:
         end, loss_end, outputs_end = self._state(j)
         start, loss, outputs = self._state(i)
         step = [b - a for a, b in zip(start, end, strict=True)]
@@ -223,17 +241,15 @@ def measure(lens_inputs: LensInputs) -> Measurements:
     else:
         lens.damping = _RELATIVE_DAMPING * lens.mean_eigenvalue(pairs[0][0])
     with _threads(model, targets.shape[0]):
-        seen = _finite_intervals(lens, [pairs[k] for k in chosen], lens_inputs)
-    if len(seen) < len(chosen):
+        seen, stopped = _finite_intervals(lens, [pairs[k] for k in chosen], lens_inputs)
+    if stopped is not None:
         bad = run.snapshots[pairs[chosen[len(seen)]][1]]
         if not seen:
-            raise InputError(
-                f"{bad.path}: weights are NaN or infinite by step {bad.step}, within the first "
-                "interval"
-            )
-        notes.append(
-            f"weights are NaN or infinite from step {bad.step}: only what precedes was audited"
-        )
+            where = f"by step {bad.step}, within the first interval"
+            if stopped == _NOT_FINITE:
+                raise InputError(f"{bad.path}: {stopped} {where}")
+            raise Unsupported(f"{stopped} {where}")
+        notes.append(f"{stopped} from step {bad.step}: only what precedes was audited")
         chosen = chosen[: len(seen)]
     first = _point(lens, pairs[chosen[0]][0])
     last = _point(lens, pairs[chosen[-1]][1])
@@ -242,6 +258,7 @@ def measure(lens_inputs: LensInputs) -> Measurements:
     path = chosen == list(range(chosen[0], chosen[-1] + 1))
     a = np.array([s.a for s in seen])
     distance: float | None = float(np.sqrt(squared_distance(first, last, likelihood)))
+    decomposed = distance <= np.sqrt(np.maximum(a, 0)).sum()
     notes = [
         *notes,
         f"alignment in F + λI with λ = {lens.damping:.3g}; dissipation in F; "
@@ -253,8 +270,7 @@ def measure(lens_inputs: LensInputs) -> Measurements:
             f"{len(chosen)} of {len(pairs)} intervals audited, not in a row: sums over the path "
             "are unknown"
         )
-    elif distance is not None and distance > np.sqrt(np.maximum(a, 0)).sum():
-        distance = None
+    elif not decomposed and a.any() and bool((np.diff(steps) == 1).all()):
         notes.append(
             "steps too long for a point metric (length below the distance): decomposition left to "
             "the outputs lens"
@@ -280,6 +296,7 @@ def measure(lens_inputs: LensInputs) -> Measurements:
         loss_end=np.array([s.loss_end for s in seen]),
         distance=distance,
         least_distance=start.least_distance(seen[-1].loss_end) if path and start else None,
+        decomposed=bool(decomposed),
         path=path,
         bounded=False,
         a_alignment=np.maximum([s.a_damped for s in seen], 0.0),
@@ -322,22 +339,22 @@ def _moving_buffers(run: Run, indices: Sequence[int]) -> str | None:
 
 def _finite_intervals(
     lens: ParameterLens, pairs: Sequence[tuple[int, int]], lens_inputs: LensInputs
-) -> list[Interval]:
-    """Scalars of these intervals up to the first whose weights aren't finite."""
+) -> tuple[list[Interval], str | None]:
+    """Scalars of these intervals up to the first that has none, and why it hasn't."""
     advance = lens_inputs.advance("parameter lens", len(pairs))
     if lens_inputs.jobs == 1:
-        intervals: Iterator[Interval | None] = (lens.interval(i, j) for i, j in pairs)
+        intervals: Iterator[Interval | str] = (lens.interval(i, j) for i, j in pairs)
     else:
         work = (delayed(lens.interval)(i, j) for i, j in pairs)
         intervals = in_processes(work, min(lens_inputs.jobs, len(pairs)))
     seen: list[Interval] = []
     for interval in intervals:
-        if interval is None:
-            break
+        if isinstance(interval, str):
+            return seen, interval
         seen.append(interval)
         if advance is not None:
             advance(1)
-    return seen
+    return seen, None
 
 
 def _point(lens: ParameterLens, index: int) -> Point:

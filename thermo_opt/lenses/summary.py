@@ -4,6 +4,7 @@ lens (§2-5), and that of Adam's metric (§9)."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -50,7 +51,12 @@ def summarise(
     _refuse_standing_clock(run, clock, measured, measured.a)
     one_step = _one_step(measured, step_unit)
     q = td.dissipation(measured.a, measured.tau)
-    parts = td.decompose(measured.a, measured.tau, measured.distance)
+    parts = td.decompose(
+        measured.a, measured.tau, measured.distance if measured.decomposed else None
+    )
+    if not measured.decomposed and measured.distance is not None and parts.duration > 0:
+        straight = measured.distance**2 / (2 * parts.duration)
+        parts = replace(parts, distance=measured.distance, irreducible=straight)
     lower, upper = td.alignment_bracket(
         measured.a if measured.a_alignment is None else measured.a_alignment,
         measured.d,
