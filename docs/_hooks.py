@@ -5,7 +5,6 @@ import re
 from typing import Any
 
 import typer
-from mkdocs.utils import get_relative_url
 
 from thermo_opt.cli.app import application
 from thermo_opt.describe.counterfactual import COUNTERFACTUAL
@@ -25,6 +24,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
     """The page's HTML with its citations linked; links and tags themselves are left alone."""
+    from mkdocs.utils import get_relative_url  # the tests read the tables without MkDocs
+
     theory = get_relative_url("theory.html", page.url)
     link = rf'<a class="section" href="{theory}#s\1">§\1</a>'
     parts = _TAGS.split(html)

@@ -91,7 +91,8 @@ class Bars:
     ) -> None:
         self._timer.cancel()
         self._timer.join()
-        self._progress.stop()
+        if not self._progress.disable:  # else older releases of rich print an empty line
+            self._progress.stop()
 
 
 def print_json(text: str) -> None:
