@@ -78,3 +78,15 @@ def test_json_says_which_lenses_could_not_look_and_why(sgd_run, capfd):
     assert found["schema_version"] == 2
     assert {entry["lens"] for entry in found["missing"]} == {"parameters", "optimizer-state"}
     assert all(entry["reason"] and entry["run"] == "sgd" for entry in found["missing"])
+
+
+def test_runs_alike_are_not_told_apart(tmp_path, whole, capfd):
+    """The same run twice: neither is the most efficient, and neither the least."""
+    again = shutil.copytree(whole, tmp_path / "again")
+    sparse = [thinned(path, tmp_path / f"{path.name}-12", {0, 12, 24}) for path in (whole, again)]
+    for paths in ((whole, again), sparse):
+        assert main(["compare", *map(str, paths), "--clock", "examples"]) == 0
+        said = " ".join(capfd.readouterr().out.split())
+        assert "none is more efficient than another" in said
+        assert "most efficient is" not in said
+        assert "Q in nats per example seen; lengths in √nats" in said

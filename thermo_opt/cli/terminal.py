@@ -22,7 +22,7 @@ from rich.text import Text
 from thermo_opt.describe import counterfactual as other_words
 from thermo_opt.describe import sentences as words
 from thermo_opt.describe import split as noise_words
-from thermo_opt.describe.quantities import QUANTITIES, Quantity, number, percent, unit
+from thermo_opt.describe.quantities import QUANTITIES, Quantity, cost_unit, number, percent, unit
 from thermo_opt.describe.standing import standing, toward_of, with_standing
 from thermo_opt.errors import printable
 from thermo_opt.lenses.results import Audited
@@ -149,7 +149,11 @@ def print_comparison(audits: Sequence[Audited], table: pd.DataFrame) -> None:
     console = Console(highlight=False)
     said = [*table.attrs.get("notes", []), words.comparison(audits)]
     for lens, rows in table.groupby("lens", sort=False):
-        console.print(plain(f"{lens} lens: {words.LENS_WORDS[str(lens)]}", style="bold"))
+        units = ""
+        if lens != "optimizer-state":
+            costs = dict.fromkeys(cost_unit(clock) for clock in rows["clock"])
+            units = f" (Q in {' or '.join(costs)}; lengths in √nats)"
+        console.print(plain(f"{lens} lens: {words.LENS_WORDS[str(lens)]}{units}", style="bold"))
         console.print(
             _comparison_table(
                 [{str(k): v for k, v in row.items()} for row in rows.to_dict("records")], console

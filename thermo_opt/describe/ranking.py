@@ -101,8 +101,8 @@ def ranking(audits: Sequence[Audited]) -> Ranking:
         )
     efficiency = [s["efficiency"] for s in summaries]
     if any(value is None for value in efficiency):
-        names = ", ".join(
-            audit.run for audit, value in zip(audits, efficiency, strict=True) if value is None
+        names = named(
+            [audit.run for audit, value in zip(audits, efficiency, strict=True) if value is None]
         )
         return Ranking(obstacle=f"The runs are not ranked: the efficiency of {names} is unknown.")
     fall = [

@@ -7,7 +7,7 @@ from typing import Any
 
 from thermo_opt.describe import counterfactual, split
 from thermo_opt.describe.quantities import cost_unit, number, percent
-from thermo_opt.describe.ranking import ranking
+from thermo_opt.describe.ranking import named, ranking
 from thermo_opt.lenses.results import ALIGNMENT_KEYS, Audited
 
 Summary = Mapping[str, Any]
@@ -224,18 +224,24 @@ def comparison(audits: Sequence[Audited]) -> str | None:
         else f"at most {percent(audit.summary['efficiency'], 'up')}"
         for audit in (best, worst)
     ]
-    said = (
-        f"Of the {len(ranked.order)} runs, seen {seen_every(best.summary)}, the most efficient is "
-        f"{best.run}: {shares[0]} of what it dissipated was "
-        f"unavoidable, and it ended at loss {number(best.summary['loss_end'])}. The least "
-        f"efficient is {worst.run}: {shares[1]}, at loss "
-        f"{number(worst.summary['loss_end'])}. A path can be efficient and lead to a worse loss."
-    )
+    runs = f"Of the {len(ranked.order)} runs, seen {seen_every(best.summary)},"
+    losses = [number(audit.summary["loss_end"]) for audit in (best, worst)]
+    if shares[0] == shares[1]:
+        said = (
+            f"{runs} none is more efficient than another: {shares[0]} of what each dissipated was "
+            "unavoidable."
+        )
+    else:
+        said = (
+            f"{runs} the most efficient is {best.run}: {shares[0]} of what it dissipated was "
+            f"unavoidable, and it ended at loss {losses[0]}. The least efficient is {worst.run}: "
+            f"{shares[1]}, at loss {losses[1]}. A path can be efficient and lead to a worse loss."
+        )
     if ranked.hardly:
-        names = ", ".join(audits[i].run for i in ranked.hardly)
+        names = named([audits[i].run for i in ranked.hardly])
         said += f" Not ranked, since their loss hardly fell: {names}."
     if ranked.elsewhere:
-        names = ", ".join(audits[i].run for i in ranked.elsewhere)
+        names = named([audits[i].run for i in ranked.elsewhere])
         said += f" Not ranked, since recorded on another probe: {names}."
     return said
 

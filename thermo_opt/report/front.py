@@ -53,13 +53,13 @@ def sentences(front: Front) -> list[str]:
             f" and {len(best) - 4} more" if len(best) > 4 else ""
         )
         alone = len(best) == 1
-        share = (
-            percent(target.coverage)
-            if rows["every_step"].all()
-            else f"at most {percent(target.coverage, 'up')}"
-        )
+        whole = rows["every_step"].all()
+        share = percent(target.coverage)
+        if not whole:
+            share = f"at most {percent(target.coverage, 'up')}"
         said.append(
             f"To reach loss {number(target.target_loss)}, "
+            f"{'' if whole else 'at the snapshots that are seen, '}"
             f"{'no other run is' if alone else 'no run is'} both faster and "
             f"cheaper than {names}: {'it dominates' if alone else 'together they dominate'} "
             f"{share} of "
