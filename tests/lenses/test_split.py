@@ -174,7 +174,7 @@ def test_a_front_on_drift_has_the_noise_beside_it(audits, tmp_path):
     reached = whole[~whole["censored"]]
     best = reached["time"].idxmin()
     assert reached.loc[best, "on_front"]
-    assert plots.drift_front(table).get_xlabel()
+    assert plots.drift_front(table).get_xlabel().endswith("(steps)")
     matplotlib.pyplot.close("all")
     bare = recorded(tmp_path / "bare", 2, replicas=False)
     with pytest.raises(InputError, match="bare: a front on drift"):

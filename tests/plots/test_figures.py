@@ -136,6 +136,15 @@ def test_the_overview_names_the_runs_once_and_gives_each_its_room(runs: int) -> 
     assert len(names) == 1  # of the alignment's panels
 
 
+def test_the_key_of_long_names_stays_on_the_figure(audits: list[Audit]) -> None:
+    names = [f"a-run-with-a-name-of-some-forty-letters-{k}" for k in range(6)]
+    figure = plots.overview([audits[0].named(name) for name in names])
+    figure.canvas.draw()
+    (key,) = figure.legends
+    assert key.get_window_extent().x1 <= figure.bbox.x1
+    assert len(key.get_texts()) == 6
+
+
 def test_losses_over_decades_are_drawn_on_a_logarithmic_axis() -> None:
     audit = make_audit("far")
     steps = audit.lenses["outputs"].steps

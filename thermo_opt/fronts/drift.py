@@ -42,13 +42,15 @@ def drift_front(audits: Sequence[Audit], **options: Any) -> pd.DataFrame:
         **options: Those of `pareto`: ``target_loss``, ``x``, ``groups``.
 
     Returns:
-        One row a run and target, columns `COLUMNS`; NaN where ``censored``.
+        One row a run and target, columns `COLUMNS`; NaN where ``censored``. ``attrs["clock"]``:
+        that of the times.
 
     Raises:
         InputError: As `pareto`, and for runs without replicas, naming them.
     """
     splits = [_split(audit) for audit in audits]
-    table = pareto(audits, **options).table
+    front = pareto(audits, **options)
+    table = front.table
     rows = table.assign(noise=np.nan, drift=np.nan)
     for position, (_, row) in enumerate(table.iterrows()):
         split = splits[position % len(splits)]  # the runs in order, target after target
@@ -58,7 +60,9 @@ def drift_front(audits: Sequence[Audit], **options: Any) -> pd.DataFrame:
     for _, own in rows.groupby("target_loss", sort=False):
         mask = pareto_mask(own["time"].to_numpy(float), own["drift"].to_numpy(float))
         rows.loc[own.index, "on_front"] = mask
-    return rows[list(COLUMNS)]
+    found = rows[list(COLUMNS)]
+    found.attrs["clock"] = front.clock
+    return found
 
 
 def _split(audit: Audit) -> Split:

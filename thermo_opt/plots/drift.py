@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from thermo_opt.describe.quantities import DURATION_UNITS
 from thermo_opt.plots.axes import KEY, given_or_new, log_axes, plain, quiet
 from thermo_opt.plots.palette import look
 
@@ -33,7 +34,7 @@ def drift_front(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.step(best["time"], best["drift"], where="post", color="0.1", linewidth=1.4, label="front")
     log_axes(ax)
     quiet(ax, f"Drift (filled) and noise (open) to loss {target:.3g}")
-    ax.set_xlabel("time to reach it")
+    ax.set_xlabel(f"time to reach it ({DURATION_UNITS[table.attrs['clock']]})")
     ax.set_ylabel("nats, clock step")
     ax.legend(**KEY)
     return ax

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 _HEIGHT = 3.9
 """Inches of a row of panels."""
+_WIDTH = 11.0
+"""Inches."""
 _KEY_COLUMNS = 4
+_LETTER, _HANDLE = 0.07, 0.6
+"""Inches of a letter of the key, and of what stands before its words."""
 
 Panel = tuple[Callable[..., "Axes"], float | None]
 """What draws a panel of these runs, and its height where it takes a row of its own."""
@@ -36,7 +40,7 @@ def overview(audits: Audited | Iterable[Audited]) -> Figure:
     maps_of = [(audit, h) for audit in audits if (h := series.heat(audit)) is not None]
     maps_of = maps_of[: series.MAX_MAPS]
     heights = [height for _, height in rows] + [maps.map_height(len(h.layers)) for _, h in maps_of]
-    figure = plt.figure(figsize=(11, sum(heights)), layout="constrained")
+    figure = plt.figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)  # type: ignore[union-attr,call-arg]
     for row, (draws, _) in enumerate(rows):
@@ -107,5 +111,7 @@ def _key_below(figure: Figure, audits: list[Audited]) -> None:
         handle.set_linestyle(style.linestyle)
         handle.set_label(curves.exponent_words(audit))
         handles.append(handle)
-    columns = min(_KEY_COLUMNS, len(handles))
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    fitting = int(_WIDTH / (_HANDLE + _LETTER * longest))
+    columns = max(1, min(_KEY_COLUMNS, len(handles), fitting))
     figure.legend(handles=handles, loc="outside lower left", ncols=columns, **KEY)

@@ -12,7 +12,15 @@ import pandas as pd
 from thermo_opt.describe.quantities import number
 from thermo_opt.lenses.noise import Split
 from thermo_opt.lenses.results import Audited
-from thermo_opt.plots.axes import NAME, given_or_new, key_beside, plain, quiet, say_nothing_known
+from thermo_opt.plots.axes import (
+    NAME,
+    given_or_new,
+    key_beside,
+    log_axis,
+    plain,
+    quiet,
+    say_nothing_known,
+)
 from thermo_opt.plots.palette import OKABE_ITO, look
 from thermo_opt.plots.series import as_list, shortened
 
@@ -99,7 +107,7 @@ def split_curve(audit: Audited, ax: Axes | None = None) -> Axes:
             continue
         shade = OKABE_ITO[colour]
         ax.errorbar(middle, value, yerr=error, color=shade, marker="o", markersize=4, label=key)
-    ax.set_yscale("log")
+    log_axis(ax, "y")
     ax.set_xlabel("training step")
     ax.set_ylabel("dissipation per step (nats)")
     key_beside(ax)
@@ -149,7 +157,7 @@ def critical_batch(audits: Audited | Iterable[Audited], ax: Axes | None = None) 
         say_nothing_known(ax, "No run without momentum, with replicas and a batch size.")
         return ax
     quiet(ax, "Critical batch size")
-    ax.set_yscale("log")
+    log_axis(ax, "y")
     ax.set_xlabel("training step")
     ax.set_ylabel("B* (loss terms)")
     key_beside(ax)

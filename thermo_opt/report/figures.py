@@ -135,7 +135,7 @@ def alignment(audits: Sequence[Audited]) -> Figure | None:
         "The share of the dissipation that lay along it: above the line downhill, below it uphill. "
         "The rest bought no first-order decrease of the loss. Lines: certified "
         f"lower ends, from {' and '.join(lenses)}. Bands: up to the certified upper ends, where "
-        f"these say anything. Points: {' or '.join(over)}.{more}",
+        f"these say anything. They join {' or '.join(over)}.{more}",
         "Line charts of the share of the dissipation along the natural gradient against the "
         "training step, one panel a run.",
         data,
