@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import scipy  # whose parts load when they are used
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import gammaln, xlogy
 
 from thermo_opt import likelihoods
 from thermo_opt.errors import InputError
@@ -90,7 +90,9 @@ def _flat(f: Array, y: Array | None, w: Array | None, likelihood: str, sigma2: f
             return Point(u, len(f), finite=finite, weights=weights)
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             residual = np.where(y > 0, 2 * y / u, 0.0) - 0.5 * u
-            loss = (0.25 * u * u - np.where(y > 0, y * f, 0.0) + gammaln(y + 1)).sum(axis=1)
+            loss = (0.25 * u * u - np.where(y > 0, y * f, 0.0) + scipy.special.gammaln(y + 1)).sum(
+                axis=1
+            )
         return Point(u, len(f), None, residual, loss, finite, weights=weights, counts=y)
     if not sigma2 > 0:
         raise InputError(f"sigma2 must be positive, not {sigma2}")
@@ -204,7 +206,7 @@ def _with_soft_targets(
     with np.errstate(divide="ignore", invalid="ignore"):
         loss = -2 * np.where(t > 0, t * log_u, 0.0).sum(axis=1)
         overlap = np.minimum(np.log(inner_products(np.sqrt(t), u, out=np.empty(len(u)))), 0.0)
-    entropy = float(-xlogy(t, t).sum(axis=1) @ _weight(weights, len(t)) / examples)
+    entropy = float(-scipy.special.xlogy(t, t).sum(axis=1) @ _weight(weights, len(t)) / examples)
     return Point(
         u,
         examples,

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import gammaln, xlogy
+import scipy  # whose parts load when they are used
 
 from thermo_opt.errors import InputError
 from thermo_opt.manifold import Point, log_least_distance
@@ -85,7 +84,9 @@ class InitialPredictions:
         for soft ones, the density's constant for Gaussian outputs."""
         if self.counts is not None:
             y = self.counts
-            return self._mean((y - xlogy(y, y) + gammaln(y + 1)).sum(axis=1))
+            return self._mean(
+                (y - scipy.special.xlogy(y, y) + scipy.special.gammaln(y + 1)).sum(axis=1)
+            )
         if self.log_p_y is not None:
             return self.entropy
         return 0.5 * self.width * float(np.log(2 * np.pi * self.sigma2))
@@ -133,7 +134,7 @@ class InitialPredictions:
 
         def excess(log_mu: float) -> float:
             v = nearest(float(np.exp(log_mu)))
-            nll = 0.25 * v * v - 2 * xlogy(y, 0.5 * v) + gammaln(y + 1)
+            nll = 0.25 * v * v - 2 * scipy.special.xlogy(y, 0.5 * v) + scipy.special.gammaln(y + 1)
             return self._mean(nll.sum(axis=1)) - loss
 
         if self.loss <= loss:
@@ -141,5 +142,5 @@ class InitialPredictions:
         if excess(40.0) > 0:
             v = nearest(float(np.exp(40.0)))  # the least loss itself
         else:
-            v = nearest(float(np.exp(brentq(excess, -40.0, 40.0, xtol=1e-12))))
+            v = nearest(float(np.exp(scipy.optimize.brentq(excess, -40.0, 40.0, xtol=1e-12))))
         return float(np.sqrt(self._mean(np.square(u - v).sum(axis=1))))

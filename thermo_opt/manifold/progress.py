@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import scipy  # whose parts load when they are used
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 
 from thermo_opt.errors import InputError
 
@@ -51,7 +51,9 @@ def progress(
     for k in range(len(u)):
         best = int(np.argmin([squared(s, k) for s in grid]))
         bounds = (grid[max(best - 1, 0)], grid[min(best + 1, _GRID - 1)])
-        nearest = minimize_scalar(squared, bounds=bounds, args=(k,), method="bounded")
+        nearest = scipy.optimize.minimize_scalar(
+            squared, bounds=bounds, args=(k,), method="bounded"
+        )
         at_end = min((grid[best], nearest.x), key=lambda s: squared(float(s), k))
         found[:, k] = at_end, np.sqrt(squared(float(at_end), k))
     return found[0], found[1]
