@@ -25,6 +25,7 @@ COMMANDS = {
     "fuzz": "damaged run folders of every layout, read one after the other, with counts",
     "states": "damaged states of NGD-T, loaded one after the other, with counts",
     "installs": "the lowest and newest allowed dependencies; the wheel outside the checkout",
+    "large": "audits of runs larger than memory: their memory and time",
     "readme": "the tables of analysis/README.md from the CSVs",
 }
 MODULES = {

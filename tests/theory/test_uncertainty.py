@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.integrate import trapezoid
 
 from thermo_opt.theory import uncertainty
 
@@ -25,7 +26,7 @@ def produced(start, spread, duration):
     t = np.linspace(0, duration, 20_001)
     mean = start * np.exp(-K * t)
     var = D / K + (spread**2 - D / K) * np.exp(-2 * K * t)
-    return np.trapezoid((K**2 * mean**2 + (D / var - K) ** 2 * var) / D, t)
+    return trapezoid((K**2 * mean**2 + (D / var - K) ** 2 * var) / D, t)
 
 
 @pytest.mark.parametrize(("start", "spread"), [(2.0, 0.3), (1.0, 0.62), (3.0, 1.5)])
