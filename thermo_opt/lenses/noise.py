@@ -317,4 +317,4 @@ def memory(info: RunInfo) -> float:
     beta = betas[0] if betas is not None else settings.get("momentum")
     if beta is None:
         beta = 0.0 if info.optimizer == "SGD" else _USUAL
-    return 1 / (1 - float(beta)) if 0 <= float(beta) < 1 else 1 / (1 - _USUAL)
+    return 1 / (1 - beta) if isinstance(beta, int | float) and 0 <= beta < 1 else 1 / (1 - _USUAL)

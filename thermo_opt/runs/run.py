@@ -216,9 +216,13 @@ class RunInfo:
 
     @property
     def betas(self) -> tuple[float, float] | None:
-        """Adam's (β1, β2)."""
+        """Adam's (β1, β2), where the settings hold two numbers in [0, 1)."""
         betas = self.settings.get("betas")
-        return (float(betas[0]), float(betas[1])) if betas is not None else None
+        if not isinstance(betas, list | tuple) or len(betas) != 2:
+            return None
+        if not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
+            return None
+        return float(betas[0]), float(betas[1])
 
 
 @dataclass

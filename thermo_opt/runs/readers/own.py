@@ -4,7 +4,7 @@ used.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,8 +181,8 @@ def _info(content: dict[str, Any], file: Path) -> RunInfo:
     if clock is not None and clock not in CLOCKS:
         raise InputError(f"{file}: unknown clock {clock!r}; use one of {', '.join(CLOCKS)}")
     sigma2, batch_size = checked("sigma2", (int, float)), checked("batch_size", int)
-    if sigma2 is not None and not 0 < sigma2 < math.inf:
-        raise InputError(f"{file}: sigma2 is {str(sigma2)[:60]}; it must be positive")
+    if sigma2 is not None and not 0 < sigma2 <= sys.float_info.max:
+        raise InputError(f"{file}: sigma2 is {str(sigma2)[:60]}; it must be positive and finite")
     if batch_size is not None and whole(batch_size, least=1) is None:
         raise InputError(f"{file}: batch_size is {str(batch_size)[:60]}; it must be at least 1")
     parameters = checked("parameters", list)
