@@ -5,6 +5,7 @@ for.
 import json
 import os
 import pickle
+import shutil
 import struct
 import zipfile
 
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import thermo_opt as to
 from thermo_opt.errors import InputError, printable
 from thermo_opt.runs import load_probe, load_run
 from thermo_opt.runs.border import read_json
@@ -223,3 +225,84 @@ def test_weights_of_a_type_that_torch_lacks(tmp_path):
 def test_what_reaches_the_terminal_is_text():
     assert printable("a\x1b]0;x\x07\x9b2J\nü\u202fß") == "a\ufffd]0;x\ufffd\ufffd2J\ufffdü\u202fß"
     assert "\x1b" not in str(InputError("run \x1b[2J"))
+
+
+def recorded(folder, **changed):
+    """A run of predictions in our own layout whose record has other entries."""
+    snapshots = folder / "snapshots"
+    snapshots.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"schema_version": 1, **changed}))
+    (folder / "steps.jsonl").write_text("")
+    for step in range(3):
+        outputs = torch.randn(6, 3, generator=torch.Generator().manual_seed(step))
+        save_file({"probe/logits": outputs}, snapshots / f"{step:08d}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"schema_version": True},
+        {"likelihood": "gaussian", "sigma2": 10**400},
+        {"batch_size": 10**400},
+    ],
+)
+def test_records_of_numbers_that_are_none(tmp_path, changed):
+    with pytest.raises(InputError, match="|".join(changed).replace("_", ".")):
+        load_run(recorded(tmp_path / "run", **changed))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"betas": "x"},
+        {"betas": [0.9]},
+        {"betas": [10**400, None]},
+        {"momentum": [1]},
+        {"momentum": 10**400, "lr": {"a": 1}},
+    ],
+)
+def test_settings_of_any_type_end_no_audit(tmp_path, settings):
+    run = recorded(tmp_path / "run", settings=settings, optimizer="Adam")
+    assert to.audit(run).summary["dissipation"] > 0
+
+
+def test_a_record_that_is_a_link_to_nowhere_is_not_passed_over(tmp_path):
+    run = recorded(tmp_path / "run")
+    (run / "run.json").unlink()
+    (run / "run.json").symlink_to("run.json")
+    with pytest.raises(InputError, match=r"run\.json can't be read"):
+        load_run(run)
+
+
+def test_archives_with_two_records_of_a_name_are_refused(tmp_path):
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "model-0.pt")
+    np.savez(tmp_path / "probe.npz", inputs=np.zeros((3, 2)), targets=np.zeros(3))
+    for name, record in (("model-0.pt", "model-0/data.pkl"), ("probe.npz", "inputs.npy")):
+        with zipfile.ZipFile(tmp_path / name) as archive:
+            data = archive.read(record)
+        with zipfile.ZipFile(tmp_path / name, "a") as archive, pytest.warns(match="Duplicate"):
+            archive.writestr(record, data)
+    shutil.copy(tmp_path / "model-0.pt", tmp_path / "model-1.pt")
+    with pytest.raises(InputError, match="more than one record of a name"):
+        load_run(tmp_path, format="torch").snapshots[0].names()
+    with pytest.raises(InputError, match="two arrays called 'inputs'"):
+        load_probe(tmp_path / "probe.npz")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool])
+def test_numbers_that_are_not_real_are_no_predictions_and_no_weights(tmp_path, dtype):
+    run = recorded(tmp_path / "run")
+    for file in (run / "snapshots").iterdir():
+        save_file({"probe/logits": torch.ones(6, 3, dtype=dtype)}, file)
+    with pytest.raises(InputError, match="the outputs are"):
+        to.audit(run)
+    if dtype.is_complex:
+        model = torch.nn.Linear(4, 3)
+        for step in range(2):
+            state = {"weight": model.weight.detach().to(dtype), "bias": model.bias.detach()}
+            torch.save(state, tmp_path / f"model-{step}.pt")
+        probe = (torch.randn(6, 4), torch.arange(6) % 3)
+        run = load_run(tmp_path, format="torch")
+        with pytest.raises(InputError, match="holds complex numbers"):
+            to.audit(run, model=model, probe=probe, lens="outputs")

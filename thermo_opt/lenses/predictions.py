@@ -177,9 +177,10 @@ class Predictions(ABC):
 
     def _array(self, index: int) -> np.ndarray:
         outputs = self.outputs(index)
-        if outputs.is_complex():
+        if outputs.is_complex() or outputs.dtype == torch.bool:
+            what = "complex numbers" if outputs.is_complex() else "true or false"
             raise InputError(
-                f"{self.name(index)}: the outputs are complex numbers: record real logits or means"
+                f"{self.name(index)}: the outputs are {what}: record real logits or means"
             )
         array = array_of(outputs)
         try:

@@ -66,6 +66,11 @@ def _read_npz(path: Path) -> Mapping[str, np.ndarray]:
                         f"{path} isn't an npz file (it holds {entry.filename[:60]!r}); save it "
                         "with numpy.savez"
                     )
+                name = entry.filename.removesuffix(".npy")
+                if name in arrays:
+                    raise InputError(
+                        f"{path} holds two arrays called {name[:60]!r}; keep one of them"
+                    )
                 with archive.open(entry) as stream:
                     version = np.lib.format.read_magic(stream)
                     reader = {
@@ -78,9 +83,7 @@ def _read_npz(path: Path) -> Mapping[str, np.ndarray]:
                         "it holds Python objects" if dtype.hasobject else "an array is cut short"
                     )
                 with archive.open(entry) as stream:
-                    arrays[entry.filename.removesuffix(".npy")] = np.lib.format.read_array(
-                        stream, allow_pickle=False
-                    )
+                    arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
     except InputError:
         raise
     except (

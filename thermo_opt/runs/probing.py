@@ -314,7 +314,7 @@ def install(model: nn.Module, snapshot: Snapshot, tied: Mapping[str, str] | None
                     f"{tuple(target.shape)}; "
                     "name the right model"
                 )
-            target.copy_(tensor)
+            _copy(target, tensor, name, snapshot)
 
 
 def _install_adapter(model: nn.Module, snapshot: Snapshot, stored: Mapping[str, Tensor]) -> None:
@@ -334,7 +334,17 @@ def _install_adapter(model: nn.Module, snapshot: Snapshot, stored: Mapping[str, 
                     f"{snapshot.path}: {name!r} of shape {tuple(tensor.shape)} doesn't fit the "
                     "model; name the right base model"
                 )
-            target.copy_(tensor)
+            _copy(target, tensor, name, snapshot)
+
+
+def _copy(target: Tensor, tensor: Tensor, name: str, snapshot: Snapshot) -> None:
+    """Copy a stored tensor, none of which may be lost on the way."""
+    if tensor.is_complex() and not target.is_complex():
+        raise InputError(
+            f"{snapshot.path}: {name!r} holds complex numbers, in the model real ones; name the "
+            "right model"
+        )
+    target.copy_(tensor)
 
 
 def _shared(own: Mapping[str, Tensor], aliases: Mapping[str, Tensor]) -> set[str]:

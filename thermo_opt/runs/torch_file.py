@@ -189,8 +189,13 @@ class TorchFile:
 
     def _read_zip(self) -> Any:
         with zipfile.ZipFile(_Window(self._map)) as archive:
-            records = {entry.filename: entry for entry in archive.infolist()}
+            entries = archive.infolist()
+        records = {entry.filename: entry for entry in entries}
         pickles = sorted((name for name in records if name.split("/")[-1] == "data.pkl"), key=len)
+        if len(pickles) > 1 or len(records) < len(entries):
+            raise InputError(
+                f"{self.path} is damaged: it holds more than one record of a name; {REMEDY}"
+            )
         if not pickles:
             raise InputError(f"{self.path} is a zip archive, but not of torch.save; {REMEDY}")
         prefix = pickles[0].removesuffix("data.pkl")

@@ -4,6 +4,7 @@ used.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ class OwnSnapshot:
 
 def recognise(path: Path) -> bool:
     """Whether a folder holds a run of ours."""
-    return (path / RUN_FILE).exists()
+    return os.path.lexists(path / RUN_FILE)  # a link that leads nowhere is damage
 
 
 def read(path: Path, key: str | None = None) -> Run:
@@ -153,7 +154,7 @@ def read_run_file(path: Path) -> dict[str, Any]:
             f"{file} has no schema_version; it isn't a recorded run of ours: use --format for "
             "another tool's layout"
         )
-    if content["schema_version"] != SCHEMA_VERSION:
+    if content["schema_version"] != SCHEMA_VERSION or content["schema_version"] is True:
         raise InputError(
             f"{file} has schema version {content['schema_version']!r:.40}, this version of "
             "thermo-opt reads "
@@ -184,7 +185,9 @@ def _info(content: dict[str, Any], file: Path) -> RunInfo:
     if sigma2 is not None and not 0 < sigma2 <= sys.float_info.max:
         raise InputError(f"{file}: sigma2 is {str(sigma2)[:60]}; it must be positive and finite")
     if batch_size is not None and whole(batch_size, least=1) is None:
-        raise InputError(f"{file}: batch_size is {str(batch_size)[:60]}; it must be at least 1")
+        raise InputError(
+            f"{file}: batch_size is {str(batch_size)[:60]}; it must be a number of examples"
+        )
     parameters = checked("parameters", list)
     for parameter in parameters or ():
         if not (
