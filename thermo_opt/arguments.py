@@ -117,5 +117,8 @@ def _finite(value: Any) -> float | None:
 
 def shown(value: Any) -> str:
     """``value`` as a refusal quotes it: in one short line."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # the user's own
+        text = " " * 61
     return text if len(text) <= 60 else f"an object of type {type(value).__name__}"

@@ -1,8 +1,10 @@
 """Nothing that a user passes, forks, deletes or resumes makes a record unreadable or ends a
 training."""
 
+import copy
 import json
 import os
+import pickle
 import resource
 import shutil
 import time
@@ -266,3 +268,49 @@ def test_a_recording_that_cannot_begin_leaves_nothing(tmp_path):
     ):
         pass
     assert sorted(path.rglob("*")) == files
+
+
+PROBE = (torch.randn(6, 4), torch.arange(6) % 3)
+
+
+class Silent:
+    """What can't even be shown."""
+
+    def __repr__(self):
+        raise RuntimeError("no words")
+
+
+def test_values_and_names_that_have_no_words_never_end_the_record(tmp_path):
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    options = {"model": model, "optimizer": optimizer, "probe": PROBE, "name": "\ud800\x1b"}
+    with (
+        to.Recorder(tmp_path / "run", notes={"\udfff": "\ud800"}, **options) as recorder,
+        pytest.warns(UserWarning, match="an object of type Silent, which can't be logged"),
+    ):
+        recorder.step(loss=1.0, extra=Silent())
+    run = to.load_run(tmp_path / "run")
+    assert len(run.snapshots) == 2
+    assert run.steps["loss"].tolist() == [1.0]
+
+
+@pytest.mark.parametrize("batch", [PROBE[0], (*PROBE, torch.ones(len(PROBE[0]))), ("x", "y")])
+def test_a_minibatch_of_another_form_is_named_as_that(tmp_path, batch):
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with (
+        to.Recorder(tmp_path / "run", model=model, optimizer=optimizer, probe=PROBE) as recorder,
+        pytest.warns(UserWarning, match=r"recorded as batch=\(inputs, targets\)"),
+    ):
+        recorder.step(batch=batch)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, pickle.dumps])
+def test_a_copy_takes_nothing_from_the_recorder(tmp_path, duplicate):
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with to.Recorder(tmp_path / "run", model=model, optimizer=optimizer, probe=PROBE) as recorder:
+        with pytest.raises(InputError, match="can't be copied"):
+            duplicate(recorder)
+        recorder.step(loss=1.0)
+    assert len(to.load_run(tmp_path / "run").snapshots) == 2

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from thermo_opt import __version__
+from thermo_opt import __version__, arguments
 from thermo_opt.errors import InputError
 from thermo_opt.runs.adam_moments import optimizer_settings
 from thermo_opt.runs.format import SCHEMA_VERSION
@@ -62,7 +62,7 @@ def encoded(content: Mapping[str, Any]) -> bytes:
     """As it is written; raises `InputError` where the user's notes aren't JSON."""
     try:
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-        return text.encode() + b"\n"
+        return arguments.text(text).encode() + b"\n"
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(
             f"notes can't be written as JSON ({error}); give plain finite values"

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -243,6 +243,12 @@ class Recorder:
         """Number of recorded optimizer steps so far, earlier sessions of a resumed run included."""
         return self._count
 
+    def __reduce__(self) -> NoReturn:
+        raise InputError(
+            "a Recorder can't be copied or pickled: it holds the lock on one run's folder; make "
+            "another, with a path of its own"
+        )
+
     def __enter__(self) -> Recorder:
         if self._entered:
             raise InputError(
@@ -342,6 +348,8 @@ class Recorder:
                 before = self._snapshotted
                 taken = self._snapshot() if self._due(self._count) else None
                 if batch is not None and taken is not None and before == self._count - 1:
+                    if len(batch) != 2 or not isinstance(batch[1], Tensor):
+                        raise InputError("a minibatch is recorded as batch=(inputs, targets)")
                     tensors = probe_tensors(*batch)
                     (self.path / BATCH_FOLDER).mkdir(exist_ok=True)
                     self._writer.put(batch_path(self.path, before), tensors, {"step": str(before)})
