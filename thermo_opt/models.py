@@ -110,7 +110,9 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
         return {key: map_tensors(value, function) for key, value in tree.items()}
     if isinstance(tree, tuple | list):
         parts = [map_tensors(value, function) for value in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+        # A named tuple's own constructor may ask for more than its fields (PackedSequence).
+        make = getattr(type(tree), "_make", type(tree))
+        return make(parts)
     return tree
 
 

@@ -2,11 +2,13 @@
 sentence before a weight moves."""
 
 import math
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import thermo_opt as to
@@ -131,6 +133,66 @@ def test_the_two_predictions_of_question_answering_are_both_counted():
     assert worst < 2
     loss(model).backward()
     assert optimizer._recorder.used()[0].terms == 2 * len(X)
+
+
+class Packed(nn.Module):
+    """Sequences of unequal length, packed inside the model, or returned packed."""
+
+    def __init__(self, returns):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = nn.GRU(6, 8, batch_first=True), nn.Linear(8, 4)
+        self.returns = returns
+
+    def forward(self, x):
+        given = x if self.returns else pack_padded_sequence(x, LENGTHS, batch_first=True)
+        data, *order = self.layer(given)[0]
+        return PackedSequence(self.head(data), *order) if self.returns else self.head(data)
+
+
+LENGTHS = torch.tensor([6] * 4 + [3] * 8)
+
+
+@pytest.mark.parametrize("returns", [False, True])
+def test_packed_sequences_are_repeated_whole_and_nothing_is_said_of_them(returns):
+    rows = X[:, None].expand(48, 6, 6)[:12] + torch.arange(6)[:, None] / 10
+    packed = pack_padded_sequence(rows, LENGTHS, batch_first=True)
+    labels = packed.data[:, :4].argmax(1)
+    given = packed if returns else rows
+
+    def loss(model):
+        out = model(given)
+        return F.cross_entropy(out.data if returns else out, labels)
+
+    model = Packed(returns)
+    before = loss(model).item()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer, worst = run(model, loss)
+    assert optimizer.meter.way == "whole"
+    assert worst < 2
+    assert loss(model).item() < before
+
+
+def test_parameters_of_no_dimension_are_trained():
+    """A temperature and an offset, as of CLIP and of DeepONet."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(6, 4)
+            self.temperature = nn.Parameter(torch.tensor(0.5))
+            self.offset = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            return self.temperature.exp() * self.layer(x).tanh() + self.offset
+
+    model = Scaled()
+    with pytest.warns(UserWarning, match="diagonal"):
+        _, worst = run(model, lambda m: F.cross_entropy(m(X), Y))
+    assert worst < 2
+    assert float(model.temperature.detach()) != 0.5
 
 
 REFUSED = {

@@ -7,6 +7,7 @@ hooks.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -58,7 +59,9 @@ class StepByStep:
 
     def _enter(self, *_: Any) -> None:
         self._open.close()
-        self._open.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        with warnings.catch_warnings():  # that TF32 is for Intel's GPUs, which nobody asked
+            warnings.filterwarnings("ignore", message="TF32 acceleration")
+            self._open.enter_context(torch.backends.mkldnn.flags(enabled=False))
         self._open.enter_context(torch.backends.cudnn.flags(enabled=False))
 
     def _leave(self, *_: Any) -> None:

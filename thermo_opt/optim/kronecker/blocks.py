@@ -400,4 +400,4 @@ def rtol_of(options: KFAC, values: Tensor) -> float:
     and precision."""
     if options.rtol is not None:
         return options.rtol
-    return default_rtol(max(values.shape), values.dtype)
+    return default_rtol(max(values.shape, default=1), values.dtype)
