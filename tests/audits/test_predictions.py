@@ -1,6 +1,7 @@
 """Predictions of any library, in memory or in files, give the audit of the same recorded run."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.special import log_softmax, softmax
@@ -91,8 +92,93 @@ def test_gaussian_means_and_scikit_learn():
         ({"predictions": Z, "targets": Y, "kind": "odds"}, "use one of"),
         ({"predictions": [Z[0], Z[1, :9]], "targets": Y}, "same examples"),
         ({"predictions": 3}, "give an array"),
+        ({"predictions": {"a": Z[0]}}, "one array per snapshot"),
+        ({"predictions": Z, "steps": 5}, "whole numbers"),
+        ({"predictions": Z, "steps": ["a"] * 6}, "whole numbers"),
+        ({"predictions": Z, "steps": [0, 0.5, 1, 2, 3, 4]}, "whole numbers"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_sentence(arguments, words):
     with pytest.raises(to.InputError, match=words):
         to.audit_predictions(**arguments)
+
+
+def per_epoch(folder, **arrays):
+    """A file for each snapshot, named by its step."""
+    folder.mkdir()
+    for k, step in enumerate(STEPS):
+        np.savez(folder / f"step_{step}.npz", **{name: a[k] for name, a in arrays.items()})
+    return folder
+
+
+def close(got, expected):
+    for key in ("dissipation", "length", "distance", "loss_end", "stride"):
+        assert got[key] == pytest.approx(expected[key], rel=1e-9), key
+
+
+@pytest.mark.parametrize("layout", ["npy each", "counted", "counted pt", "beside", "table", "rows"])
+def test_other_files_of_the_same_predictions(tmp_path, expected, layout):
+    if layout == "counted":
+        arrays = {"logits": Z, "y": np.tile(Y, (6, 1)), "step": STEPS}
+        folder = per_epoch(tmp_path / "run", **arrays)
+        for k, step in enumerate(STEPS):  # the count in the file, not the number in the name
+            (folder / f"step_{step}.npz").rename(folder / f"part{k}.npz")
+    elif layout == "beside":
+        folder = per_epoch(tmp_path / "run", logits=Z)
+        np.save(folder / "labels.npy", Y)
+    else:
+        (folder := tmp_path / "run").mkdir()
+    if layout == "npy each":
+        np.save(folder / "targets.npy", Y)
+        for step, z in zip(STEPS, Z, strict=True):
+            np.save(folder / f"logits_step{step}.npy", z)
+    elif layout == "counted pt":
+        for k, (step, z) in enumerate(zip(STEPS, Z, strict=True)):
+            content = {"logits": torch.tensor(z), "labels": torch.tensor(Y), "step": int(step)}
+            torch.save(content, folder / f"epoch{k}.pt")
+    elif layout == "table":
+        rows = [
+            {"step": step, "example": i, "logits": z[i], "label": Y[i]}
+            for step, z in zip(STEPS, Z, strict=True)
+            for i in RNG.permutation(len(Y))  # which example a row is, says the table
+        ]
+        pd.DataFrame(rows).to_parquet(folder / "all.parquet")
+    elif layout == "rows":
+        np.savez(folder / "all.npz", logits=Z, labels=np.tile(Y, (6, 1)), steps=STEPS)
+    close(to.audit(folder).summary, expected)
+
+
+def test_weights_and_masks_in_files_are_used(tmp_path):
+    kept = np.arange(40) % 4 > 0
+    expected = to.audit_predictions(Z[:, kept], Y[kept], steps=STEPS).summary
+    for name in ("weights", "sample_weight", "attention_mask"):
+        (folder := tmp_path / name).mkdir()
+        arrays = {"logits": Z, "labels": Y, "steps": STEPS, name: kept.astype(int), "odd": Y}
+        np.savez(folder / "all.npz", **arrays)
+        got = to.audit(folder)
+        close(got.summary, expected)
+        assert "arrays that nothing uses: odd" in got.summary["notes"]
+
+
+@pytest.mark.parametrize("known", ["labels", "ids"])
+def test_rows_in_another_order_are_refused(tmp_path, known):
+    orders = np.stack([RNG.permutation(40) for _ in STEPS])
+    rows = np.take_along_axis(Z, orders[..., None], axis=1)
+    names = Y[orders] if known == "labels" else orders
+    with pytest.raises(to.InputError, match="same order"):
+        to.audit(per_epoch(tmp_path / "each", logits=rows, **{known: names}))
+    (folder := tmp_path / "all").mkdir()
+    np.savez(folder / "all.npz", logits=rows, **{known: names})
+    with pytest.raises(to.InputError, match="same order"):
+        to.audit(folder)
+
+
+def test_one_moment_alone_is_refused(tmp_path):
+    np.savez(tmp_path / "epoch_3.npz", logits=Z[0], labels=Y)
+    with pytest.raises(to.InputError, match="two snapshots or more"):
+        to.audit(tmp_path)
+
+
+def test_what_was_declared_is_what_the_note_says(tmp_path):
+    np.savez(tmp_path / "all.npz", probs=softmax(Z, axis=-1), labels=Y)
+    assert any("taken for class probabilities" in n for n in to.audit(tmp_path).summary["notes"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def audit_predictions(
     }
 
     def audited(contents: list[Any]) -> Audit:
-        counted = range(len(contents)) if steps is None else [int(step) for step in steps]
+        counted = range(len(contents)) if steps is None else _whole_numbers(name, steps)
         if len(counted) != len(contents):
             raise InputError(
                 f"{name}: there are {len(counted)} steps for {len(contents)} predictions: give one "
@@ -79,6 +79,11 @@ def audit_predictions(
         )
         return audit(run, lens="outputs")
 
+    if isinstance(predictions, Mapping):
+        raise InputError(
+            f"{name}: predictions are a {type(predictions).__name__}: give its values, one array "
+            "per snapshot in the order of the steps, and steps="
+        )
     if hasattr(predictions, "shape") or isinstance(predictions, Sequence):
         arrays = [p if hasattr(p, "shape") else np.asarray(p) for p in predictions]
         return audited(list(in_memory(arrays)))
@@ -89,3 +94,13 @@ def audit_predictions(
     # the spooled predictions are gone: this audit can't be repeated at fewer snapshots
     object.__setattr__(found, "inputs", None)
     return found
+
+
+def _whole_numbers(name: str, steps: Any) -> list[int]:
+    try:
+        numbers = [float(step) for step in steps]
+    except (TypeError, ValueError):
+        numbers = []
+    if not numbers or not all(n >= 0 and n.is_integer() for n in numbers):
+        raise InputError(f"{name}: steps must be whole numbers from 0 on, one per snapshot")
+    return [int(n) for n in numbers]

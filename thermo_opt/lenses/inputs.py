@@ -158,7 +158,9 @@ class LensInputs:
         """The outputs' likelihood, and a note when it had to be assumed."""
         said = self.given_likelihood or self.run.info.likelihood or self._given_likelihood
         if said is None:
-            return "categorical", ["outputs taken for class logits (the record doesn't say)"]
+            return "categorical", [
+                f"outputs taken for class {self.kind or 'logits'} (the record doesn't say)"
+            ]
         return said, []
 
     def family(

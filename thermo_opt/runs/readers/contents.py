@@ -236,6 +236,8 @@ def _described(content: Any) -> str:
             if keys
             else "an empty dictionary"
         )
+    if isinstance(content, LazyTensor):
+        return f"a tensor of shape {content.shape}"
     return (
         f"an object of class {content.name}"
         if isinstance(content, Opaque)

@@ -43,6 +43,7 @@ _STEP_WORDS = (
     "it",
     "updates",
     "update",
+    "ba",  # Composer's ep1-ba200-rank0
 )
 _EPOCH_WORDS = ("epochs", "epoch", "ep", "e")
 _UNITS = {**dict.fromkeys(_STEP_WORDS, "step"), **dict.fromkeys(_EPOCH_WORDS, "epoch")}

@@ -26,7 +26,7 @@ from thermo_opt.runs.torch_file import TorchFile
 
 _SUFFIXES = (".pth.tar", ".pt.tar", ".pt", ".pth", ".ckpt", ".bin", ".th", ".pkl", ".tar")
 _OTHER = re.compile(
-    r"(^|[._-])(scheduler|lr_?sched\w*|scaler|rng\w*|random_states?\w*|training_args|args|config|dataloader|sampler|tokenizer|vocab"
+    r"(^|[._-])(scheduler|(lr_?)?sched\w*|scaler|rng\w*|random_states?\w*|training_args|args|config|dataloader|sampler|tokenizer|vocab"
     r"|trainer|hparams|meta|probe)([._-]|\d|$)",
     re.IGNORECASE,
 )
