@@ -33,6 +33,9 @@ their size: low precision and small auxiliary terms leave no more."""
 COMMON = 0.01
 """Scales that differ by less than this are one scale."""
 
+FIRST, EVERY = 32, 16
+"""The first passes are all looked at, later ones in turn: a loss seldom changes its form."""
+
 NEAR = 3.0
 """A scale within this factor of 1 is not worth a word."""
 
@@ -208,13 +211,17 @@ class Notices:
         self.likelihood = likelihood
         self.scale: float | None = None
         self._said: set[str] = set()
+        self._steps = 0
 
     def look(self, passes: Sequence[ForwardPass], scale: float) -> None:
-        """Look at a step's passes.
+        """Look at a step's passes, if it is their turn.
 
         Raises:
             InputError: for a loss that is summed over its terms.
         """
+        self._steps += 1
+        if self._steps > FIRST and self._steps % EVERY:
+            return
         if not passes or passes[-1].gradient is None:
             return
         seen, terms = passes[-1], sum(one.terms for one in passes)
