@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from thermo_opt.fisher.kronecker.rules import KFAC_APPROXIMATIONS
 from thermo_opt.optim import validate
 from thermo_opt.optim.kronecker.metric import KroneckerMetric
 from thermo_opt.optim.minibatch import MinibatchMetric
@@ -12,7 +13,6 @@ from thermo_opt.optim.training_metric import Setup, TrainingMetric
 
 INVERSES = ("damped", "pseudo", "pseudo+null")
 FISHER_TYPES = ("empirical", "mc")
-KFAC_APPROXIMATIONS = ("expand", "reduce")
 MINIBATCH_KINDS = ("exact", "dense", "low-rank", "diagonal")
 
 

@@ -441,9 +441,8 @@ class NGDT(Optimizer):
             self._cut(taken, kept, kept * part)
             kept *= part
             again = None
-            if (
-                realised > QUADRATIC * limit
-            ):  # the few examples that carry it may not be the sample's
+            if realised > QUADRATIC * limit:
+                # The few examples that carry it may not be the sample's.
                 measurement = None if measurement is None else measurement.of_all()
                 again = self._realised(measurement)
             realised = realised * part**2 if again is None else again[0]
