@@ -19,7 +19,13 @@ from thermo_opt.errors import InputError
 from thermo_opt.lenses.predictions import build_model
 from thermo_opt.models import outputs_of
 from thermo_opt.runs import Probe, Run, adapters
-from thermo_opt.runs.probe import CAUSAL, shifted_labels, wants_shift
+from thermo_opt.runs.probe import (
+    CONDITIONAL,
+    is_causal,
+    shifted_labels,
+    wants_shift,
+    with_decoder_inputs,
+)
 from thermo_opt.runs.readers.huggingface import likelihood_of
 
 Progress = Callable[[str, int], Callable[[int], None]]
@@ -114,10 +120,15 @@ class LensInputs:
             architecture = self.run.info.notes.get("architecture")
         else:
             architecture = None if self.given_probe is None else self._given_class
-        shifts = isinstance(architecture, str) and architecture.endswith(CAUSAL)
-        return (
-            shifted_labels(probe) if probe is not None and shifts and wants_shift(probe) else probe
-        )
+        if probe is None or not isinstance(architecture, str):
+            return probe
+        shifts = is_causal(architecture)
+        if architecture.endswith(CONDITIONAL) and probe.as_labels:
+            config = getattr(adapters.base_of(self.model), "config", None)
+            if getattr(config, "is_encoder_decoder", False):
+                return with_decoder_inputs(probe, self.model)
+            shifts = True
+        return shifted_labels(probe) if shifts and wants_shift(probe) else probe
 
     @property
     def _replays(self) -> bool:

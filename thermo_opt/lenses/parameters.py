@@ -33,7 +33,7 @@ from thermo_opt.manifold import Point, embed, squared_distance
 from thermo_opt.manifold.initial import InitialPredictions
 from thermo_opt.models import map_tensors
 from thermo_opt.runs import Probe, Run
-from thermo_opt.runs.probe import Inputs
+from thermo_opt.runs.probe import Inputs, attention_mask
 from thermo_opt.runs.probing import install, predict
 from thermo_opt.workers import in_processes
 
@@ -401,7 +401,7 @@ def _counted_classes(probe: Probe) -> Tensor:
     assert targets is not None
     if bool((targets.double() == targets.long()).all()):
         targets = targets.long()
-    mask = probe.inputs.get("attention_mask") if isinstance(probe.inputs, dict) else None
+    mask = attention_mask(probe)
     if mask is None or mask.shape != targets.shape or targets.ndim < 2:
         return targets
     return targets.masked_fill(mask == 0, likelihoods.IGNORED)

@@ -24,7 +24,7 @@ from thermo_opt.manifold import Point, embed
 from thermo_opt.models import load_factory, map_tensors, working_directory_last
 from thermo_opt.runs import Probe, Run, adapters
 from thermo_opt.runs.pretrained import pretrained
-from thermo_opt.runs.probe import Inputs
+from thermo_opt.runs.probe import Inputs, attention_mask
 from thermo_opt.runs.probing import install, predict
 from thermo_opt.runs.readers.architecture import model_from_config
 
@@ -373,7 +373,7 @@ def weights_of(probe: Probe | None) -> np.ndarray | None:
 
 def _padding_of(probe: Probe) -> np.ndarray | None:
     """Where an attention mask among the inputs says that there is no padding, if it says so."""
-    mask = probe.inputs.get("attention_mask") if isinstance(probe.inputs, dict) else None
+    mask = attention_mask(probe)
     if mask is None or mask.ndim != 2 or bool((mask != 0).all()):
         return None
     return array_of(mask != 0).astype(np.float64)

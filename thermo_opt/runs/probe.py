@@ -45,6 +45,39 @@ _ARGUMENTS = frozenset(
         "image_grid_thw",
         "mask_positions",
         "mask_labels",
+        "decoder_inputs_embeds",
+        "decoder_position_ids",
+        "encoder_outputs",
+        "global_attention_mask",
+        "video_grid_thw",
+        "mm_token_type_ids",
+        "image_sizes",
+        "pixel_attention_mask",
+        "input_features_mask",
+        "padding_mask",
+        "langs",
+        "lang_ids",
+        "lengths",
+        "perm_mask",
+        "target_mapping",
+        "input_mask",
+        "mc_token_ids",
+        "task_type_ids",
+        "entity_ids",
+        "entity_attention_mask",
+        "entity_token_type_ids",
+        "entity_position_ids",
+        "visual_feats",
+        "visual_pos",
+        "visual_embeds",
+        "visual_attention_mask",
+        "visual_token_type_ids",
+        "flattened_patches",
+        "image_position_ids",
+        "image_attention_mask",
+        "past_values",
+        "past_observed_mask",
+        "past_time_features",
     ]
 )
 """Arguments of Hugging Face's models, passed by name; columns beside them that aren't among these
@@ -52,8 +85,21 @@ are not used.
 """
 _POSITIONS = ("start_positions", "end_positions")
 """Targets of extractive question answering, two for each example."""
-CAUSAL = ("ForCausalLM", "LMHeadModel")
-"""Ends of the names of Hugging Face's causal language models."""
+_CAUSAL = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")
+_DECODERS = (
+    *("Bart", "BigBirdPegasus", "Blenderbot", "BlenderbotSmall", "CpmAnt", "MBart", "Marian"),
+    *("Musicgen", "MusicgenMelody", "Mvp", "PLBart", "Pegasus", "TrOCR", "Whisper"),
+)
+_AS_THEY_ARE = frozenset(
+    [
+        *(f"{family}ForCausalLM" for family in _DECODERS),
+        *("FlaubertWithLMHeadModel", "XLMWithLMHeadModel", "XLNetLMHeadModel"),
+    ]
+)
+"""Hugging Face's language models whose loss takes ``labels`` position by position, unshifted."""
+CONDITIONAL = ("ForConditionalGeneration", "EncoderDecoderModel")
+"""Ends of the names of Hugging Face's models that write: with an encoder, they make the decoder's
+inputs of the ``labels``; without one, they shift them as causal language models do."""
 _MOST = 4096
 """Examples taken from a DataLoader."""
 
@@ -330,13 +376,49 @@ def _tensor(array: Any, source: str, name: str) -> Tensor:
         ) from None
 
 
+def attention_mask(probe: Probe) -> Tensor | None:
+    """The mask among the inputs that says which predictions are padding (0): the decoder's where
+    there is one."""
+    inputs = probe.inputs
+    if not isinstance(inputs, Mapping):
+        return None
+    decodes = not {"decoder_input_ids", "decoder_inputs_embeds"}.isdisjoint(inputs)
+    mask = inputs.get("decoder_attention_mask" if decodes else "attention_mask")
+    return mask if isinstance(mask, Tensor) else None
+
+
+def is_causal(architecture: str) -> bool:
+    """Whether a Hugging Face model of that name shifts its ``labels`` by one position."""
+    return architecture.endswith(_CAUSAL) and architecture not in _AS_THEY_ARE
+
+
+def with_decoder_inputs(probe: Probe, model: Any) -> Probe:
+    """The probe with the decoder's inputs that a Hugging Face model makes of its ``labels``, where
+    there are none."""
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    inputs = probe.inputs
+    if prepare is None or probe.targets is None or not isinstance(inputs, Mapping):
+        return probe
+    if {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs) or not probe.as_labels:
+        return probe
+    made = {**inputs, "decoder_input_ids": prepare(labels=probe.targets)}
+    said = "the decoder's inputs are the labels one position earlier, as the model itself has them"
+    completed = make_probe(made, probe.targets, probe.weights)
+    return replace(completed, remarks=(*probe.remarks, said))
+
+
 def shifted_labels(probe: Probe) -> Probe:
     """The probe with the targets of a causal language model where its outputs predict them: those
-    of position t are the labels of position t + 1, and the last has none.
+    of position t are the labels of position t + 1, and the last has none. Padding (attention
+    mask 0) is nothing to predict.
     """
-    assert probe.targets is not None
-    targets = torch.full_like(probe.targets, IGNORED)
-    targets[:, :-1] = probe.targets[:, 1:]
+    labels = probe.targets
+    assert labels is not None
+    mask = attention_mask(probe)
+    if mask is not None and mask.shape == labels.shape:
+        labels = labels.masked_fill(mask == 0, IGNORED)
+    targets = torch.full_like(labels, IGNORED)
+    targets[..., :-1] = labels[..., 1:]
     said = "targets are the labels one position later, as the model itself shifts them"
     shifted = make_probe(probe.inputs, targets, probe.weights)
     return replace(shifted, remarks=(*probe.remarks, said))
@@ -351,7 +433,7 @@ def wants_shift(probe: Probe) -> bool:
         not isinstance(tokens, Tensor)
         or probe.targets is None
         or probe.targets.shape != tokens.shape
-        or tokens.ndim != 2
+        or tokens.ndim < 2
     ):
         return False
     counted = probe.targets != IGNORED
