@@ -7,11 +7,15 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from distributed import Client, LocalCluster
 
 from thermo_opt.cli import main
+from thermo_opt.cluster import on_cluster
+from thermo_opt.errors import InputError
+from thermo_opt.lenses import path
 
 DATA = Path(__file__).parents[2] / "data"
 
@@ -40,7 +44,7 @@ grid = {{ lr = [0.03, 0.1] }}
 
 @pytest.fixture(scope="module", name="scheduler")
 def _scheduler():
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster:
         yield cluster.scheduler_address
 
 
@@ -76,6 +80,39 @@ def test_a_worker_that_is_killed_in_the_middle_loses_nothing(scheduler, tmp_path
     there = swept("there", "--cluster", scheduler.replace("tcp://", "dask://"))
     killer.join()
     pd.testing.assert_frame_equal(there, swept("here"))
+
+
+def test_relative_paths_and_several_segments(scheduler, tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    (tmp_path / "run").mkdir()
+    labels = np.arange(4) % 3
+    noise = rng.normal(size=(1 + 2 * path._SEGMENT + 3, 4, 3))
+    logits = (0.02 * noise + 0.01 * np.eye(3)[labels]).cumsum(axis=0)
+    np.savez(tmp_path / "run" / "all.npz", logits=logits, labels=labels)
+    monkeypatch.chdir(tmp_path)  # where the workers, started before, don't stand
+    address = scheduler.replace("tcp://", "dask://")
+    for command in (["audit", "run", "--lens", "outputs"], ["pareto", "run"]):
+        here = printed([*command, "--json"], capsys)
+        assert printed([*command, "--json", "--cluster", address], capsys) == here
+
+
+def refused(address, said, *paths):
+    scheme = address.replace("tcp://", "dask://")
+    with pytest.raises(InputError, match=said), on_cluster(scheme, paths):
+        pass
+
+
+def test_a_cluster_that_can_not_do_the_same_work_is_refused(scheduler, monkeypatch):
+    refused(scheduler, "don't see /nowhere/run", Path("/nowhere/run"))
+    monkeypatch.setattr("thermo_opt.__version__", "another")
+    refused(scheduler, "and this process another: install the same version")
+
+
+@pytest.mark.parametrize(("workers", "said"), [(0, "no workers"), (1, "--nthreads 1")])
+def test_workers_with_threads_or_none_are_refused(workers, said):
+    options = {"threads_per_worker": 2, "dashboard_address": ":0"}
+    with LocalCluster(n_workers=workers, **options) as cluster:
+        refused(cluster.scheduler_address, said)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from thermo_opt.cli.options import (
     with_settings,
 )
 from thermo_opt.cli.pages import check_page
-from thermo_opt.cluster import on_cluster
+from thermo_opt.cluster import existing, on_cluster
 from thermo_opt.errors import InputError
 
 if TYPE_CHECKING:
@@ -63,8 +63,9 @@ def audit(
     options = _options(
         lens, clock, stride, model, probe, batch_size, steps, jobs, likelihood, sigma2, kind
     )
-    with on_cluster(cluster):
-        audits, _ = _audits([run], {"format": format, "key": key}, options)
+    paths = _shared([run], options, cluster)
+    with on_cluster(cluster, existing([*paths, options["probe"]])):
+        audits, _ = _audits(paths, {"format": format, "key": key}, options)
     from thermo_opt.cli import terminal
 
     if not json:
@@ -99,8 +100,9 @@ def compare(
     options = _options(
         lens, clock, stride, model, probe, batch_size, steps, jobs, likelihood, sigma2, kind
     )
-    with on_cluster(cluster):
-        audits, left_out = _audits(runs, {"format": format, "key": key}, options)
+    paths = _shared(runs, options, cluster)
+    with on_cluster(cluster, existing([*paths, options["probe"]])):
+        audits, left_out = _audits(paths, {"format": format, "key": key}, options)
     named = [a.named(with_settings(a.run, a.settings, label or [])) for a in audits]
     print_compared(named, json, html, left_out)
 
@@ -131,6 +133,16 @@ def _options(
         "sigma2": sigma2,
         "kind": kind,
     }
+
+
+def _shared(paths: Sequence[Path], options: dict[str, Any], cluster: str | None) -> Sequence[Path]:
+    """The runs' paths as a cluster's workers find them, who stand in other folders; the probe's
+    too, in the options."""
+    if cluster is None:
+        return paths
+    if options["probe"] is not None:
+        options["probe"] = options["probe"].absolute()
+    return [path.absolute() for path in paths]
 
 
 def _slice(text: str) -> slice:

@@ -23,7 +23,7 @@ from thermo_opt.cli.options import (
     with_settings,
 )
 from thermo_opt.cli.pages import check_page
-from thermo_opt.cluster import on_cluster
+from thermo_opt.cluster import existing, on_cluster
 from thermo_opt.errors import InputError
 
 if TYPE_CHECKING:
@@ -101,7 +101,11 @@ def pareto(
         show_drift(runs, x, target_loss, reading, replay, json)
         return
     jobs = jobs if cluster is None else -1
-    with on_cluster(cluster), terminal.Bars() as bars:
+    if cluster is not None:  # its workers stand in other folders
+        runs = [run.absolute() for run in runs]
+        if replay is not None and probe is not None:
+            replay["probe"] = probe = probe.absolute()
+    with on_cluster(cluster, existing([*runs, probe])), terminal.Bars() as bars:
         tracks, left_out = read_trajectories(
             runs, CLOCK_OF[x], reading, replay, jobs, bars("reading runs", len(runs))
         )

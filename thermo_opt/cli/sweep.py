@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from thermo_opt.cli.options import Cluster
-from thermo_opt.cluster import on_cluster
+from thermo_opt.cluster import existing, on_cluster
 from thermo_opt.errors import InputError
 
 
@@ -33,7 +34,12 @@ def sweep(
         raise InputError("--jobs 0: give at least one process, or -1 for all cores")
     settings = read_config(config)
     jobs = jobs if cluster is None else -1
-    with on_cluster(cluster), terminal.Bars() as bars:
+    if cluster is not None:  # its workers stand in other folders
+        settings = replace(settings, output=settings.output.absolute())
+    with (
+        on_cluster(cluster, existing([settings.output, *settings.output.parents])[:1]),
+        terminal.Bars() as bars,
+    ):
         outcome = run_sweep(settings, jobs=jobs, progress=bars)
     if json:
         terminal.print_json(outcome.front.to_json())
