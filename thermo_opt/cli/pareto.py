@@ -101,14 +101,18 @@ def pareto(
         show_drift(runs, x, target_loss, reading, replay, json)
         return
     jobs = jobs if cluster is None else -1
+    places = list(runs)
     if cluster is not None:  # its workers stand in other folders
-        runs = [run.absolute() for run in runs]
+        places = [run.absolute() for run in runs]
         if replay is not None and probe is not None:
             replay["probe"] = probe = probe.absolute()
-    with on_cluster(cluster, existing([*runs, probe])), terminal.Bars() as bars:
+    with on_cluster(cluster, existing([*places, probe])), terminal.Bars() as bars:
         tracks, left_out = read_trajectories(
-            runs, CLOCK_OF[x], reading, replay, jobs, bars("reading runs", len(runs))
+            places, CLOCK_OF[x], reading, replay, jobs, bars("reading runs", len(runs))
         )
+    given = dict(zip(map(str, places), map(str, runs), strict=True))
+    tracks = [replace(t, path=given.get(str(t.path), t.path)) for t in tracks]
+    left_out = [(given[name], reason) for name, reason in left_out]
     groups = None
     if group_by:
         groups = [
