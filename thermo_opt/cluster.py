@@ -101,14 +101,14 @@ def _check(client: Client, address: str, paths: Sequence[str]) -> None:
 
 def _seen(paths: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Versions on this machine, and which of the paths it lacks."""
+    from importlib.metadata import version
+
     import numpy
     import torch
 
-    from thermo_opt import __version__
-
     versions = {
         "Python": platform.python_version(),
-        "thermo-opt": __version__,
+        "thermo-opt": version("thermo-opt"),
         "torch": str(torch.__version__),
         "NumPy": numpy.__version__,
     }

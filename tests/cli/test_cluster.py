@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import threading
 import time
@@ -104,7 +105,7 @@ def refused(address, said, *paths):
 
 def test_a_cluster_that_can_not_do_the_same_work_is_refused(scheduler, monkeypatch):
     refused(scheduler, "don't see /nowhere/run", Path("/nowhere/run"))
-    monkeypatch.setattr("thermo_opt.__version__", "another")
+    monkeypatch.setattr(platform, "python_version", lambda: "another")
     refused(scheduler, "and this process another: install the same version")
 
 
