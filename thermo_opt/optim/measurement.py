@@ -122,10 +122,11 @@ class KLMeter:
             None where no way of repeating the pass gives the same outputs again. All processes
             decide alike, since a pass may need all of them.
         """
-        certain = seen is not None and self._certain(seen)
+        scores = None if seen is None else self._scores(seen)
+        certain = seen is not None and scores is not None and _certain(seen, scores)
         rows = weights = None
-        if seen is not None and not certain:
-            rows, weights = self._drawn(seen, predictions, step)
+        if seen is not None and scores is not None and not certain:
+            rows, weights = _drawn(seen, scores, predictions, step)
         present, drawn, sure = self.processes.total([seen is not None, rows is not None, certain])
         self.certain = sure > 0
         if seen is None or present < self.processes.count:
@@ -202,34 +203,11 @@ class KLMeter:
     def _agreed(self, same: bool) -> bool:
         return self.processes.total([float(same)])[0] == self.processes.count
 
-    def _drawn(
-        self, seen: ForwardPass, predictions: int | None, step: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(examples to read, the weight of each); (None, None) for all of them."""
-        old, count = seen.outputs, seen.examples
-        if predictions is None or old.dim() < 2 or old.numel() == 0:
-            return None, None
-        each = max(old[0, ..., 0].numel(), 1)
-        wanted = max(-(-predictions // each), LEAST_EXAMPLES)
-        if 2 * wanted > count:
-            return None, None
-        scores = self._scores(seen)
-        chances = scores / scores.sum() if float(scores.sum()) > 0 else torch.ones_like(scores)
-        chances = (1 - UNIFORM) * chances / chances.sum() + UNIFORM / count
-        generator = torch.Generator().manual_seed(step)
-        start = torch.rand((), generator=generator, dtype=torch.float64)
-        points = (torch.arange(wanted, dtype=torch.float64) + start) / wanted
-        rows = torch.searchsorted(chances.cumsum(0), points).clamp_max(count - 1)
-        return rows.to(old.device), (1 / (count * chances[rows])).to(old.device)
-
-    def _certain(self, seen: ForwardPass) -> bool:
+    def _scores(self, seen: ForwardPass) -> Tensor | None:
+        """E|r|² + |r|² of each example, r the score of its predictions; None where predictions are
+        single numbers."""
         if seen.outputs.dim() < 2 or seen.outputs.numel() == 0:
-            return False
-        each = seen.outputs[0, ..., 0].numel()
-        return float(self._scores(seen).mean()) < SPENT * each
-
-    def _scores(self, seen: ForwardPass) -> Tensor:
-        """E|r|² + |r|² of each example, r the score of its predictions."""
+            return None
         f = self.likelihood.outputs(seen.outputs.float())
         found = self.likelihood.variance(f).reshape(seen.examples, -1).sum(1)
         if seen.gradient is not None and seen.terms:
@@ -237,6 +215,31 @@ class KLMeter:
             found = found + r.square().reshape(seen.examples, -1).sum(1)
         found = torch.nan_to_num(found, posinf=0.0, neginf=0.0).clamp_min(0.0)
         return found.double().cpu()
+
+
+def _certain(seen: ForwardPass, scores: Tensor) -> bool:
+    """Whether nearly all predictions are certain (`SPENT`)."""
+    return float(scores.mean()) < SPENT * seen.outputs[0, ..., 0].numel()
+
+
+def _drawn(
+    seen: ForwardPass, scores: Tensor, predictions: int | None, step: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """(examples to read, the weight of each); (None, None) for all of them."""
+    old, count = seen.outputs, seen.examples
+    if predictions is None:
+        return None, None
+    each = max(old[0, ..., 0].numel(), 1)
+    wanted = max(-(-predictions // each), LEAST_EXAMPLES)
+    if 2 * wanted > count:
+        return None, None
+    chances = scores / scores.sum() if float(scores.sum()) > 0 else torch.ones_like(scores)
+    chances = (1 - UNIFORM) * chances / chances.sum() + UNIFORM / count
+    generator = torch.Generator().manual_seed(step)
+    start = torch.rand((), generator=generator, dtype=torch.float64)
+    points = (torch.arange(wanted, dtype=torch.float64) + start) / wanted
+    rows = torch.searchsorted(chances.cumsum(0), points).clamp_max(count - 1)
+    return rows.to(old.device), (1 / (count * chances[rows])).to(old.device)
 
 
 def _epsilon(seen: ForwardPass) -> float:
