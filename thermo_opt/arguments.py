@@ -18,13 +18,15 @@ _EXACT = 2**63
 """From here on whole numbers are written as floating-point ones, which every reader of JSON has."""
 
 
-def whole(name: str, value: Any, least: int | None = 1) -> int:
-    """``value`` as an int, not below ``least`` (None: any); NumPy's integers count, booleans and
-    text don't."""
+def whole(name: str, value: Any, least: int | None = 1, most: int | None = None) -> int:
+    """``value`` as an int, not below ``least`` nor above ``most`` (None: any); NumPy's integers
+    count, booleans and text don't."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise InputError(f"{name} is {value!r}; give a whole number")
     if least is not None and value < least:
         raise InputError(f"{name} is {value!r}; it must be at least {least}")
+    if most is not None and int(value) > most:
+        raise InputError(f"{name} is {value!r}; it must be at most {most}")
     return int(value)
 
 

@@ -29,6 +29,7 @@ def test_every_dtype_and_view_reads_as_torch_wrote_it(tmp_path, legacy):
     grid = torch.randn(6, 5)
     content = {
         "transposed": grid.t(),
+        "repeated": grid[:1].expand(60, 5),
         "slice": grid[1:, 2:],
         "parameter": nn.Parameter(grid),
         "empty": torch.empty(0, 3),

@@ -163,6 +163,13 @@ def test_a_run_goes_on_only_as_what_it_was(tmp_path, change, named):
     assert (tmp_path / "r/run.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("width", [0, 10**9, 1.5, True])
+def test_a_sketch_of_another_size_than_helps_is_refused(tmp_path, width):
+    model, optimizer = made()
+    with pytest.raises(InputError, match="sketch is"):
+        Recorder(tmp_path / "r", model=model, optimizer=optimizer, probe=(X, Y), sketch=width)
+
+
 def test_other_settings_are_noted_and_another_optimizer_is_refused(tmp_path):
     model, optimizer = made()
     with Recorder(tmp_path / "r", model=model, optimizer=optimizer, probe=(X, Y)) as recorder:

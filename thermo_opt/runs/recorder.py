@@ -85,7 +85,7 @@ class Recorder:
             doesn't pass for motion (§4).
         sketch: record this many random sums of √p instead of all outputs, and log p(y) exactly
             (§13): for large vocabularies. 16 gives a relative error of √(2/16)/√n over n
-            predictions.
+            predictions; at most 4,096.
         replica: a closure as for ``optimizer.step``, on an independent minibatch: at some steps a
             replica of the step is taken with it from the same state, to tell noise from drift
             (§11). Everything is put back afterwards. With it, call `step` after the learning-rate

@@ -476,6 +476,10 @@ class _Function:
         return self._call(*arguments)
 
 
+_REPEATED = 2**22
+"""Most numbers of a tensor that is larger than its storage because it repeats it (`expand`)."""
+
+
 def _tensor(
     storage: Any, offset: Any, shape: Any, stride: Any, *_: Any, dtype: torch.dtype | None = None
 ) -> LazyTensor:
@@ -490,7 +494,7 @@ def _tensor(
     count, last = 1, offset
     for size, step in zip(shape, stride, strict=True):
         count, last = count * size, last + max(size - 1, 0) * step
-    if count and (last >= available or count > available):
+    if count and (last >= available or count > max(available, _REPEATED)):
         raise pickle.UnpicklingError("a tensor larger than its storage")
     return LazyTensor(storage, dtype, offset, shape, stride)
 
