@@ -208,4 +208,4 @@ def _predictions(inputs: LensInputs) -> tuple[Predictions, list[str]]:
     _, source.sigma2, notes = inputs.family(
         lambda: array_of(source.outputs(inputs.indices[-1])), source.targets
     )
-    return source, [*notes, "replayed"]
+    return source, [*notes, *source.several(), "replayed"]

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from thermo_opt.models import load_factory, map_tensors, working_directory_last
 from thermo_opt.runs import Probe, Run, adapters
 from thermo_opt.runs.pretrained import pretrained
 from thermo_opt.runs.probe import Inputs, attention_mask
-from thermo_opt.runs.probing import install, predict
+from thermo_opt.runs.probing import install, predict, row_count
 from thermo_opt.runs.readers.architecture import model_from_config
 
 _BLOCK_BYTES = 1 << 25
@@ -337,6 +338,32 @@ class ReplayedPredictions(Predictions):
         """The model's outputs with the weights of snapshot ``index``."""
         install(self.model, self.run.snapshots[index], self.run.info.tied)
         return predict(self.model, self.inputs)
+
+    def several(self) -> list[str]:
+        """A note where the model returns a tuple with more than one tensor of a row per example,
+        of which the first is taken. Cost: one forward pass of seven examples (seldom a number of
+        layers, which a recurrent state's first axis counts)."""
+        rows = min(row_count(self.inputs), 7)
+        returned: list[Any] = []
+        handle = self.model.register_forward_hook(lambda _m, _a, result: returned.append(result))
+        try:
+            predict(self.model, map_tensors(self.inputs, lambda tensor: tensor[:rows]))
+        finally:
+            handle.remove()
+        result = returned[-1] if returned else None
+        parts = result if isinstance(result, tuple | list) else ()
+        shapes = [
+            tuple(part.shape[1:])
+            for part in parts
+            if isinstance(part, Tensor) and part.is_floating_point() and part.shape[:1] == (rows,)
+        ]
+        if len(shapes) < 2:
+            return []
+        return [
+            f"the model returns {len(shapes)} tensors of a row per example, of shapes "
+            f"{', '.join(map(str, shapes))}: the first is taken for its predictions (return "
+            "another first, or alone, if that is meant)"
+        ]
 
     def _weights(self, shape: tuple[int, ...]) -> np.ndarray | None:
         """The probe's, or its attention mask where there is a prediction per token."""
