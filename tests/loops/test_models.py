@@ -92,6 +92,51 @@ class UNet(nn.Module):
         return out.mean((2, 3))
 
 
+class Places(nn.Module):
+    """Classes of each pixel, along axis 1 or the last."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 3, 1))
+        self.last = last
+
+    def forward(self, x):
+        return self.layers(x).movedim(1, -1) if self.last else self.layers(x)
+
+
+PIXELS = IMAGES.argmax(1)
+
+
+class Transducer(nn.Module):
+    """RNN-T: of every time and every label so far, what comes next (N, T, U, C)."""
+
+    def __init__(self):
+        super().__init__()
+        self.sound, self.words = nn.GRU(5, 6, batch_first=True), nn.Embedding(4, 6)
+        self.joint = nn.Linear(6, 4)
+
+    def forward(self, x, y):
+        return self.joint((self.sound(x)[0][:, :, None] + self.words(y)[:, None]).tanh())
+
+
+LABELS = 1 + (torch.arange(12)[:, None] + torch.arange(2)) % 3
+
+
+def transduced(m):
+    """−log of the sum over all alignments."""
+    log_p = m(SERIES, F.pad(LABELS, (1, 0))).log_softmax(-1)
+    steps = log_p.shape[1]
+    alpha = [torch.zeros(len(log_p))]
+    for u in range(1, 3):
+        alpha.append(alpha[-1] + log_p[:, 0, u - 1].gather(1, LABELS[:, u - 1 : u])[:, 0])
+    for t in range(1, steps):
+        alpha = [a + log_p[:, t - 1, u, 0] for u, a in enumerate(alpha)]
+        for u in range(1, 3):
+            word = log_p[:, t, u - 1].gather(1, LABELS[:, u - 1 : u])[:, 0]
+            alpha[u] = torch.logaddexp(alpha[u], alpha[u - 1] + word)
+    return -(alpha[-1] + log_p[:, -1, -1, 0]).mean()
+
+
 def conv(*layers):
     return lambda: nn.Sequential(*(make() for make in layers), nn.Flatten(), nn.LazyLinear(3))
 
@@ -124,6 +169,15 @@ MODELS = {
     "CNN, depthwise": classify(conv(lambda: C(3, 3, 3, groups=3), lambda: C(3, 6, 1), R), IMAGES),
     "CNN, one dimension": classify(conv(lambda: nn.Conv1d(7, 6, 3), R), SERIES),
     "U-Net": classify(UNet, IMAGES),
+    "segmentation, classes on axis 1": (
+        lambda: Places(False),
+        lambda m: F.cross_entropy(m(IMAGES), PIXELS),
+    ),
+    "segmentation, classes last": (
+        lambda: Places(True),
+        lambda m: F.cross_entropy(m(IMAGES).flatten(0, 2), PIXELS.flatten()),
+    ),
+    "RNN transducer": (Transducer, transduced),
     "LSTM": classify(lambda: Recurrent(nn.LSTM), SERIES),
     "GRU": classify(lambda: Recurrent(nn.GRU), SERIES),
     "Transformer encoder": classify(Attention, SERIES),

@@ -141,16 +141,6 @@ def test_a_loss_that_is_spent_is_still_the_likelihoods() -> None:
         optimizer.step()
 
 
-def test_classes_on_the_second_axis_are_named() -> None:
-    torch.manual_seed(0)
-    model = nn.Conv2d(2, 4, 3, padding=1)
-    optimizer = to.NGDT(model)
-    loss = functional.cross_entropy(model(torch.randn(6, 2, 9, 7)), torch.randint(4, (6, 9, 7)))
-    loss.backward()
-    with pytest.warns(UserWarning, match="axis 1 holds the classes"):
-        optimizer.step()
-
-
 def test_clipped_gradients_are_noticed_and_whole_ones_are_not() -> None:
     for most in (1e-3, 1e6):
         model = net()

@@ -23,6 +23,8 @@ class ForwardPass:
         autocast: (device type, dtype) if it ran in mixed precision.
         restore: sets the random states back to those before the pass.
         gradient: ∂loss/∂outputs, where it was counted and has the outputs' shape.
+        axis: where the model has the classes, once the pass was turned (`turn`).
+        shape: of the outputs as the model returned them.
     """
 
     module: nn.Module
@@ -32,33 +34,63 @@ class ForwardPass:
     autocast: tuple[str, torch.dtype] | None = None
     restore: Callable[[], None] | None = None
     gradient: Tensor | None = None
-    _counted: dict[int, tuple[int, float]] = field(default_factory=dict)
+    axis: int | None = None
+    shape: torch.Size = field(init=False)
+    _received: dict[int, Tensor | None] = field(default_factory=dict)
+    _counted: tuple[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        self.shape = self.outputs.shape
 
     def receive(self, source: int, g: Tensor | None) -> None:
         """Backward has reached a source of the predictions; ``g``: the gradient there, if its terms
         are to be counted."""
-        if g is None:
-            self._counted[source] = (0, 0.0)
-            return
-        self.gradient = g if g.shape == self.outputs.shape else None
-        sizes = g.abs().sum(-1) if g.dim() > 1 else g.abs()
-        total = float(sizes.sum(dtype=torch.float32))
-        self._counted[source] = (int((sizes != 0).sum()), total)
+        self._received[source], self._counted = g, None
+        if g is not None:
+            self.gradient = g if g.shape == self.outputs.shape else None
+
+    def turn(self, axis: int) -> None:
+        """Have the classes, which lie along ``axis``, last, and other dimensions but the examples'
+        as one: (n, t, c)."""
+        self.axis, self._counted = axis, None
+        self.outputs = self._turned(self.outputs)
+        self.gradient = None if self.gradient is None else self._turned(self.gradient)
+        for source, g in self._received.items():
+            if g is not None and g.shape == self.shape:
+                self._received[source] = self._turned(g)
+
+    def predictions(self, result: Any) -> Tensor:
+        """The predictions in what the module returned, turned as this pass is."""
+        return self._turned(outputs_of(result))
+
+    def _turned(self, f: Tensor) -> Tensor:
+        return f if self.axis is None else f.movedim(self.axis, -1).flatten(1, -2)
 
     @property
     def used(self) -> bool:
         """Whether the pass took part in a backward pass."""
-        return bool(self._counted)
+        return bool(self._received)
 
     @property
     def terms(self) -> int:
         """Predictions with a gradient; 0 if they weren't counted."""
-        return sum(terms for terms, _ in self._counted.values())
+        return self._count()[0]
 
     @property
     def total(self) -> float:
         """Σ|∂loss/∂outputs|, at most 2 for a mean cross-entropy; 0 if not counted."""
-        return sum(total for _, total in self._counted.values())
+        return self._count()[1]
+
+    def _count(self) -> tuple[int, float]:
+        if self._counted is None:
+            terms, total = 0, 0.0
+            for g in self._received.values():
+                if g is not None:
+                    sizes = g.abs().sum(-1) if g.dim() > 1 else g.abs()
+                    terms += int((sizes != 0).sum())
+                    total += float(sizes.sum(dtype=torch.float32))
+            self._counted = terms, total
+        return self._counted
 
     @property
     def examples(self) -> int:
@@ -86,7 +118,7 @@ class ForwardPass:
 
             args, kwargs = map_tensors(args, chosen), map_tensors(kwargs, chosen)
         with torch.no_grad(), repeated(self.module, self.restore), self.precision():
-            return outputs_of(self.module(*args, **kwargs)).detach()
+            return self.predictions(self.module(*args, **kwargs)).detach()
 
     def precision(self) -> AbstractContextManager[Any]:
         """The mixed precision in which the pass ran."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from thermo_opt import fisher
 from thermo_opt.errors import InputError
 from thermo_opt.fisher.metric import dot
+from thermo_opt.likelihoods import class_axis
 from thermo_opt.optim.training_metric import (
     Gradients,
     Setup,
@@ -75,6 +76,13 @@ class MinibatchMetric(TrainingMetric):
                 f"metric={self.kind!r} needs the model's inputs, but no forward pass of the model "
                 "itself was seen since the last step; call the model that was given to NGDT (not a "
                 "part of it)"
+            )
+        axis, usual = seen.last.axis, class_axis(seen.last.shape)
+        if axis is not None and axis != usual:
+            raise InputError(
+                f"metric={self.kind!r} looks for the classes of outputs {tuple(seen.last.shape)} "
+                f"along axis {usual}, and the loss has them along axis {axis}: let the model "
+                "return them there, or use metric='kfac'"
             )
         self.damping = DAMPING if damping is None else damping
         batch = fisher.Batch(seen.last.inputs())

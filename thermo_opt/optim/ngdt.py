@@ -20,6 +20,7 @@ from thermo_opt.fisher.likelihoods import likelihood as named_likelihood
 from thermo_opt.optim import state, validate
 from thermo_opt.optim.budget import Regulator, Schedule, named, value_at
 from thermo_opt.optim.calibration import ABOVE_FLOOR, EXCESS, Calibration
+from thermo_opt.optim.class_axis import ClassAxis
 from thermo_opt.optim.compiled import Compiled
 from thermo_opt.optim.forward_pass import effective_terms
 from thermo_opt.optim.measurement import KLMeter, Measurement
@@ -197,6 +198,7 @@ class NGDT(Optimizer):
         self.grad_scaler = grad_scaler
         follows = bool(getattr(self.regulator, "follows_signal", False))
         self.signal = Signal() if follows else None
+        self.classes = ClassAxis(self.likelihood)
         self.notices = Notices(self.likelihood)
         self._watch = GradientWatch(min(self._params, key=lambda p: p.numel()))
         self.meter = KLMeter(self.likelihood, self.processes)
@@ -336,6 +338,8 @@ class NGDT(Optimizer):
             return None
         if isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
             return None
+        for seen in passes:
+            self.classes.arrange(seen)
         self.notices.look(passes, scale)
         ratio = self._watch.ratio(scale)
         if ratio is not None:
@@ -516,7 +520,7 @@ class NGDT(Optimizer):
         calibration = self.calibration
         self.metric.arm(self.steps, calibration is not None and calibration.breached)
         measuring = calibration is not None and calibration.due(self.steps)
-        wanted = measuring or self.metric.hooked
+        wanted = measuring or self.metric.hooked or not self.classes.known
         if wanted or not self.compiled:
             self._recorder.arm(counting=wanted)
         else:

@@ -21,14 +21,11 @@ from torch.utils.hooks import RemovableHandle
 
 from thermo_opt.errors import InputError
 from thermo_opt.fisher.likelihoods import Bernoulli, Categorical, Likelihood
+from thermo_opt.optim.class_axis import ZERO_SUM
 from thermo_opt.optim.forward_pass import ForwardPass
 
 MOST = 4096
 """Predictions that are looked at."""
-
-ZERO_SUM = 1e-2
-"""A softmax cross-entropy's output gradients sum to zero along the classes, up to this share of
-their size: low precision and small auxiliary terms leave no more."""
 
 COMMON = 0.01
 """Scales that differ by less than this are one scale."""
@@ -148,8 +145,8 @@ def _proportional(g: Tensor, expected: Tensor) -> bool:
     return factor > 0 and gap < COMMON * float(g.abs().sum())
 
 
-def zero_sum(seen: ForwardPass, unit: float, axis: int = -1) -> bool:
-    """Whether the output gradients sum to zero along an axis, as softmax cross-entropy's do.
+def zero_sum(seen: ForwardPass, unit: float) -> bool:
+    """Whether the output gradients sum to zero along the classes, as softmax cross-entropy's do.
 
     ``unit``: 1/M times whatever factors the loss has: what the sum of one prediction's
     probabilities is rounded by, over the precision. Where the loss is spent, nothing else is left
@@ -158,9 +155,9 @@ def zero_sum(seen: ForwardPass, unit: float, axis: int = -1) -> bool:
     g = seen.gradient
     if g is None or not g.dim() > 1:
         return True
-    rounding = 4 * torch.finfo(g.dtype).eps * unit * g.numel() / g.shape[axis]
+    rounding = 4 * torch.finfo(g.dtype).eps * unit * g.numel() / g.shape[-1]
     g = g.float()
-    return not float(g.sum(axis).abs().sum()) > ZERO_SUM * float(g.abs().sum()) + rounding
+    return not float(g.sum(-1).abs().sum()) > ZERO_SUM * float(g.abs().sum()) + rounding
 
 
 class GradientWatch:
@@ -229,7 +226,7 @@ class Notices:
             return
         unit = scale / terms * max(1.0, self.scale or 1.0)
         if isinstance(self.likelihood, Categorical) and not zero_sum(seen, unit):
-            self._say("likelihood", _other_loss(seen, unit))
+            self._say("likelihood", _other_loss(seen))
             return
         found = loss_scale(self.likelihood, seen, float(terms), scale)
         if found is None:
@@ -268,15 +265,10 @@ def _scaled(scale: float, common: bool) -> str:
     )
 
 
-def _other_loss(seen: ForwardPass, unit: float) -> str:
+def _other_loss(seen: ForwardPass) -> str:
     f = seen.outputs
-    start = "the output gradients don't sum to zero along the last axis, so the loss is no softmax "
+    start = "the output gradients don't sum to zero along the classes, so the loss is no softmax "
     start += "cross-entropy of these outputs: "
-    if f.dim() > 2 and zero_sum(seen, unit, 1):
-        return start + (
-            f"of the outputs {tuple(f.shape)} axis 1 holds the classes; return them last "
-            "(outputs.movedim(1, -1)), so that steps are measured in the right nats"
-        )
     if float(f.min()) >= 0 and bool(((f.float().sum(-1) - 1).abs() < 1e-3).all()):
         return start + "they look like probabilities; return logits"
     return start + (

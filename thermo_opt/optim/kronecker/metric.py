@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from thermo_opt.errors import InputError
 from thermo_opt.fisher.kronecker.uses import UsedRule
-from thermo_opt.models import outputs_of, repeated, tensors_in
+from thermo_opt.models import repeated, tensors_in
 from thermo_opt.optim.forward_pass import ForwardPass
 from thermo_opt.optim.hooks import StepByStep, after_forward, on_gradient, on_node_gradient
 from thermo_opt.optim.kronecker.agreement import agreed
@@ -185,7 +185,7 @@ class KroneckerMetric(TrainingMetric):
         self._attach()
         model, likelihood = forward.module, self.setup.likelihood
         with torch.enable_grad(), repeated(model), forward.precision():
-            f = likelihood.outputs(outputs_of(model(*forward.args, **forward.kwargs)))
+            f = likelihood.outputs(forward.predictions(model(*forward.args, **forward.kwargs)))
             nll = likelihood.nll(f, likelihood.sample(f.detach()))
             trained = [p for p in self.setup.params if p.requires_grad]
             torch.autograd.grad(nll.mean(), trained, allow_unused=True)

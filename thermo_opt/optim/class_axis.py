@@ -1,0 +1,89 @@
+"""Along which axis of a pass's outputs the classes lie, as the loss's own gradient tells it.
+
+Predictions of images are (N, C, H, W) by torch's convention, of a transducer (N, T, U, C), and
+no shape tells the two apart. The gradient of a softmax cross-entropy does: it sums to zero along
+the classes, and along no other axis.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from thermo_opt import likelihoods
+from thermo_opt.fisher.likelihoods import Categorical, Likelihood
+from thermo_opt.optim.forward_pass import ForwardPass
+
+ZERO_SUM = 1e-2
+"""A softmax cross-entropy's output gradients sum to zero along the classes, up to this share of
+their size: low precision and small auxiliary terms leave no more."""
+
+ROWS = 64
+"""Predictions that are asked whether they are logarithms of probabilities."""
+
+NORMALISED = 1e-3
+"""How far log Σ exp of such a prediction may be from 0."""
+
+
+class ClassAxis:
+    """Turns categorical passes so that their classes are last, whatever axis the loss sums over.
+
+    Decided by the first pass whose gradient fits one of the two axes in question, 1 and the last,
+    for all outputs with as many dimensions. Until then, and where a loss fits neither, torch's
+    convention holds (`thermo_opt.likelihoods.class_axis`).
+
+    Attributes:
+        known: whether a pass has been seen, so that not every gradient need be looked at.
+    """
+
+    def __init__(self, likelihood: Likelihood) -> None:
+        self.likelihood = likelihood
+        self.known = not isinstance(likelihood, Categorical)
+        self._axes: dict[int, int] = {}
+
+    def arrange(self, seen: ForwardPass) -> None:
+        """Turn a pass that backward came through, and where its outputs are log-probabilities, take
+        its gradient back to the logits.
+
+        Raises:
+            InputError: for outputs that hold no classes.
+        """
+        if not isinstance(self.likelihood, Categorical) or seen.outputs.dim() < 2:
+            return
+        self.known = True
+        if seen.outputs.dim() > 2 and seen.axis is None:
+            seen.turn(self._axis(seen))
+        g = seen.gradient
+        if g is not None and _log_probabilities(seen.outputs, -1):
+            p = seen.outputs.to(g.dtype).exp()
+            seen.gradient = g - p * g.sum(-1, keepdim=True)
+
+    def _axis(self, seen: ForwardPass) -> int:
+        rank = seen.outputs.dim()
+        if rank not in self._axes:
+            found = _decided(seen)
+            if found is None:
+                likelihoods.checked_outputs(self.likelihood.name, seen.outputs)
+                return likelihoods.class_axis(seen.outputs.shape)
+            self._axes[rank] = found
+        return self._axes[rank]
+
+
+def _decided(seen: ForwardPass) -> int | None:
+    """The one of the two axes along which the gradient sums to zero or, failing that, along which
+    the outputs are log-probabilities."""
+    g, f = seen.gradient, seen.outputs
+    if g is None:
+        return None
+    size = ZERO_SUM * float(g.float().abs().sum())
+    fits = [axis for axis in (-1, 1) if not float(g.float().sum(axis).abs().sum()) > size]
+    if len(fits) != 1:
+        fits = [axis for axis in (-1, 1) if _log_probabilities(f, axis)]
+    return fits[0] if len(fits) == 1 else None
+
+
+def _log_probabilities(f: Tensor, axis: int) -> bool:
+    """Whether the first predictions, with the classes along this axis, are logarithms of
+    probabilities."""
+    rows = f[:ROWS].movedim(axis, -1).reshape(-1, f.shape[axis])[:ROWS].float()
+    return bool(torch.logsumexp(rows, -1).abs().max() < NORMALISED) if rows.numel() else False
