@@ -64,6 +64,35 @@ def class_axis(shape: Sequence[int], targets: Sequence[int] | None = None) -> in
     return 1 if first and (torchlike or not last) else -1
 
 
+def axis_note(
+    likelihood: str, shape: Sequence[int], targets: Sequence[int] | None = None
+) -> str | None:
+    """A note where the shapes alone don't tell which axis the classes lie along, or None.
+
+    Args:
+        likelihood: The outputs' family.
+        shape: The outputs' shape.
+        targets: The targets' shape, or None without any.
+    """
+    shape = tuple(shape)
+    if likelihood != "categorical" or len(shape) < 3:
+        return None
+    if targets is not None:
+        inner = tuple(targets[1:])
+        if len(targets) != len(shape) - 1 or inner != shape[1:-1] or inner != shape[2:]:
+            return None
+    taken, other = "axis 1", "the last axis"
+    why = "where torch has it for outputs of four axes and more"
+    if class_axis(shape, targets) == -1:
+        taken, other = other, taken
+        why = "where outputs of three axes have it"
+    known = "" if targets is None else f" and targets of shape {tuple(targets)}"
+    return (
+        f"outputs of shape {shape}{known} don't tell which axis the classes lie along: {taken} is "
+        f"taken, {why}; if it is {other}, move that axis there"
+    )
+
+
 def parameters_last(likelihood: str, outputs: Any, targets: Any = None) -> Any:
     """Outputs with the classes along the last axis; of the other families as they are."""
     if likelihood != "categorical" or outputs.ndim < 3:
@@ -265,7 +294,7 @@ def refuse_probabilities(likelihood: str, outputs: Any) -> None:
         raise InputError(
             "the outputs look like probabilities, not logits: give the logits, before the softmax "
             "or sigmoid, or say "
-            "kind='probabilities'"
+            "kind='probabilities' (--kind probabilities)"
         )
 
 

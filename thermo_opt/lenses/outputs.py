@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from thermo_opt import likelihoods
 from thermo_opt.errors import InputError
 from thermo_opt.lenses.inputs import LensInputs, Unsupported
 from thermo_opt.lenses.measurements import Measurements
@@ -61,8 +62,9 @@ def measure(inputs: LensInputs) -> Measurements:
     if found.stopped is not None:
         if len(audited) < 2:
             raise InputError(
-                f"{inputs.run.path}: the predictions at step {found.stopped} are NaN or infinite "
-                "and fewer than two finite snapshots precede it: there is no path to audit"
+                f"{inputs.run.path}: {_not_finite(source, found.stopped)}, and fewer than two "
+                "finite snapshots precede it, so that there is no path to audit: leave out this "
+                "snapshot, or the examples that are NaN"
             )
         notes.append(
             f"predictions are NaN or infinite from step {found.stopped}: only what precedes was "
@@ -93,6 +95,10 @@ def measure(inputs: LensInputs) -> Measurements:
             "alignment is certified only from below (Δ ≤ χ²): the parameter lens brackets it from "
             "both sides"
         )
+    if not first.sketched:
+        targets = None if source.targets is None else source.targets.shape
+        if note := likelihoods.axis_note(source.likelihood, source.shape(indices[0]), targets):
+            notes.append(note)
     floor, dtype = floors(source, indices)
     notes += rounding_notes(a, floor, dtype)
     d = np.where(a >= ABOVE * floor, _directed(found.a, found.d), np.nan)
@@ -147,6 +153,20 @@ def measure(inputs: LensInputs) -> Measurements:
         held_by=held_by.tolist(),
         rest=rest,
         sketch=width,
+    )
+
+
+def _not_finite(source: Predictions, step: int) -> str:
+    """How many of the predictions of this step are NaN or infinite."""
+    what = f"at step {step}"
+    if isinstance(source, RecordedPredictions) and source.sketched:
+        return f"the predictions {what} are NaN or infinite"
+    outputs = source.outputs(list(source.steps).index(step))
+    bad = ~outputs.isfinite().reshape(len(outputs), -1).all(dim=1)
+    first = int(bad.nonzero()[0]) if bool(bad.any()) else 0
+    return (
+        f"the predictions of {int(bad.sum())} of {len(outputs)} examples {what} are NaN or "
+        f"infinite (the first is example {first})"
     )
 
 

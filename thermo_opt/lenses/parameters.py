@@ -230,6 +230,9 @@ def measure(lens_inputs: LensInputs) -> Measurements:
     install(model, first_snapshot, run.info.tied)
     one = predict(model, map_tensors(inputs, lambda t: t[:1]))  # or refuses the inputs
     if likelihood == "categorical":
+        whole = (len(targets), *one.shape[1:])
+        if note := likelihoods.axis_note(likelihood, whole, tuple(targets.shape)):
+            notes = [*notes, note]
         shape = likelihoods.parameters_last(likelihood, one, targets).shape
         targets = likelihoods.soft_targets_last((len(targets), *shape[1:]), targets)
         lens.probe = replace(probe, targets=targets)

@@ -49,8 +49,8 @@ def read_arrays(path: Path) -> dict[str, Any]:
 def _check_size(path: Path, size: int) -> None:
     if size > LIMIT:
         raise InputError(
-            f"{path}: its arrays take {size:,} bytes; a probe may have {LIMIT:,}: give fewer "
-            "examples"
+            f"{path}: its arrays take {size:,} bytes, and {LIMIT:,} are read at once: give fewer "
+            "examples, or of predictions one file per snapshot"
         )
 
 
@@ -80,7 +80,9 @@ def _read_npz(path: Path) -> Mapping[str, np.ndarray]:
                     shape, _, dtype = reader[version](stream)
                 if dtype.hasobject or math.prod(shape) * dtype.itemsize > entry.file_size:
                     raise ValueError(
-                        "it holds Python objects" if dtype.hasobject else "an array is cut short"
+                        f"{name[:60]!r} holds Python objects, as rows of different shapes make them"
+                        if dtype.hasobject
+                        else "an array is cut short"
                     )
                 with archive.open(entry) as stream:
                     arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
@@ -91,7 +93,7 @@ def _read_npz(path: Path) -> Mapping[str, np.ndarray]:
     ) as error:  # zipfile, zlib and NumPy each have their own errors for a damaged file
         raise InputError(
             f"{path} can't be read as npz without pickles ({first_line(error)}); save plain "
-            "numeric arrays with numpy.savez"
+            "numeric arrays with numpy.savez, rows put together with numpy.stack"
         ) from None
     return arrays
 

@@ -11,6 +11,7 @@ is compared when its tensor is first loaded.
 
 from __future__ import annotations
 
+import math
 import mmap
 import pickle
 import re
@@ -116,6 +117,9 @@ class LazyTensor:
             self.stride,
             self.dtype,
         )
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a pickle can't change a tensor")
 
     def load(self) -> Tensor:
         """The tensor, mapped; raises `InputError` when its bytes don't match the file's CRC-32."""
@@ -398,6 +402,11 @@ class _Unpickler(_Python):
     def _refuse(self) -> None:
         raise pickle.UnpicklingError("an operation that torch.save never writes")
 
+    def _bytes(self) -> None:
+        """The bytes of an array of protocol 5, of which no more are allocated than are there."""
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(bytes(self.read(size)))
+
     def _set_item(self) -> None:
         _check_keys(self.stack[-2:-1])
         _Python.load_setitem(self)
@@ -424,7 +433,8 @@ class _Unpickler(_Python):
     dispatch[pickle.ADDITEMS[0]] = _add_items
     dispatch[pickle.FROZENSET[0]] = _frozenset
     dispatch[pickle.DICT[0]] = _dict
-    for _operation in (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER):
+    dispatch[pickle.BYTEARRAY8[0]] = _bytes
+    for _operation in (pickle.NEXT_BUFFER, pickle.READONLY_BUFFER):
         dispatch[_operation[0]] = _refuse
 
 
@@ -436,6 +446,46 @@ def _check_keys(keys: Sequence[Any]) -> None:
             for part in parts
         ):
             raise pickle.UnpicklingError(f"a dictionary with a {type(key).__name__} for a key")
+
+
+class PlainArray(metaclass=_Sealed):
+    """A NumPy array of numbers that was pickled: ``array``, or None where it holds anything else.
+
+    Only its type's letters, its shape and its bytes are used.
+    """
+
+    __slots__ = ("array",)
+    array: np.ndarray | None
+
+    def __init__(self, array: np.ndarray | None = None) -> None:
+        self.array = array
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) == 5:
+            _, shape, dtype, by_column, data = state
+            self.array = _numbers(data, dtype, shape, "F" if by_column else "C")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
+        return () if self.array is None else self.array.shape
+
+
+def _numbers(data: Any, dtype: Any, shape: Any, order: Any = "C") -> np.ndarray | None:
+    """The array of these bytes, or None where they aren't plain numbers of this shape."""
+    code = dtype.arguments[0] if isinstance(dtype, Opaque) and dtype.arguments else None
+    state = dtype.state if isinstance(dtype, Opaque) else None
+    if not isinstance(code, str) or not re.fullmatch(r"[biuf][1248]", code):
+        return None
+    if not isinstance(data, bytes) or not isinstance(shape, tuple) or len(shape) > 32:
+        return None
+    if any(type(size) is not int or size < 0 for size in shape):
+        return None
+    order_of_bytes = state[1] if isinstance(state, tuple) and len(state) > 1 else "<"
+    kind = np.dtype((">" if order_of_bytes == ">" else "<") + code)
+    if len(data) != math.prod(shape) * kind.itemsize:
+        return None
+    return np.frombuffer(data, kind).reshape(shape, order="F" if order == "F" else "C")
 
 
 class Table(dict, metaclass=_Sealed):
@@ -551,4 +601,14 @@ _KNOWN: Mapping[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter_with_state"): _Function(_first),
     ("torch._tensor", "_rebuild_from_type_v2"): _Function(_subclass),
     **{(f"numpy.{core}.multiarray", "scalar"): _Function(_number) for core in ("core", "_core")},
+    **{
+        (f"numpy.{core}.multiarray", "_reconstruct"): _Function(lambda *_: PlainArray())
+        for core in ("core", "_core")
+    },
+    **{
+        (f"numpy.{core}.numeric", "_frombuffer"): _Function(
+            lambda data, dtype, shape, order: PlainArray(_numbers(data, dtype, shape, order))
+        )
+        for core in ("core", "_core")
+    },
 }

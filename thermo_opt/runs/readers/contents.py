@@ -19,7 +19,7 @@ from thermo_opt.runs.readers.optimizer_state import (
     checked_state,
     claims_optimizer_state,
 )
-from thermo_opt.runs.torch_file import LazyTensor, Opaque, TorchFile
+from thermo_opt.runs.torch_file import LazyTensor, Opaque, PlainArray, TorchFile
 
 _DEPTH = 4
 """How deep a state dict may lie in a file: no tool nests them deeper."""
@@ -236,7 +236,7 @@ def _described(content: Any) -> str:
             if keys
             else "an empty dictionary"
         )
-    if isinstance(content, LazyTensor):
+    if isinstance(content, LazyTensor | PlainArray):
         return f"a tensor of shape {content.shape}"
     return (
         f"an object of class {content.name}"

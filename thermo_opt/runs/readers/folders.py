@@ -25,6 +25,7 @@ from thermo_opt.runs.tensors import opened
 from thermo_opt.runs.torch_file import LazyTensor, TorchFile
 
 _INDEX = ".index.json"
+_NONE = "holds no weights"
 _USUAL = (
     "model",
     "pytorch_model",
@@ -35,6 +36,8 @@ _USUAL = (
     "checkpoint",
     "ckpt",
 )
+_INNER = ("model", "weights", "checkpoint", "ckpt", "net", "network", "unwrapped_model")
+"""Folders within a checkpoint's that hold the model alone."""
 _SHARDS = re.compile(r"mp_rank_\d+_model_states\.pt|zero_pp_rank_.*")
 
 
@@ -85,7 +88,7 @@ def holds_weights(folder: Path) -> bool:
     try:
         weights_of(folder)
     except InputError as error:
-        return "no weights" not in str(error)
+        return _NONE not in str(error)
     return True
 
 
@@ -95,6 +98,25 @@ def weights_of(folder: Path, key: str | None = None) -> Callable[[], Weights]:
 
     Raises `InputError` when there are none, or several.
     """
+    try:
+        return _weights_in(folder, key)
+    except InputError as error:
+        if _NONE not in str(error) or not (inner := _inner(folder)):
+            raise
+        return _weights_in(inner, key)
+
+
+def _inner(folder: Path) -> Path | None:
+    """The folder within a checkpoint's, as ``iter_10/model/``, where the model's one file lies."""
+    if numbers_in([folder.name]).unit is None and not folder.name.isdigit():
+        return None  # exp1/weights/ is a run, and not a checkpoint of one
+    below = [place for place in sorted(visible(folder.iterdir())) if place.is_dir()]
+    usual = [place for place in below if place.name.lower() in _INNER]
+    places = usual or (below if len(below) == 1 else [])
+    return places[0] if len(places) == 1 else None
+
+
+def _weights_in(folder: Path, key: str | None) -> Callable[[], Weights]:
     indices = sorted(visible(folder.glob("*" + _INDEX)))
     if indices:
         return partial(_sharded, indices[0], key)
@@ -119,7 +141,7 @@ def weights_of(folder: Path, key: str | None = None) -> Callable[[], Weights]:
     states = deepspeed(folder)
     if states is not None:
         return partial(torch_folder.state_dict, states, key or "module")
-    raise InputError(f"{folder} holds no weights of a kind that can be read")
+    raise InputError(f"{folder} {_NONE} of a kind that can be read")
 
 
 def optimizer_of(folder: Path) -> OptimizerState | str:
@@ -129,6 +151,9 @@ def optimizer_of(folder: Path) -> OptimizerState | str:
     if deepspeed(folder) is not None or any(folder.glob("global_step*")):
         return "its optimizer's state is DeepSpeed's, cut into flat pieces that name no parameters"
     files = torch_folder.optimizer_files(folder)
+    for inner in (folder / "optim", folder / "optimizer"):
+        if not files and inner.is_dir():
+            files = [*torch_folder.optimizer_files(inner), *torch_folder.model_files(inner)]
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:4])
         return f"it holds the states of {len(files)} optimizers ({names})"
@@ -140,7 +165,12 @@ def optimizer_of(folder: Path) -> OptimizerState | str:
             state := distributed_state(opened_folder(place)), str
         ):
             return state
-    models = [file for file in torch_folder.model_files(folder) if not _SHARDS.match(file.name)]
+    place = folder if torch_folder.model_files(folder) else _inner(folder) or folder
+    if not files and place != folder:
+        files = torch_folder.optimizer_files(place)
+        if len(files) == 1:
+            return contents.optimizer_state(opened(files[0], TorchFile))
+    models = [file for file in torch_folder.model_files(place) if not _SHARDS.match(file.name)]
     if len(models) == 1:
         return contents.optimizer_state(opened(models[0], TorchFile))
     return NO_OPTIMIZER

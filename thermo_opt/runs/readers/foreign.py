@@ -31,6 +31,11 @@ _KINDS = (
         "dcp_to_torch_save",
     ),
     _Kind(
+        r"model_optim_rng\.pt|latest_checkpointed_iteration\.txt",
+        "checkpoints of Megatron-LM, cut over its ranks",
+        "convert each to Hugging Face's format with Megatron's own tools, or " + _PREDICTIONS,
+    ),
+    _Kind(
         r"mp_rank_\d+.*|(bf16_)?zero_pp_rank_.*",
         "DeepSpeed's checkpoints",
         "convert each with the zero_to_fp32.py that DeepSpeed wrote beside it",
@@ -46,7 +51,8 @@ _KINDS = (
         "a checkpoint of TensorFlow",
     ),
     _Kind(
-        r".*\.msgpack|_CHECKPOINT_METADATA|_METADATA|_sharding|manifest\.ocdbt|.*orbax.*",
+        r".*\.msgpack|_CHECKPOINT_METADATA|_METADATA|_sharding|manifest\.ocdbt|.*orbax.*"
+        r"|checkpoint_\d+",
         "a checkpoint of Flax or Orbax",
     ),
     _Kind(
@@ -62,13 +68,15 @@ _KINDS = (
     _Kind(
         r".*\.(npz|npy)",
         "NumPy arrays",
-        "if they are predictions, audit them with thermo_opt.audit_predictions; else "
-        f"{_PREDICTIONS}",
+        "if they are predictions on fixed examples, call the arrays logits (or probabilities, "
+        "log_probabilities, mean) and the examples' classes labels, or give them to "
+        "thermo_opt.audit_predictions; weights alone can't be replayed from them",
     ),
     _Kind(
-        r".*\.(parquet|arrow|csv|jsonl)",
+        r".*\.(parquet|arrow|feather|csv|tsv|jsonl|ndjson)|.*(pred|logit|prob|epoch|step).*\.json",
         "tables, but no checkpoints",
-        f"give the folder of the checkpoints, or {_PREDICTIONS}",
+        "give the folder of the checkpoints, or a parquet, CSV or JSONL table of predictions with "
+        "the columns step, example, label and logit_0, logit_1, … (or prob_0, …)",
     ),
     _Kind(
         r".*\.(onnx|gguf|ggml|mlmodel|pdparams|joblib|sav|rds|RData)",

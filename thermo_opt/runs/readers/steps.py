@@ -46,7 +46,8 @@ _STEP_WORDS = (
     "ba",  # Composer's ep1-ba200-rank0
 )
 _EPOCH_WORDS = ("epochs", "epoch", "ep", "e")
-_UNITS = {**dict.fromkeys(_STEP_WORDS, "step"), **dict.fromkeys(_EPOCH_WORDS, "epoch")}
+UNITS = {**dict.fromkeys(_STEP_WORDS, "step"), **dict.fromkeys(_EPOCH_WORDS, "epoch")}
+"""What the number after a word counts."""
 _NO_STEPS = frozenset(
     [
         "loss",
@@ -134,12 +135,12 @@ def numbers_in(stems: Sequence[str]) -> Numbered:
     found = [_candidates(stem) for stem in stems]
     for unit in ("step", "epoch"):
         numbers = [
-            next((number for word, number in tokens if _UNITS.get(word) == unit), None)
+            next((number for word, number in tokens if UNITS.get(word) == unit), None)
             for tokens in found
         ]
         if any(number is not None for number in numbers):
             return Numbered(numbers, unit)
-    plain = [[(word, number) for word, number in tokens if word not in _UNITS] for tokens in found]
+    plain = [[(word, number) for word, number in tokens if word not in UNITS] for tokens in found]
     usual = Counter(len(tokens) for tokens in plain if tokens).most_common(1)
     if not usual:
         return Numbered([None] * len(stems), None)
