@@ -121,6 +121,40 @@ def test_certain_predictions_are_measured_whole(factor: float, way: str) -> None
     assert calibration.due(40) == meter.certain
 
 
+def test_steps_are_measured_while_the_last_ones_were_not_foreseen() -> None:
+    def measured(ratios: list[float]) -> float:
+        calibration, found = Calibration(every=10), 0
+        for step, ratio in enumerate(ratios * 20):
+            if calibration.due(step):
+                found += 1
+                calibration.observe(step, 1e-3, ratio * 1e-3)
+        return found / (20 * len(ratios))
+
+    assert measured([1.0, 1.3, 0.8]) < 0.4
+    assert measured([1.0, 3.0, 0.3]) > 0.9
+    assert measured([1.0] * 9 + [2.0]) < 0.4
+
+
+@pytest.mark.parametrize("predictions", [None, 48])
+def test_what_the_loss_does_not_count_is_not_measured(predictions: int | None) -> None:
+    """Half of the positions are padding, which hardly changes."""
+    model = Lambda(lambda m, h: h)
+    x = torch.randn(64, 10, 6, generator=torch.Generator().manual_seed(0))
+    counted = torch.arange(10) < torch.arange(1, 65)[:, None] % 10 + 1
+    x = x.where(counted[..., None], 0.0)
+    y = torch.randint(4, (64, 10)).where(counted, -100)
+    seen = recorded(model, x, y).used()[0]
+    meter, before = KLMeter(Categorical(), Processes(model)), model(x).detach()
+    begun = [meter.begin(seen, predictions, step, expected=1e-2) for step in range(40)]
+    assert meter.way == ("whole" if predictions is None else "sample")
+    with torch.no_grad():
+        model.two.weight.add_(0.05 * torch.randn(4, 16))
+    kl = Categorical().kl(before.double(), model(x).detach().double())
+    assert float(kl.mean()) < 0.7 * float(kl[counted].mean())
+    found = statistics.mean(m.finish()[0] for m in begun if m is not None)
+    assert found == pytest.approx(float(kl[counted].mean()), rel=1e-9 if not predictions else 0.1)
+
+
 def test_a_recurrent_net_over_time_first_sequences_is_measured_whole() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

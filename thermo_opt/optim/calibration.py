@@ -45,7 +45,14 @@ FIRST_STEPS = 8
 """Each of as many first steps is measured."""
 
 EXPECTED = 1.6
-"""A ratio within this factor of 1 was foreseen: the next measurement may wait twice as long."""
+"""A ratio within this factor of 1 was foreseen: the next measurement may wait twice as long, where
+the last ones lay within it, too."""
+
+RECENT = 0.7
+"""Memory of the mean square of log(realised/predicted)."""
+
+OUTLIER = 100.0
+"""One measurement enters that mean with no larger ratio."""
 
 SELDOM = 32
 """From step ``SELDOM·every`` on, measurements may be ``step / SELDOM`` steps apart."""
@@ -71,10 +78,10 @@ class Calibration:
     """The scale κ of the metric, when to measure, and when to distrust.
 
     Every one of the first steps is measured. Later the wait doubles, up to ``every`` steps, after
-    each measurement that was foreseen, and is cut to a quarter after one that was not; a step whose
-    Δ jumps is measured at once. Before step ``warmup`` κ may rise fast. κ moves by a share ``gain``
-    of what the measured ratio asks for, so that noise of one minibatch is averaged over a few
-    measurements.
+    each measurement that was foreseen, and is cut to a quarter after one that was not, or where the
+    last ones were not steady; a step whose Δ jumps is measured at once. Before step ``warmup`` κ
+    may rise fast. κ moves by a share ``gain`` of what the measured ratio asks for, so that noise of
+    one minibatch is averaged over a few measurements.
 
     Args:
         every: most steps between measurements.
@@ -90,6 +97,7 @@ class Calibration:
         kappa: κ. level: Δ̄, the running mean of Δ in the uncalibrated metric.
         last: the last step that was measured. wait: steps from there to the next measurement.
         breached: whether the last measurement says that the curvature is out of date.
+        unsteady: running mean square of log(realised/predicted).
     """
 
     every: int = 10
@@ -101,6 +109,7 @@ class Calibration:
     last: int = field(default=-1, init=False)
     wait: int = field(default=1, init=False)
     breached: bool = field(default=False, init=False)
+    unsteady: float = field(default=0.0, init=False)
     _jumped: bool = field(default=False, init=False, repr=False)
     _overrated: bool = field(default=False, init=False, repr=False)
 
@@ -162,7 +171,10 @@ class Calibration:
         else:
             self.kappa *= 1 + self.gain * (min(max(ratio, low), high) - 1)
         self.last = step
-        foreseen = 1 / EXPECTED < ratio < EXPECTED
+        miss = math.log(min(max(ratio, 1 / OUTLIER), OUTLIER))
+        self.unsteady = RECENT * self.unsteady + (1 - RECENT) * miss * miss
+        steady = self.unsteady < math.log(EXPECTED) ** 2
+        foreseen = steady and 1 / EXPECTED < ratio < EXPECTED
         if step >= FIRST_STEPS:
             most = max(self.every, step // SELDOM)
             self.wait = min(2 * self.wait, most) if foreseen else max(self.wait // 4, 1)
@@ -176,6 +188,7 @@ class Calibration:
             "last": self.last,
             "wait": self.wait,
             "breached": self.breached,
+            "unsteady": self.unsteady,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -189,3 +202,4 @@ class Calibration:
         self.kappa, self.level = float(state["kappa"]), float(state.get("level", 0.0))
         self.last, self.wait = int(state["last"]), int(state.get("wait", 1))
         self.breached = bool(state["breached"])
+        self.unsteady = float(state.get("unsteady", 0.0))

@@ -31,14 +31,10 @@ class ClassAxis:
     Decided by the first pass whose gradient fits one of the two axes in question, 1 and the last,
     for all outputs with as many dimensions. Until then, and where a loss fits neither, torch's
     convention holds (`thermo_opt.likelihoods.class_axis`).
-
-    Attributes:
-        known: whether a pass has been seen, so that not every gradient need be looked at.
     """
 
     def __init__(self, likelihood: Likelihood) -> None:
         self.likelihood = likelihood
-        self.known = not isinstance(likelihood, Categorical)
         self._axes: dict[int, int] = {}
 
     def arrange(self, seen: ForwardPass) -> None:
@@ -50,7 +46,6 @@ class ClassAxis:
         """
         if not isinstance(self.likelihood, Categorical) or seen.outputs.dim() < 2:
             return
-        self.known = True
         if seen.outputs.dim() > 2 and seen.axis is None:
             seen.turn(self._axis(seen))
         g = seen.gradient

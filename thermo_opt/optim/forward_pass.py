@@ -22,7 +22,7 @@ class ForwardPass:
         outputs: its predictions, detached.
         autocast: (device type, dtype) if it ran in mixed precision.
         restore: sets the random states back to those before the pass.
-        gradient: ∂loss/∂outputs, where it was counted and has the outputs' shape.
+        gradient: ∂loss/∂outputs, where it has the outputs' shape.
         axis: where the model has the classes, once the pass was turned (`turn`).
         shape: of the outputs as the model returned them.
     """
@@ -36,18 +36,16 @@ class ForwardPass:
     gradient: Tensor | None = None
     axis: int | None = None
     shape: torch.Size = field(init=False)
-    _received: dict[int, Tensor | None] = field(default_factory=dict)
+    _received: dict[int, Tensor] = field(default_factory=dict)
     _counted: tuple[int, float] | None = None
 
     def __post_init__(self) -> None:
         self.shape = self.outputs.shape
 
-    def receive(self, source: int, g: Tensor | None) -> None:
-        """Backward has reached a source of the predictions; ``g``: the gradient there, if its terms
-        are to be counted."""
+    def receive(self, source: int, g: Tensor) -> None:
+        """Backward has reached a source of the predictions; ``g``: the gradient there."""
         self._received[source], self._counted = g, None
-        if g is not None:
-            self.gradient = g if g.shape == self.outputs.shape else None
+        self.gradient = g if g.shape == self.outputs.shape else None
 
     def turn(self, axis: int) -> None:
         """Have the classes, which lie along ``axis``, last, and other dimensions but the examples'
@@ -56,7 +54,7 @@ class ForwardPass:
         self.outputs = self._turned(self.outputs)
         self.gradient = None if self.gradient is None else self._turned(self.gradient)
         for source, g in self._received.items():
-            if g is not None and g.shape == self.shape:
+            if g.shape == self.shape:
                 self._received[source] = self._turned(g)
 
     def predictions(self, result: Any) -> Tensor:
@@ -73,22 +71,29 @@ class ForwardPass:
 
     @property
     def terms(self) -> int:
-        """Predictions with a gradient; 0 if they weren't counted."""
+        """Predictions with a gradient."""
         return self._count()[0]
 
     @property
     def total(self) -> float:
-        """Σ|∂loss/∂outputs|, at most 2 for a mean cross-entropy; 0 if not counted."""
+        """Σ|∂loss/∂outputs|, at most 2 for a mean cross-entropy."""
         return self._count()[1]
+
+    def active(self) -> Tensor | None:
+        """Which predictions take part in the loss: those with a gradient, as padding and labels
+        that are ignored have none. Boolean, of the outputs' leading shape; None for all of them."""
+        if self.gradient is None:
+            return None
+        found = (self.gradient != 0).any(-1) if self.gradient.dim() > 1 else self.gradient != 0
+        return found if 0 < int(found.sum()) < found.numel() else None
 
     def _count(self) -> tuple[int, float]:
         if self._counted is None:
             terms, total = 0, 0.0
             for g in self._received.values():
-                if g is not None:
-                    sizes = g.abs().sum(-1) if g.dim() > 1 else g.abs()
-                    terms += int((sizes != 0).sum())
-                    total += float(sizes.sum(dtype=torch.float32))
+                sizes = g.abs().sum(-1) if g.dim() > 1 else g.abs()
+                terms += int((sizes != 0).sum())
+                total += float(sizes.sum(dtype=torch.float32))
             self._counted = terms, total
         return self._counted
 
@@ -133,7 +138,7 @@ def autocast_now(device: torch.device) -> tuple[str, torch.dtype] | None:
 
 
 def effective_terms(passes: Sequence[ForwardPass]) -> float:
-    """The loss terms M that all passes together average over; 0 if they weren't counted.
+    """The loss terms M that all passes together average over.
 
     Their number where all weigh the same. Parts of unequal size, each a mean of its own, weigh
     their terms differently: then M = (Σw)²/Σw² (Kish's effective sample size), with each part's

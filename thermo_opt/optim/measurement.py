@@ -12,12 +12,14 @@ again. The first of these ways that does is used:
 - "whole": all examples (BatchNorm, dropout, layers that mix examples, inputs that can't be cut).
 - "evaluation": all examples in evaluation mode (random draws that can't be repeated).
 
-Where none does, nothing is measured, and a warning says so. Cost of a measurement: one forward pass
-of what it reads.
+Only predictions that the loss counts are averaged over: padding and ignored labels would hide what
+the others do. Where none of the ways repeats the pass, nothing is measured, and a warning says so.
+Cost of a measurement: one forward pass of what it reads.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -52,18 +54,24 @@ goes wrong then, their scores don't tell which change, so that all are read, at 
 
 @dataclass
 class Measurement:
-    """A measurement begun before a step: call `finish` after it."""
+    """A measurement begun before a step: call `finish` after it.
+
+    Attributes:
+        active: which of the pass's predictions are counted (`ForwardPass.active`); None: all.
+        rows: the examples that are read, with the ``weights`` of each; None: all.
+    """
 
     likelihood: Likelihood
     seen: ForwardPass
     before: Tensor
+    active: Tensor | None = None
     rows: Tensor | None = None
     weights: Tensor | None = None
     evaluated: bool = False
 
     def finish(self) -> tuple[float, float]:
-        """Mean KL(before ‖ now) over the predictions of the minibatch, and what rounding alone
-        would feign of it (nats)."""
+        """Mean KL(before ‖ now) over the active predictions of the minibatch, and what rounding
+        alone would feign of it (nats)."""
         realised = self._mean(_again(self.seen, self.rows, self.evaluated))
         epsilon = _epsilon(self.seen)
         most = (epsilon * float(self.before.abs().max())) ** 2 if self.before.numel() else 0.0
@@ -74,7 +82,7 @@ class Measurement:
         """The same of the whole minibatch: its pass repeats where a sample's does."""
         if self.rows is None:
             return self
-        return Measurement(self.likelihood, self.seen, self.seen.outputs)
+        return Measurement(self.likelihood, self.seen, self.seen.outputs, self.active)
 
     def _floor(self, epsilon: float) -> float:
         """The mean KL of the outputs to themselves, both rounded independently in a precision of
@@ -86,10 +94,14 @@ class Measurement:
         return self._mean(f + unit * (twice[0] - twice[1]))
 
     def _mean(self, now: Tensor) -> float:
-        kl = _kl(self.likelihood, self.before, now)
+        kl, active = _kl(self.likelihood, self.before, now), self.active
+        share = 1.0
+        if active is not None:
+            share = float(active.double().mean())
+            kl = kl.where(active if self.rows is None else active[self.rows], 0.0)
         if self.weights is not None:
             kl = kl.reshape(len(self.weights), -1).mean(1) * self.weights
-        return max(float(kl.mean()), 0.0)
+        return max(float(kl.mean()) / share, 0.0)
 
 
 class KLMeter:
@@ -122,17 +134,22 @@ class KLMeter:
             None where no way of repeating the pass gives the same outputs again. All processes
             decide alike, since a pass may need all of them.
         """
-        scores = None if seen is None else self._scores(seen)
-        certain = seen is not None and scores is not None and _certain(seen, scores)
-        rows = weights = None
-        if seen is not None and scores is not None and not certain:
-            rows, weights = _drawn(seen, scores, predictions, step)
+        active = None if seen is None or self.likelihood.joint else seen.active()
+        scores = None if seen is None else self._scores(seen, active)
+        certain, rows, weights = False, None, None
+        if seen is not None and scores is not None:
+            count = float(seen.outputs[..., 0].numel() if active is None else active.sum())
+            certain = float(scores.sum()) < SPENT * count
+            if not certain:
+                rows, weights = _drawn(scores, count / seen.examples, predictions, step)
         present, drawn, sure = self.processes.total([seen is not None, rows is not None, certain])
         self.certain = sure > 0
         if seen is None or present < self.processes.count:
             return None
         if drawn < self.processes.count:
             rows = weights = None
+        if rows is not None and weights is not None:
+            rows, weights = rows.to(seen.outputs.device), weights.to(seen.outputs.device)
         key = self._key(seen)
         tolerance = SAME * expected
         if rows is not None and weights is not None and self._samples.get(key, True):
@@ -141,7 +158,7 @@ class KLMeter:
                 self._samples[key] = self._repeats(seen, rows, False, kept, tolerance)
             if self._samples[key]:
                 self.way = "sample"
-                return Measurement(self.likelihood, seen, kept, rows, weights)
+                return Measurement(self.likelihood, seen, kept, active, rows, weights)
         if key not in self._whole:
             self._whole[key] = self._found(seen, tolerance)
         self.way = self._whole[key]
@@ -149,8 +166,8 @@ class KLMeter:
             return None
         if self.way == "evaluation":
             before = _again(seen, None, True)
-            return Measurement(self.likelihood, seen, before, evaluated=True)
-        return Measurement(self.likelihood, seen, seen.outputs)
+            return Measurement(self.likelihood, seen, before, active, evaluated=True)
+        return Measurement(self.likelihood, seen, seen.outputs, active)
 
     def _key(self, seen: ForwardPass) -> Any:
         """What may change how passes can be repeated: modes of modules, shapes' ranks,
@@ -203,13 +220,15 @@ class KLMeter:
     def _agreed(self, same: bool) -> bool:
         return self.processes.total([float(same)])[0] == self.processes.count
 
-    def _scores(self, seen: ForwardPass) -> Tensor | None:
-        """E|r|² + |r|² of each example, r the score of its predictions; None where predictions are
-        single numbers."""
+    def _scores(self, seen: ForwardPass, active: Tensor | None) -> Tensor | None:
+        """E|r|² + |r|² of each example, r the score of its active predictions; None where
+        predictions are single numbers."""
         if seen.outputs.dim() < 2 or seen.outputs.numel() == 0:
             return None
         f = self.likelihood.outputs(seen.outputs.float())
-        found = self.likelihood.variance(f).reshape(seen.examples, -1).sum(1)
+        found = self.likelihood.variance(f)
+        found = found if active is None else found.where(active, 0.0)
+        found = found.reshape(seen.examples, -1).sum(1)
         if seen.gradient is not None and seen.terms:
             r = seen.gradient.float() * seen.terms
             found = found + r.square().reshape(seen.examples, -1).sum(1)
@@ -217,20 +236,15 @@ class KLMeter:
         return found.double().cpu()
 
 
-def _certain(seen: ForwardPass, scores: Tensor) -> bool:
-    """Whether nearly all predictions are certain (`SPENT`)."""
-    return float(scores.mean()) < SPENT * seen.outputs[0, ..., 0].numel()
-
-
 def _drawn(
-    seen: ForwardPass, scores: Tensor, predictions: int | None, step: int
+    scores: Tensor, each: float, predictions: int | None, step: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(examples to read, the weight of each); (None, None) for all of them."""
-    old, count = seen.outputs, seen.examples
+    """(examples to read, the weight of each); (None, None) for all of them. ``each``: predictions
+    of an example."""
     if predictions is None:
         return None, None
-    each = max(old[0, ..., 0].numel(), 1)
-    wanted = max(-(-predictions // each), LEAST_EXAMPLES)
+    count = len(scores)
+    wanted = max(math.ceil(predictions / max(each, 1.0)), LEAST_EXAMPLES)
     if 2 * wanted > count:
         return None, None
     chances = scores / scores.sum() if float(scores.sum()) > 0 else torch.ones_like(scores)
@@ -239,7 +253,7 @@ def _drawn(
     start = torch.rand((), generator=generator, dtype=torch.float64)
     points = (torch.arange(wanted, dtype=torch.float64) + start) / wanted
     rows = torch.searchsorted(chances.cumsum(0), points).clamp_max(count - 1)
-    return rows.to(old.device), (1 / (count * chances[rows])).to(old.device)
+    return rows, 1 / (count * chances[rows])
 
 
 def _epsilon(seen: ForwardPass) -> float:

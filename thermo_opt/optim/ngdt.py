@@ -344,7 +344,7 @@ class NGDT(Optimizer):
         ratio = self._watch.ratio(scale)
         if ratio is not None:
             self.notices.compare(ratio)
-        terms = effective_terms(passes)
+        terms = effective_terms(passes) if self.metric.hooked else 0.0
         if self.metric.hooked and self.metric.reads_gradients and self._recorder.target is None:
             validate.predictions_seen(passes, terms)
         largest = max(reversed(passes), key=lambda one: one.examples, default=None)
@@ -520,9 +520,9 @@ class NGDT(Optimizer):
         calibration = self.calibration
         self.metric.arm(self.steps, calibration is not None and calibration.breached)
         measuring = calibration is not None and calibration.due(self.steps)
-        wanted = measuring or self.metric.hooked or not self.classes.known
+        wanted = measuring or self.metric.hooked
         if wanted or not self.compiled:
-            self._recorder.arm(counting=wanted)
+            self._recorder.arm()
         else:
             self._recorder.disarm()
         if self.steps < WATCHED and self.processes.count == 1:

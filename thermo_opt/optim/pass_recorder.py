@@ -44,15 +44,13 @@ class PassRecorder:
         self.params, self.on_abandoned = params, on_abandoned
         self.target: nn.Module | None = None
         self.parallel: DistributedDataParallel | None = None
-        self.counting = True
         self._passes: list[ForwardPass] = []
         self._open: list[tuple[nn.Module, int, Callable[[], None]]] = []
         self._handles: list[RemovableHandle] = []
         self._watched: nn.Module | None = None
 
-    def arm(self, counting: bool = True) -> None:
-        """Attach the hooks; ``counting``: the loss terms of each pass are to be counted too."""
-        self.counting = counting
+    def arm(self) -> None:
+        """Attach the hooks."""
         if self._handles and self._watched is self.target:
             return
         self.disarm()
@@ -104,12 +102,7 @@ class PassRecorder:
             return  # a loss
         autocast = autocast_now(device_of(module))
         seen = ForwardPass(module, args, kwargs, outputs.detach(), autocast, restore)
-        counting = self.counting
-
-        def receive(source: int, g: torch.Tensor) -> None:
-            seen.receive(source, g if counting else None)
-
-        if on_source_gradients(outputs, receive):
+        if on_source_gradients(outputs, seen.receive):
             self._passes[inner:] = [seen]
             active = getattr(DistributedDataParallel, "_active_ddp_module", None)
             self.parallel = active if active is not None else self.parallel

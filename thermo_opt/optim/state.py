@@ -13,7 +13,7 @@ from thermo_opt.errors import InputError
 from thermo_opt.optim import validate
 from thermo_opt.optim.kronecker.refresh import LEAST
 
-VERSION = 3
+VERSION = 4
 """3: every entry is there. 2: blocks by name under "blocks", and whether the layout is decided;
 some entries may be missing. 1 (without a number): "units", and a limit of −1 where it is not."""
 

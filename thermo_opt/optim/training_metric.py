@@ -52,7 +52,8 @@ class StepInputs:
 
     Attributes:
         last: the largest of the forward passes (of equal ones the last); None if none was seen.
-        terms: the loss terms that all passes together average over; 0 if they weren't counted.
+        terms: the loss terms that all passes together average over; 0 where the metric
+            has no use for them.
         scale: by how much a GradScaler has multiplied the loss.
     """
 
