@@ -26,6 +26,7 @@ COMMANDS = {
     "states": "damaged states of NGD-T, loaded one after the other, with counts",
     "installs": "the lowest and newest allowed dependencies; the wheel outside the checkout",
     "large": "audits of runs larger than memory: their memory and time",
+    "sketch": "a vocabulary of 50,257 as sketches: bytes, memory, and how far each number is off",
     "readme": "the tables of analysis/README.md from the CSVs",
 }
 MODULES = {

@@ -229,6 +229,9 @@ TABLES: dict[str, Callable[[], str]] = {
             "bench_audit",
             "bench_fisher",
             "bench_pareto",
+            "large",
+            "sketch",
+            "sketch_values",
         )
     },
 }

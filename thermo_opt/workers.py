@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -33,7 +34,8 @@ def in_processes(calls: Iterable[Any], jobs: int, *, ordered: bool = True) -> It
 def send_by_value(module: ModuleType) -> None:
     """Have a module's classes and functions sent to other processes whole, since those can't import
     it."""
-    for name in ("cloudpickle", "joblib.externals.cloudpickle"):  # joblib's own before 1.6
+    names = ["cloudpickle", "joblib.externals.cloudpickle"]  # joblib's own before 1.6
+    for name in [*names, *(["ray.cloudpickle"] if "ray" in sys.modules else [])]:
         try:
             import_module(name).register_pickle_by_value(module)
         except ImportError:

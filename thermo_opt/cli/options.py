@@ -95,8 +95,8 @@ Jobs = Annotated[int, typer.Option(help="Processes.")]
 Cluster = Annotated[
     str | None,
     typer.Option(
-        help="Dask scheduler whose workers do the work, as dask://HOST:PORT; they need the runs "
-        "under the same paths."
+        help="Cluster whose workers do the work: dask://HOST:PORT of a Dask scheduler, or "
+        "ray://HOST:PORT of a Ray cluster's head; they need the runs under the same paths."
     ),
 ]
 Output = Annotated[Path, typer.Option(help="Where to write the report page.")]

@@ -32,7 +32,7 @@ _READERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, str | None], R
 }
 _CERTAIN = ("thermo-opt", "huggingface", "lightning", "predictions")
 """Layouts that no other tool writes: other files beside them don't matter."""
-_BELOW = 3
+_BELOW = 4
 """How many folders deep a run is looked for below the folder that was given."""
 _MOST = 500
 

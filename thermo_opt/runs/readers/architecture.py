@@ -88,7 +88,13 @@ def _architecture(config_path: Path, config: dict[str, Any]) -> tuple[Any, Any]:
             "'thermo-opt[transformers]'"
         ) from None
     kind, names = str(config.get("model_type")), architectures(config)
-    architecture = getattr(transformers, names[0], None) if names else None
+    try:
+        architecture = getattr(transformers, names[0], None) if names else None
+    except Exception as error:  # one of the libraries that this architecture needs is broken
+        raise InputError(
+            f"{config_path}: transformers can't import {names[0]} here ({first_line(error)}); "
+            f"{_REMEDY}"
+        ) from None
     if kind not in transformers.CONFIG_MAPPING or not (
         isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)
     ):

@@ -90,9 +90,12 @@ def state_dict(file: TorchFile, key: str | None = None) -> StateDict:
         return StateDict(file.path, found[key], key)
     if not found:
         raise InputError(
-            f"{file.path} holds no state dict (it is {_described(file.content)}); save "
-            "model.state_dict(), alone or in a "
-            "dictionary"
+            f"{file.path} holds no state dict (it is {_described(file.content)}); "
+            + (
+                "save predictions instead, with numpy.savez and the names probabilities and labels"
+                if isinstance(file.content, Opaque) and not _is_module(file.content)
+                else "save model.state_dict(), alone or in a dictionary"
+            )
         )
     own = {name: tensors for name, tensors in found.items() if not is_average(name)} or found
     if len(own) > 1 and "averaging_state" not in _keys_of(file.content):

@@ -36,7 +36,10 @@ _LINES = (
     "history.jsonl",
     "log.txt",
     "metrics.json",
+    "wandb-history.jsonl",
 )
+_EXPORTS = "wandb_export*.csv"
+"""What W&B's pages and ``run.history().to_csv`` give."""
 _LOSS = (
     "loss",
     "train_loss",
@@ -46,9 +49,10 @@ _LOSS = (
     "train/loss_step",
     "loss/train",
     "Loss/train",
+    "total_loss",
 )
 _RATE = ("lr", "learning_rate", "train/lr", "train/learning_rate")
-_STEP = ("step", "global_step", "_step", "iter", "iteration", "trainer/global_step")
+_STEP = ("step", "global_step", "_step", "Step", "iter", "iteration", "trainer/global_step")
 
 
 def with_numbers(curve: pd.DataFrame, file: Path) -> pd.DataFrame:
@@ -77,6 +81,8 @@ def find_curve(places: Iterable[Path], *, shift: int = 0) -> tuple[pd.DataFrame 
         for name in _CSV:
             if (file := place / name).is_file():
                 return _from_csv(file, shift), None
+        for file in sorted(visible(place.glob(_EXPORTS))) if place.is_dir() else ():
+            return _from_csv(file, 0), None
         for name in _LINES:
             if (file := place / name).is_file() and (curve := _from_lines(file)) is not None:
                 return curve, None
@@ -84,6 +90,11 @@ def find_curve(places: Iterable[Path], *, shift: int = 0) -> tuple[pd.DataFrame 
         events = sorted(visible(place.glob("*tfevents*"))) if place.is_dir() else []
         if events:
             return _from_events(events, shift)
+    if any(next((place / "wandb").glob("*run-*"), None) for place in places):
+        return None, (
+            "a folder of Weights & Biases was found, whose curves only its own tools read: export "
+            "them beside the checkpoints as wandb_export.csv (run.history().to_csv)"
+        )
     return (
         None,
         "no log of the training was found beside the checkpoints: its losses and learning rates "
@@ -194,6 +205,9 @@ def table_of(rows: Mapping[int, Mapping[str, Any]]) -> pd.DataFrame:
 
 def _usual_names(table: pd.DataFrame) -> pd.DataFrame:
     """The table with its loss and learning rate under the names that `Run` uses."""
+    named = {str(column): str(column).split(" - ")[-1] for column in table}  # W&B: "run - loss"
+    if len(set(named.values())) == len(named):
+        table = table.rename(columns=named)
     for wanted, names in (("loss", _LOSS), ("lr", _RATE)):
         found = next((name for name in names if name in table), None)
         if found is None and wanted == "lr":  # LearningRateMonitor's names

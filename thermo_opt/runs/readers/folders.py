@@ -35,8 +35,12 @@ _USUAL = (
     "state",
     "checkpoint",
     "ckpt",
+    "policy",
 )
-_INNER = ("model", "weights", "checkpoint", "ckpt", "net", "network", "unwrapped_model")
+_INNER = (
+    *("model", "weights", "checkpoint", "ckpt", "net", "network", "policy"),
+    *("unet", "transformer", "unwrapped_model"),  # of diffusers' trainings, beside what is frozen
+)
 """Folders within a checkpoint's that hold the model alone."""
 _SHARDS = re.compile(r"mp_rank_\d+_model_states\.pt|zero_pp_rank_.*")
 
@@ -108,7 +112,8 @@ def weights_of(folder: Path, key: str | None = None) -> Callable[[], Weights]:
 
 def _inner(folder: Path) -> Path | None:
     """The folder within a checkpoint's, as ``iter_10/model/``, where the model's one file lies."""
-    if numbers_in([folder.name]).unit is None and not folder.name.isdigit():
+    numbered = re.fullmatch(r"((checkpoint|ckpt|global_step)[-_]?)?\d+", folder.name)
+    if numbers_in([folder.name]).unit is None and not numbered:
         return None  # exp1/weights/ is a run, and not a checkpoint of one
     below = [place for place in sorted(visible(folder.iterdir())) if place.is_dir()]
     usual = [place for place in below if place.name.lower() in _INNER]

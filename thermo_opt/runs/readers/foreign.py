@@ -79,7 +79,29 @@ _KINDS = (
         "the columns step, example, label and logit_0, logit_1, … (or prob_0, …)",
     ),
     _Kind(
-        r".*\.(onnx|gguf|ggml|mlmodel|pdparams|joblib|sav|rds|RData)",
+        r"\.snapshot_metadata",
+        "a snapshot of torchsnapshot",
+        "restore each into the model and write its state_dict with torch.save, as step-100.pt",
+    ),
+    _Kind(
+        r".*\.(joblib|sav)",
+        "what joblib wrote, which only running it would read",
+        "save predictions with numpy.savez, one file per epoch with the arrays probabilities and "
+        "labels",
+    ),
+    _Kind(
+        r".*\.(ubj|xgb|lgb|cbm|model)",
+        "models of boosted trees, which have no weights to replay",
+        "save predictions on fixed examples, one table with the columns iteration, label and "
+        "prob_0, prob_1, …",
+    ),
+    _Kind(
+        r".*\.zip",
+        "zip archives",
+        "unpack each into a folder of its own with its step in the name, like step-100/policy.pth",
+    ),
+    _Kind(
+        r".*\.(onnx|gguf|ggml|mlmodel|pdparams|rds|RData)",
         "models in a format that holds no training state",
     ),
     _Kind(
@@ -108,7 +130,7 @@ def what_is_in(folder: Path) -> str:
     )
 
 
-def _names(folder: Path, depth: int = 3) -> Iterator[str]:
+def _names(folder: Path, depth: int = 4) -> Iterator[str]:
     """Names of files and folders at most ``depth`` below."""
     level = [folder]
     count = 0

@@ -42,11 +42,13 @@ _ALIASES = {
     "pred_probs pred_proba predict_proba y_pred_prob y_pred_probs y_pred_proba p",
     "mean": "means",
     "predictions": "prediction preds pred outputs output y_pred y_preds y_hat yhat scores score "
-    "y_score y_scores z class classes",
+    "y_score y_scores z class classes raw_score raw_scores margin output_margin "
+    "decision_function",
     TARGETS: "target labels label y_true y true truth ground_truth gt",
     WEIGHTS: "weight sample_weight sample_weights attention_mask",
     EXAMPLES: "example example_id example_ids ids id index indices",
-    STEP: "steps global_step iteration iterations iter iters",
+    STEP: "steps global_step iteration iterations iter iters iter_num num_iteration num_updates "
+    "n_estimators trees rounds round",
     EPOCH: "epochs",
     SNAPSHOT: "snapshots checkpoint",
 }

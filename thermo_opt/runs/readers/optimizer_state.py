@@ -239,10 +239,24 @@ def named(
             )
             if keys is not None:
                 return _in_step(keys, state)
+    if (keys := _by_shape(found, shapes)) is not None:
+        return _in_step(keys, state)
     return (
         "its optimizer state doesn't name the parameters, and the moments' shapes leave more than "
-        "one possibility"
+        "one possibility: safetensors files are sorted by name, files of torch.save are in the "
+        "optimizer's order"
     )
+
+
+def _by_shape(
+    found: Sequence[Mapping[Key, Shape | None]], shapes: Mapping[str, Shape]
+) -> dict[str, Key] | None:
+    """Names for the keys whatever their order, where no two weights have one shape."""
+    names = {shape: name for name, shape in shapes.items()}
+    keys = [(key, shape) for group in found for key, shape in group.items() if shape is not None]
+    chosen = {names[shape]: key for key, shape in keys if shape in names}
+    told = len(names) == len(shapes) and len(chosen) == len(keys)
+    return chosen if told and chosen else None
 
 
 def _shape(state: OptimizerState, key: Key) -> Shape | None:

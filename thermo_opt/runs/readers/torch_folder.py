@@ -232,7 +232,7 @@ def torch_files(path: Path) -> list[Path]:
         for file in visible(path.iterdir())
         if file.name.lower().endswith(_SUFFIXES)
         and not file.is_dir()
-        and not file.name.startswith("events.")
+        and not file.name.startswith(("events.", "zero_pp_rank_", "bf16_zero_pp_rank_"))
     )
 
 
