@@ -102,18 +102,21 @@ def device_of(model: nn.Module) -> torch.device:
 # ---- trees of tensors
 
 
-def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
-    """A tree of the same structure (mappings, tuples, lists) with ``function`` of every tensor."""
-    if isinstance(tree, Tensor):
-        return function(tree)
+def map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:
+    """A tree of the same structure (mappings, tuples, lists) with ``function`` of all else."""
     if isinstance(tree, Mapping):
-        return {key: map_tensors(value, function) for key, value in tree.items()}
+        return {key: map_leaves(value, function) for key, value in tree.items()}
     if isinstance(tree, tuple | list):
-        parts = [map_tensors(value, function) for value in tree]
+        parts = [map_leaves(value, function) for value in tree]
         # A named tuple's own constructor may ask for more than its fields (PackedSequence).
         make = getattr(type(tree), "_make", type(tree))
         return make(parts)
-    return tree
+    return function(tree)
+
+
+def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
+    """A tree of the same structure (mappings, tuples, lists) with ``function`` of every tensor."""
+    return map_leaves(tree, lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

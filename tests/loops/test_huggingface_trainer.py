@@ -102,20 +102,29 @@ def test_resuming_from_a_checkpoint_continues_bit_for_bit(tmp_path):
     assert torch.equal(weights(through), weights(resumed))
 
 
-def test_a_model_that_returns_the_loss_alone_is_refused_before_a_weight_moves(tmp_path):
-    class LossOnly(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.head = nn.Embedding(12, 8), nn.Linear(8, 12)
+class LossOnly(nn.Module):
+    def __init__(self, between):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head, self.between = nn.Embedding(12, 8), nn.Linear(8, 12), between
 
-        def forward(self, input_ids, labels):
-            logits = self.head(self.embed(input_ids))
-            return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+    def forward(self, input_ids, labels):
+        logits = self.head(self.between(self.embed(input_ids)))
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten())}
 
-    model = LossOnly()
+
+def test_a_model_that_returns_the_loss_alone_trains_where_its_parts_follow_on_each_other(tmp_path):
+    model = LossOnly(nn.Tanh())
+    optimizer = to.NGDT(model)
+    trainer(tmp_path, model, 2, optimizers=(optimizer, None)).train()
+    assert optimizer.last_step["realised"] > 0
+
+
+def test_where_something_happens_between_them_it_is_refused_before_a_weight_moves(tmp_path):
+    model = LossOnly(torch.tanh)
     before = weights(model)
     training = trainer(tmp_path, model, 2, optimizers=(to.NGDT(model), None))
-    with pytest.raises(to.InputError, match="several parts"):
+    with pytest.raises(to.InputError, match="'head' was given something that was computed between"):
         training.train()
     assert torch.equal(weights(model), before)
 

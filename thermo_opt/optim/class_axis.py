@@ -46,12 +46,13 @@ class ClassAxis:
         """
         if not isinstance(self.likelihood, Categorical) or seen.outputs.dim() < 2:
             return
+        if seen.heads.several:
+            _sort_heads(seen)
+            return
         if seen.outputs.dim() > 2 and seen.axis is None:
             seen.turn(self._axis(seen))
-        g = seen.gradient
-        if g is not None and _log_probabilities(seen.outputs, -1):
-            p = seen.outputs.to(g.dtype).exp()
-            seen.gradient = g - p * g.sum(-1, keepdim=True)
+        if (g := seen.gradient) is not None:
+            seen.gradient = _of_logits(seen.outputs, g)
 
     def _axis(self, seen: ForwardPass) -> int:
         rank = seen.outputs.dim()
@@ -62,6 +63,25 @@ class ClassAxis:
                 return likelihoods.class_axis(seen.outputs.shape)
             self._axes[rank] = found
         return self._axes[rank]
+
+
+def _sort_heads(seen: ForwardPass) -> None:
+    """Set the heads apart that have another loss, if one has a softmax's."""
+    if (given := seen.gradient) is None:
+        return
+    heads = range(given.shape[1])
+    g = torch.stack([_of_logits(seen.outputs[:, k], given[:, k]) for k in heads], 1)
+    sums, sizes = g.float().sum(-1).abs().sum(0), g.float().abs().sum((0, -1))
+    fits = sums <= ZERO_SUM * sizes
+    if bool(fits.any()):
+        seen.keep(fits.tolist())
+        g = g.where(fits[:, None], 0.0)
+    seen.gradient = g
+
+
+def _of_logits(f: Tensor, g: Tensor) -> Tensor:
+    """The gradient at log-probabilities taken back to their logits, another as it is."""
+    return g - f.to(g.dtype).exp() * g.sum(-1, keepdim=True) if _log_probabilities(f, -1) else g
 
 
 def _decided(seen: ForwardPass) -> int | None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thermo_opt.models import is_batched, map_tensors, outputs_of, repeated
+from thermo_opt.models import is_batched, map_tensors, repeated
+from thermo_opt.optim.heads import Heads
 
 
 @dataclass
@@ -22,9 +23,14 @@ class ForwardPass:
         outputs: its predictions, detached.
         autocast: (device type, dtype) if it ran in mixed precision.
         restore: sets the random states back to those before the pass.
-        gradient: ∂loss/∂outputs, where it has the outputs' shape.
+        heads: where the predictions are in what the module returns.
+        origins: of tensors among the arguments, by their identity, the pass of another part that
+            made them and their place in what it returned.
         axis: where the model has the classes, once the pass was turned (`turn`).
         shape: of the outputs as the model returned them.
+        others: the heads that aren't predictions of the likelihood, such as a value beside a policy
+            (`keep`).
+        used_heads: those that got a gradient in any pass of the step.
     """
 
     module: nn.Module
@@ -33,36 +39,67 @@ class ForwardPass:
     outputs: Tensor
     autocast: tuple[str, torch.dtype] | None = None
     restore: Callable[[], None] | None = None
-    gradient: Tensor | None = None
+    heads: Heads = field(default_factory=Heads)
+    origins: dict[int, tuple[ForwardPass, int]] = field(default_factory=dict)
     axis: int | None = None
     shape: torch.Size = field(init=False)
+    others: list[int] = field(default_factory=list, init=False)
+    used_heads: set[int] = field(default_factory=set, init=False)
     _received: dict[int, Tensor] = field(default_factory=dict)
+    _gradient: Tensor | None = None
     _counted: tuple[int, float] | None = None
 
     def __post_init__(self) -> None:
         self.shape = self.outputs.shape
 
     def receive(self, source: int, g: Tensor) -> None:
-        """Backward has reached a source of the predictions; ``g``: the gradient there."""
-        self._received[source], self._counted = g, None
-        self.gradient = g if g.shape == self.outputs.shape else None
+        """Backward has reached a source of the predictions (a head); ``g``: the gradient there."""
+        self._received[source] = g
+        self._gradient = self._counted = None
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """∂loss/∂outputs, where what was received has the outputs' shape."""
+        if self._gradient is None and self._received:
+            if self.heads.several:
+                empty = torch.zeros_like(self.outputs[:, 0])
+                given = [self._received.get(k, empty) for k in range(len(self.heads.places))]
+                g = self.heads.together(given, 0.0)
+            else:
+                g = self._received[max(self._received)]
+            self._gradient = g if g.shape == self.outputs.shape else None
+        return self._gradient
+
+    @gradient.setter
+    def gradient(self, g: Tensor) -> None:
+        self._gradient = g
+
+    def keep(self, heads: Sequence[bool]) -> None:
+        """Set the heads apart that aren't predictions of this likelihood."""
+        self._received = {k: g for k, g in self._received.items() if heads[k]}
+        self.others = [k for k, kept in enumerate(heads) if not kept]
+        self._gradient = self._counted = None
 
     def turn(self, axis: int) -> None:
         """Have the classes, which lie along ``axis``, last, and other dimensions but the examples'
         as one: (n, t, c)."""
-        self.axis, self._counted = axis, None
+        self.axis, self._gradient, self._counted = axis, None, None
         self.outputs = self._turned(self.outputs)
-        self.gradient = None if self.gradient is None else self._turned(self.gradient)
         for source, g in self._received.items():
             if g.shape == self.shape:
                 self._received[source] = self._turned(g)
 
     def predictions(self, result: Any) -> Tensor:
         """The predictions in what the module returned, turned as this pass is."""
-        return self._turned(outputs_of(result))
+        return self._turned(self.heads.together(self.heads.each(result)))
 
     def _turned(self, f: Tensor) -> Tensor:
         return f if self.axis is None else f.movedim(self.axis, -1).flatten(1, -2)
+
+    @property
+    def sources(self) -> set[int]:
+        """The sources of the predictions that backward has reached."""
+        return set(self._received)
 
     @property
     def used(self) -> bool:
@@ -81,10 +118,15 @@ class ForwardPass:
 
     def active(self) -> Tensor | None:
         """Which predictions take part in the loss: those with a gradient, as padding and labels
-        that are ignored have none. Boolean, of the outputs' leading shape; None for all of them."""
-        if self.gradient is None:
+        that are ignored have none; of heads without any, those that have one in another pass of the
+        step. Boolean, of the outputs' leading shape; None for all of them."""
+        g = self.gradient
+        if g is None:
             return None
-        found = (self.gradient != 0).any(-1) if self.gradient.dim() > 1 else self.gradient != 0
+        found = (g != 0).any(-1) if g.dim() > 1 else g != 0
+        if self.heads.several:
+            elsewhere = torch.tensor([k in self.used_heads for k in range(found.shape[1])])
+            found |= elsewhere.to(found.device) & ~found.any(0)
         return found if 0 < int(found.sum()) < found.numel() else None
 
     def _count(self) -> tuple[int, float]:

@@ -12,6 +12,9 @@ again. The first of these ways that does is used:
 - "whole": all examples (BatchNorm, dropout, layers that mix examples, inputs that can't be cut).
 - "evaluation": all examples in evaluation mode (random draws that can't be repeated).
 
+A head that isn't one of the likelihood's, such as a value beside a policy, is measured as the mean
+of a normal of variance 1.
+
 Only predictions that the loss counts are averaged over: padding and ignored labels would hide what
 the others do. Where none of the ways repeats the pass, nothing is measured, and a warning says so.
 Cost of a measurement: one forward pass of what it reads.
@@ -95,6 +98,9 @@ class Measurement:
 
     def _mean(self, now: Tensor) -> float:
         kl, active = _kl(self.likelihood, self.before, now), self.active
+        if others := self.seen.others:
+            gap = now[:, others].double() - self.before[:, others].double()
+            kl[:, others] = 0.5 * gap.square().sum(-1)
         share = 1.0
         if active is not None:
             share = float(active.double().mean())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from thermo_opt.errors import InputError
-from thermo_opt.fisher.likelihoods import Likelihood
+from thermo_opt.fisher.likelihoods import Categorical, Likelihood
 from thermo_opt.fisher.likelihoods import likelihood as named_likelihood
 from thermo_opt.optim import state, validate
 from thermo_opt.optim.budget import Regulator, Schedule, named, value_at
@@ -206,7 +206,8 @@ class NGDT(Optimizer):
         self.skipped = 0
         self.last_step: dict[str, float | None] = {}
         self._mark()
-        self._recorder = PassRecorder(self.model, self._params, self.metric.discard)
+        classes = isinstance(self.likelihood, Categorical)
+        self._recorder = PassRecorder(self.model, self._params, self.metric.discard, classes)
         self._closed = False
         self._arm()
 
@@ -345,7 +346,7 @@ class NGDT(Optimizer):
         if ratio is not None:
             self.notices.compare(ratio)
         terms = effective_terms(passes) if self.metric.hooked else 0.0
-        if self.metric.hooked and self.metric.reads_gradients and self._recorder.target is None:
+        if self.metric.hooked and self.metric.reads_gradients and not self._recorder.called:
             validate.predictions_seen(passes, terms)
         largest = max(reversed(passes), key=lambda one: one.examples, default=None)
         return StepInputs(largest, terms, scale)
