@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,37 @@ def without_terms(rank):
     return flat(model)
 
 
+def clipped(rank):
+    """Gradients clipped at 1 after the processes' mean."""
+    model = net()
+    called = DistributedDataParallel(model)
+    optimizer = to.NGDT(called, budget=0.01)
+    spent = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        (20 * F.cross_entropy(called(X[HALVES[rank]]), Y[HALVES[rank]])).backward()
+        nn.utils.clip_grad_norm_(called.parameters(), 1.0)
+        optimizer.step()
+        spent.append(optimizer.last_step["realised"])
+    assert max(spent) < 1.3 * 0.01
+    return flat(model)
+
+
+def accumulated(rank):
+    """Parts without communication, and one with."""
+    model = net()
+    called = DistributedDataParallel(model)
+    optimizer = to.NGDT(called, **options("kfac"))
+    parts = X[HALVES[rank]].split(4), Y[HALVES[rank]].split(4)
+    for _ in range(4):
+        optimizer.zero_grad()
+        for k, (x, y) in enumerate(zip(*parts, strict=True)):
+            with nullcontext() if k == 3 else called.no_sync():
+                (F.cross_entropy(called(x), y) / 4).backward()
+        optimizer.step()
+    return flat(model)
+
+
 def refused(rank):
     """One process's loss is a sum."""
     model = net()
@@ -152,7 +184,7 @@ def independent(rank):
     return [len([w for w in c if "alone" in str(w.message)]) for c in (caught, none)] + [together]
 
 
-SCENES = (made_first, skipped, without_terms, refused, independent)
+SCENES = (made_first, skipped, without_terms, clipped, accumulated, refused, independent)
 
 
 def work(rank: int, path: str) -> None:
@@ -181,11 +213,23 @@ def test_experts_on_different_processes_train_as_on_one(both, metric):
     torch.testing.assert_close(first, alone(metric), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("scene", ["made_first", "skipped", "without_terms"])
+@pytest.mark.parametrize(
+    "scene", ["made_first", "skipped", "without_terms", "clipped", "accumulated"]
+)
 def test_weights_stay_together(both, scene):
     first, second = (found[scene] for found in both)
     assert first.isfinite().all()
     torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-10)
+
+
+def test_accumulated_parts_train_as_one_process_with_the_whole_batch(both):
+    model = net()
+    optimizer = to.NGDT(model, **options("kfac"))
+    for _ in range(4):
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+    torch.testing.assert_close(both[0]["accumulated"], flat(model), rtol=0.02, atol=0.02)
 
 
 def test_one_processs_nan_skips_the_step_of_all(both):

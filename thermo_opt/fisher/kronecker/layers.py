@@ -92,7 +92,7 @@ class Cover:
 
     ``layers``: in the order of ``named_modules``. ``tied``: positions of parameters that several
     layers share. ``rest``: positions no rule covers, and ``unruled``: the modules (name, type) that
-    own them.
+    own them, or where a rule covers the others of a module the parameters themselves.
     """
 
     layers: tuple[KroneckerLayer | ScaleLayer, ...]
@@ -146,7 +146,8 @@ def cover(model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = No
             if p is not None and p.requires_grad and k not in ruled
         ]
         if others:
-            unruled.append((name, type(module).__name__))
+            named = [f"{name}.{k}".lstrip(".") for k in others] if ruled else [name]
+            unruled += [(one, type(module).__name__) for one in named]
     tied = frozenset(i for i, count in owners.items() if count > 1)
     rest = tuple(i for i in position.values() if i not in owners)
     return Cover(tuple(layers), tied, rest, tuple(unruled))
