@@ -121,3 +121,50 @@ def test_a_step_far_beyond_its_budget_is_cut_until_it_keeps_it() -> None:
     assert optimizer.last_step["shortened"] < 1e-2
     assert 0.05 * 0.01 < spent < 1.3 * 0.01
     assert spent == pytest.approx(optimizer.last_step["realised"], rel=0.5)
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli"])
+def test_no_step_spends_more_than_the_loss_has_left(likelihood: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 6)
+    labels = (x @ torch.randn(6, 3)).argmax(1)
+    y = labels if likelihood == "categorical" else functional.one_hot(labels, 3).float()
+    model = nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 3))
+    optimizer = to.NGDT(model, budget=0.03, likelihood=likelihood)
+    loss = torch.tensor(1.0)
+    while float(loss.detach()) > 1e-5:
+        f = model(x)
+        if likelihood == "categorical":
+            loss = functional.cross_entropy(f, y)
+        else:
+            loss = functional.binary_cross_entropy_with_logits(f, y, reduction="none").sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        left = optimizer.last_step["loss_left"]
+        assert left is not None
+        assert left <= float(loss.detach()) * 1.01
+        assert optimizer.last_step["predicted"] <= left * (1 + 1e-6)
+
+
+def test_what_momentum_carries_of_a_surprise_is_judged_as_the_surprise_was() -> None:
+    """The metric of certain predictions is nearly nothing. One wrong label among them makes a step
+    in it that is known to be long (κ surges); its share in the next step is as long."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 6)
+    y = (x @ torch.randn(6, 3)).argmax(1)
+    model = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 3))
+    optimizer = to.NGDT(model, budget=0.01)
+
+    def kappa(targets: Tensor) -> float:
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), targets).backward()
+        optimizer.step()
+        return optimizer.last_step["kappa"] or 0.0
+
+    quiet = [kappa(y) for _ in range(60)][-1]
+    wrong = y.clone()
+    wrong[0] = (wrong[0] + 1) % 3
+    surprised, after = kappa(wrong), kappa(y)
+    assert surprised > 100 * quiet
+    assert after > 0.02 * surprised

@@ -10,6 +10,8 @@ Cauchy–Schwarz on that minibatch, with its own Fisher F_B,
 so that for v = F̃⁻¹g the ratio vᵀF_Bv / vᵀF̃v grows up to in proportion to Δ = gᵀF̃⁻¹g. The
 calibrated metric of a step is therefore κ (Δ/Δ̄)^POWER F̃, Δ̄ a running geometric mean, and κ
 follows the ratio of realised to predicted KL, measured now and then on the step's own minibatch.
+Where the update is longer than its gradient, because momentum carries an earlier surprise, its own
+length a stands for Δ.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ BAND = (0.5, 2.5)
 logarithm, and the band is wider above: few predictions carry most of a step's KL."""
 
 FIRST_STEPS = 8
-"""Each of as many first steps is measured."""
+"""Each of as many first steps is measured, and no two measurements are further apart than this part
+of the steps taken before them."""
 
 EXPECTED = 1.6
 """A ratio within this factor of 1 was foreseen: the next measurement may wait twice as long, where
@@ -84,7 +87,8 @@ class Calibration:
     one minibatch is averaged over a few measurements.
 
     Args:
-        every: most steps between measurements.
+        every: most steps between measurements, more only in long trainings; 1: every step is
+            measured, always.
         predictions: about how many predictions a measurement reads, in 4 examples at least (None:
             the whole minibatch). They are drawn anew every time, in proportion to how much their KL
             is likely to change. The whole minibatch is read where a model's outputs for some
@@ -123,8 +127,8 @@ class Calibration:
         return step - self.last >= self.wait
 
     def scale(self, delta: float) -> float:
-        """κ (Δ/Δ̄)^POWER for a step of this Δ (in the uncalibrated metric); the running mean moves
-        towards it."""
+        """κ (Δ/Δ̄)^POWER for a step of this Δ, or a where that is larger (in the uncalibrated
+        metric); the running mean moves towards it."""
         if not delta > 0:
             return self.kappa
         if not self.level > 0:
@@ -151,8 +155,8 @@ class Calibration:
     ) -> None:
         """Take one step's predicted and realised KL (nats). ``floor``: what rounding alone would
         realise; a step that can't be told from it teaches nothing. ``certain``: nearly all
-        predictions were, and the metric of a certain prediction says nothing of a large step: the
-        next one is measured, too."""
+        predictions were, and nothing else bounds the step, of which the metric of a certain
+        prediction says nothing: the next one is measured, too."""
         self._learn(step, predicted, realised, floor)
         if certain:
             self.wait = 1
@@ -176,7 +180,8 @@ class Calibration:
         steady = self.unsteady < math.log(EXPECTED) ** 2
         foreseen = steady and 1 / EXPECTED < ratio < EXPECTED
         if step >= FIRST_STEPS:
-            most = max(self.every, step // SELDOM)
+            most = min(max(self.every, step // SELDOM), max(step // FIRST_STEPS, 1))
+            most = most if self.every > 1 else 1
             self.wait = min(2 * self.wait, most) if foreseen else max(self.wait // 4, 1)
         self.breached = ratio > BREACH
 

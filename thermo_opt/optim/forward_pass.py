@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thermo_opt.fisher.likelihoods import Bernoulli, Categorical, Likelihood
 from thermo_opt.models import is_batched, map_tensors, repeated
 from thermo_opt.optim.heads import Heads
 
@@ -133,7 +135,7 @@ class ForwardPass:
         if self._counted is None:
             terms, total = 0, 0.0
             for g in self._received.values():
-                sizes = g.abs().sum(-1) if g.dim() > 1 else g.abs()
+                sizes = torch.linalg.vector_norm(g, 1, dim=-1) if g.dim() > 1 else g.abs()
                 terms += int((sizes != 0).sum())
                 total += float(sizes.sum(dtype=torch.float32))
             self._counted = terms, total
@@ -177,6 +179,26 @@ def autocast_now(device: torch.device) -> tuple[str, torch.dtype] | None:
     if not torch.is_autocast_enabled(device.type):
         return None
     return device.type, torch.get_autocast_dtype(device.type)
+
+
+def loss_left(likelihood: Likelihood, passes: Sequence[ForwardPass], scale: float) -> float:
+    """The mean over predictions of ½ Σ|p − y|, the total variation between predictions and targets:
+    no more than the cross-entropy of targets that are classes (nats), and close to it where it is
+    small.
+
+    Args:
+        likelihood: what the outputs mean. Only "categorical" and "bernoulli" have a Fisher that
+            vanishes with the loss.
+        passes: all of the step's.
+        scale: by how much the loss was multiplied, on purpose or by a GradScaler.
+
+    Returns:
+        Infinity where it isn't known.
+    """
+    total = sum(one.total for one in passes)
+    if not isinstance(likelihood, Categorical | Bernoulli) or not total > 0:
+        return math.inf
+    return 0.5 * total / scale
 
 
 def effective_terms(passes: Sequence[ForwardPass]) -> float:

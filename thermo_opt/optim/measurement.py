@@ -52,7 +52,7 @@ UNIFORM = 0.2
 
 SPENT = 0.02
 """Below this mean square of a prediction's score nearly all predictions are certain. Where a step
-goes wrong then, their scores don't tell which change, so that all are read, at every step."""
+goes wrong then, their scores don't tell which change, so that all are read."""
 
 
 @dataclass

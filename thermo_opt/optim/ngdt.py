@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +22,7 @@ from thermo_opt.optim.budget import Regulator, Schedule, named, value_at
 from thermo_opt.optim.calibration import ABOVE_FLOOR, EXCESS, Calibration
 from thermo_opt.optim.class_axis import ClassAxis
 from thermo_opt.optim.compiled import Compiled
-from thermo_opt.optim.forward_pass import effective_terms
+from thermo_opt.optim.forward_pass import effective_terms, loss_left
 from thermo_opt.optim.measurement import KLMeter, Measurement
 from thermo_opt.optim.metrics import MetricOptions
 from thermo_opt.optim.notices import GradientWatch, Notices
@@ -38,6 +38,7 @@ REPORTED = (
     "delta",
     "eta",
     "bound_by_eta_max",
+    "loss_left",
     "signal",
     "signal_ratio",
     "predicted",
@@ -62,7 +63,7 @@ MOST_CUTS = 8
 """Times that a step is shortened."""
 
 BOUND = 0.99
-"""A step that would cost less than this share of its budget is bounded by η_max."""
+"""A step that would cost less than this share of its budget is bounded by something else."""
 
 
 class NGDT(Optimizer):
@@ -83,7 +84,8 @@ class NGDT(Optimizer):
     lr²·s²·budget until η_max binds. v is an average of natural gradients, so that η_max = 1 is one
     Newton step. s ≤ 1 follows the signal (`optim.signal`): it is 1 while the next minibatch's
     gradient still points along the last step, and shrinks where steps go beyond what lowers the
-    expected loss, because they follow noise or because the loss is spent. κ is 1 for exact
+    expected loss, because they follow noise or because the loss is spent. No step costs more nats
+    than the minibatch's loss has left. κ is 1 for exact
     metrics; for approximate ones it follows the KL that steps really cause (one forward pass of a
     few examples of the minibatch, at first on every step, later on fewer: `Calibration`); a
     measured step that overspends is shortened.
@@ -94,10 +96,11 @@ class NGDT(Optimizer):
     averaged over processes and their inverses shared out; gradients are DistributedDataParallel's.
 
     ``last_step`` holds plain numbers, None where unknown: ``budget``, ``delta`` (Δ), ``eta`` (η_T),
-    ``bound_by_eta_max`` (1 where η_max and not the budget limited the step), ``signal`` (s) and
-    ``signal_ratio`` (what the last step left to gain along it, over its cost), ``predicted`` and
-    ``realised`` dissipation in nats (realised: None where not measured; of a shortened step, the
-    measurement times ``shortened``²), ``shortened``, ``decrease`` (predicted), ``alignment``,
+    ``bound_by_eta_max`` (1 where η_max, or ``loss_left``, and not the budget limited the step),
+    ``loss_left`` (nats: what the loss could still fall by), ``signal`` (s) and ``signal_ratio``
+    (what the last step left to gain along it, over its cost), ``predicted`` and ``realised``
+    dissipation in nats (realised: None where not measured; of a shortened step, the measurement
+    times ``shortened``²), ``shortened``, ``decrease`` (predicted), ``alignment``,
     ``kappa`` (κ for this step's Δ), ``loss_scale`` (by which factor the loss is larger than the
     mean negative log-likelihood), ``skipped`` (steps so far), ``damping`` and the metric's own.
 
@@ -286,7 +289,7 @@ class NGDT(Optimizer):
         lengths = self.metric.direction(gradients, self._rule())
         if not lengths.finite:
             return self._skip(loss)
-        taken = self._sized(lengths)
+        taken = self._sized(lengths, seen.left)
         wanted = self._measured(taken)
         measurement = self._measurement(taken, seen) if wanted else None
         self.metric.apply(taken.sizes, taken.null_size)
@@ -313,15 +316,20 @@ class NGDT(Optimizer):
         refusal: InputError | None = None
         idle = all(p.grad is None for p in self._params)
         try:
-            seen = StepInputs(None, 0.0, 1.0) if idle else self._checked(loss)
+            seen = StepInputs(None, 0.0, 1.0, 0.0) if idle else self._checked(loss)
         except InputError as error:
             refusal = error
         skip = seen is None and refusal is None
-        idlers, refusals, skips = self.processes.total([idle, refusal is not None, skip])
+        left = 0.0 if seen is None else seen.left
+        idlers, refusals, skips, left = self.processes.total(
+            [idle, refusal is not None, skip, left]
+        )
         if refusals and refusal is None:
             refusal = InputError("another process refused this step; its own message says why")
         if refusal is not None:
             raise refusal
+        if seen is not None:
+            seen = replace(seen, left=left / self.processes.count)
         return (None if skips else seen), idlers == self.processes.count
 
     def _checked(self, loss: Any) -> StepInputs | None:
@@ -349,7 +357,8 @@ class NGDT(Optimizer):
         if self.metric.hooked and self.metric.reads_gradients and not self._recorder.called:
             validate.predictions_seen(passes, terms)
         largest = max(reversed(passes), key=lambda one: one.examples, default=None)
-        return StepInputs(largest, terms, scale)
+        left = loss_left(self.likelihood, passes, scale * (self.notices.scale or 1.0))
+        return StepInputs(largest, terms, scale, left)
 
     def _loss_scale(self) -> float:
         """The factor by which a GradScaler has multiplied the loss of the captured passes;
@@ -387,17 +396,22 @@ class NGDT(Optimizer):
         """The largest learning rate of the groups."""
         return max(float(group["lr"]) for group in self.param_groups)
 
-    def _sized(self, lengths: StepLengths) -> _Taken:
+    def _sized(self, lengths: StepLengths, seen_left: float) -> _Taken:
         """From the lengths of v to the size of the step."""
         calibration, signal = self.calibration, self.signal
-        kappa = 1.0 if calibration is None else calibration.scale(sum(lengths.delta))
+        kappa = 1.0
+        if calibration is not None:
+            kappa = calibration.scale(max(sum(lengths.delta), sum(lengths.a)))
         scale = 1.0
+        left = None
         if signal is not None:
-            signal.observe(self.steps, lengths.along)
-            scale = signal.scale
+            signal.observe(self.steps, lengths.along, seen_left)
+            scale, left = signal.scale, signal.left
         etas, costs = [], []
         for share, a in zip(self._shares, lengths.a, strict=True):
             size = self.regulator.step_size(a / kappa / share, self.steps) if share > 0 else 0.0
+            if a > 0 and left is not None:
+                size = min(size, math.sqrt(2 * left * share * kappa / a))
             etas.append(scale * size)
             costs.append(0.5 * size * size * a / kappa)
         rate = self._rate
@@ -408,7 +422,7 @@ class NGDT(Optimizer):
         limit = None if budget is None else budget * (rate * scale) ** 2
         bound = None if budget is None else sum(costs) < BOUND * budget
         null_size = rate * self.metric.eta_null
-        return _Taken(kappa, etas[0], sizes, null_size, predicted, budget, limit, bound)
+        return _Taken(kappa, etas[0], sizes, null_size, predicted, budget, left, limit, bound)
 
     def _measured(self, taken: _Taken) -> bool:
         """Whether the step is to be measured: the same on all processes."""
@@ -433,8 +447,8 @@ class NGDT(Optimizer):
             return None, 1.0
         realised, floor = found
         if math.isfinite(realised) and self.calibration is not None:
-            certain = self.meter.certain
-            self.calibration.observe(self.steps, taken.predicted, realised, floor, certain)
+            unbounded = self.meter.certain and taken.left is None
+            self.calibration.observe(self.steps, taken.predicted, realised, floor, unbounded)
         kept, limit = 1.0, taken.limit
         for _ in range(MOST_CUTS):
             if limit is None or realised <= max(EXCESS * limit, ABOVE_FLOOR * floor):
@@ -481,6 +495,7 @@ class NGDT(Optimizer):
             "delta": delta / taken.kappa,
             "eta": taken.eta,
             "bound_by_eta_max": None if taken.bound is None else float(taken.bound),
+            "loss_left": taken.left,
             "signal": None if self.signal is None else self.signal.scale,
             "signal_ratio": None if self.signal is None else self.signal.ratio,
             "predicted": taken.predicted * shortened**2,
@@ -645,8 +660,9 @@ class NGDT(Optimizer):
 @dataclass(frozen=True)
 class _Taken:
     """A step as it was taken: κ, η_T of the first pool, the size per pool, the size in the null
-    space, its predicted dissipation, its budget and the limit (lr·s)²·budget (nats), and whether
-    η_max and not the budget bounds it (None where there is no budget)."""
+    space, its predicted dissipation, its budget, what the loss could still fall by and the limit
+    (lr·s)²·budget (nats), and whether η_max or the loss left bounds it (None where there is no
+    budget)."""
 
     kappa: float
     eta: float
@@ -654,5 +670,6 @@ class _Taken:
     null_size: float
     predicted: float
     budget: float | None
+    left: float | None
     limit: float | None
     bound: bool | None

@@ -20,6 +20,8 @@ in expectation; cf. Almeida et al. 1998 and Baydin et al. 2018 on adapting step 
 of successive gradients, Mahsereci & Hennig 2015 on noisy line search, and Mahsereci et al. 2017 on
 early stopping without a validation set.) Cost: one inner product per block, which momentum needs
 anyway.
+
+Nor does a step pay that spends more than the loss has left (`forward_pass.loss_left`).
 """
 
 from __future__ import annotations
@@ -53,19 +55,22 @@ class Signal:
 
     Attributes:
         scale: s, in [LEAST, 1].
+        left: what the loss could still fall by when that was last seen (nats); None before.
         ratio: r of the last step; None before it is known.
         sizes: of the last step, per pool. spent: its predicted dissipation (nats).
     """
 
     scale: float = 1.0
+    left: float | None = None
     ratio: float | None = None
     sizes: tuple[float, ...] = ()
     spent: float = 0.0
 
-    def observe(self, step: int, along: list[float]) -> None:
+    def observe(self, step: int, along: list[float], left: float = math.inf) -> None:
         """Take g'ᵀv of the last update v with the gradient g' of this step (0, 1, 2, …), one entry
-        per pool."""
+        per pool, and what the loss could still fall by (infinity: not seen)."""
         self.ratio = None
+        self.left = left if math.isfinite(left) else self.left
         if len(self.sizes) != len(along) or not self.spent > 0:
             return
         remaining = sum(size * slope for size, slope in zip(self.sizes, along, strict=True))
@@ -80,9 +85,12 @@ class Signal:
 
     def state_dict(self) -> dict[str, Any]:
         """The scale and the last step."""
-        return {"scale": self.scale, "sizes": list(self.sizes), "spent": self.spent}
+        sizes = list(self.sizes)
+        return {"scale": self.scale, "left": self.left, "sizes": sizes, "spent": self.spent}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self.scale, self.spent = float(state["scale"]), float(state["spent"])
+        left = state.get("left")
+        self.left = None if left is None else float(left)
         self.sizes = tuple(float(size) for size in state["sizes"])

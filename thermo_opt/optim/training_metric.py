@@ -55,11 +55,13 @@ class StepInputs:
         terms: the loss terms that all passes together average over; 0 where the metric
             has no use for them.
         scale: by how much a GradScaler has multiplied the loss.
+        left: `loss_left` (nats), the mean over processes.
     """
 
     last: ForwardPass | None
     terms: float
     scale: float
+    left: float
 
 
 @dataclass(frozen=True)
