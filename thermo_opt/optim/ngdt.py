@@ -85,10 +85,9 @@ class NGDT(Optimizer):
     Newton step. s ≤ 1 follows the signal (`optim.signal`): it is 1 while the next minibatch's
     gradient still points along the last step, and shrinks where steps go beyond what lowers the
     expected loss, because they follow noise or because the loss is spent. No step costs more nats
-    than the minibatch's loss has left. κ is 1 for exact
-    metrics; for approximate ones it follows the KL that steps really cause (one forward pass of a
-    few examples of the minibatch, at first on every step, later on fewer: `Calibration`); a
-    measured step that overspends is shortened.
+    than the minibatch's loss has left. κ is 1 for exact metrics; for approximate ones it follows
+    the KL that steps really cause (one forward pass of a few examples of the minibatch, at first on
+    every step, later on fewer: `Calibration`); a measured step that overspends is shortened.
 
     The loss must be the *mean* negative log-likelihood of ``likelihood`` over the batch (auxiliary
     terms are welcome); under gradient accumulation, the mean over all equally large parts. Pass the
