@@ -73,7 +73,7 @@ def ngdt(task: SmallTask, budget: float, seed: int) -> tuple[list[dict[str, floa
         after, buffers = torch.get_rng_state(), [b.clone() for b in net.buffers()]
         torch.set_rng_state(before)
         with torch.no_grad():
-            old, new = (family.outputs(f.detach().double()) for f in (out, net(x)))
+            old, new = (family.outputs(f.detach().double(), y) for f in (out, net(x)))
             for b, kept in zip(net.buffers(), buffers, strict=True):
                 b.copy_(kept)
         torch.set_rng_state(after)

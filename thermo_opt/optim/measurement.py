@@ -50,6 +50,10 @@ LEAST_EXAMPLES = 4
 UNIFORM = 0.2
 """Share of a sample that is drawn with equal probabilities, so that no weight exceeds 1/UNIFORM."""
 
+CERTAIN = 0.01
+"""Below this variance of a prediction (tr Λ) its gradient may be lost to rounding, in bfloat16
+too: where it is zero, that doesn't say that the loss leaves the prediction out."""
+
 SPENT = 0.02
 """Below this mean square of a prediction's score nearly all predictions are certain. Where a step
 goes wrong then, their scores don't tell which change, so that all are read."""
@@ -140,7 +144,7 @@ class KLMeter:
             None where no way of repeating the pass gives the same outputs again. All processes
             decide alike, since a pass may need all of them.
         """
-        active = None if seen is None or self.likelihood.joint else seen.active()
+        active = None if seen is None else self._active(seen)
         scores = None if seen is None else self._scores(seen, active)
         certain, rows, weights = False, None, None
         if seen is not None and scores is not None:
@@ -225,6 +229,15 @@ class KLMeter:
 
     def _agreed(self, same: bool) -> bool:
         return self.processes.total([float(same)])[0] == self.processes.count
+
+    def _active(self, seen: ForwardPass) -> Tensor | None:
+        """Which predictions the loss counts; None: all. A certain one has no gradient left, either,
+        and a bad step may change it most."""
+        found = None if self.likelihood.joint else seen.active()
+        if found is None:
+            return None
+        found |= self.likelihood.variance(self.likelihood.outputs(seen.outputs.float())) < CERTAIN
+        return None if bool(found.all()) else found
 
     def _scores(self, seen: ForwardPass, active: Tensor | None) -> Tensor | None:
         """E|r|² + |r|² of each example, r the score of its active predictions; None where
