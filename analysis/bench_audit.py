@@ -171,10 +171,10 @@ def _once(side: str, path: Path) -> float:
 def _fresh(*arguments: object, env: Mapping[str, str] | None = None) -> list[str]:
     """What this benchmark prints in a process of its own, word by word."""
     command = [sys.executable, "-m", "analysis.bench_audit", *map(str, arguments)]
-    told = subprocess.run(
+    said = subprocess.run(
         command, capture_output=True, text=True, check=True, env={**os.environ, **(env or {})}
     )
-    return told.stdout.split()
+    return said.stdout.split()
 
 
 def _row(benchmark: str, ratios: Sequence[float], target: str) -> dict[str, Any]:

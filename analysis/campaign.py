@@ -229,7 +229,7 @@ def campaign(kind: str, count: int, seed: int, names: list[str]) -> list[dict[st
                 begun = any((folder / "run").glob("snapshots/*.safetensors"))
                 if kind == "full" and name == "recorder" and status != 0 and begun:
                     wrongs.append("the training ended with the disk")
-                elif wrong := told(subject, folder, reference):
+                elif wrong := fault(subject, folder, reference):
                     wrongs.append(wrong)
                 shutil.rmtree(folder)
             rows.append(
@@ -251,7 +251,7 @@ def size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def told(subject: Subject, folder: Path, reference: Path) -> str | None:
+def fault(subject: Subject, folder: Path, reference: Path) -> str | None:
     """What is wrong afterwards; an exception is, too."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

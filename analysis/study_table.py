@@ -112,17 +112,19 @@ def rows_of_runs(
 
 def notes(found: Mapping[str, Any]) -> list[str]:
     """How a run's alignment was had, and why a value isn't known."""
-    told = []
+    notes = []
     aligned = found.get("alignment", {})
     if aligned.get("steps"):
-        told.append(
+        notes.append(
             f"alignment at λ = {aligned['damping']:g}, {len(aligned['steps'])} steps a run, "
             f"{aligned['examples']} examples of each one's minibatch"
         )
     if aligned.get("frozen"):
-        told.append("batch normalisation frozen there at the minibatch's statistics")
+        notes.append("batch normalisation frozen there at the minibatch's statistics")
     reasons = {"alignment": "alignment_reason", "peak memory": "peak_memory_reason"}
-    return told + [f"{what} unknown: {found[key]}" for what, key in reasons.items() if key in found]
+    return notes + [
+        f"{what} unknown: {found[key]}" for what, key in reasons.items() if key in found
+    ]
 
 
 def rows_of_methods(
@@ -162,8 +164,8 @@ def rows_of_methods(
         for name in RATIOS:
             row[f"{name}_ratio"] = own[name].mean(skipna=False) / base[name].mean(skipna=False)
             row[f"{name}_ratio_std"] = (own[name] / base[name]).std(skipna=False)
-        told = dict.fromkeys(note for run in own["notes"] for note in run.split("; ") if note)
-        table.append(row | {"reference": reference, "notes": "; ".join(told)})
+        notes = dict.fromkeys(note for run in own["notes"] for note in run.split("; ") if note)
+        table.append(row | {"reference": reference, "notes": "; ".join(notes)})
     return pd.DataFrame(table)
 
 

@@ -62,7 +62,7 @@ def test_transport_is_the_motion_that_lasts_whatever_the_noise():
     off = [(f.total.value - truth) / f.total.error for f in found]
     assert abs(np.mean(off)) < 0.5
     assert 0.5 < np.std(off) < 1.5  # the standard error is one
-    assert np.mean([f.total.told for f in found]) > 0.9
+    assert np.mean([f.total.significant for f in found]) > 0.9
     coarse = noise.lasting_transport(products_of(path[::2]), steps[::2])
     gap = coarse.total.value - found[-1].total.value
     assert abs(gap) < 3 * (coarse.total.error + found[-1].total.error)
@@ -92,7 +92,7 @@ def test_a_stationary_process_transports_nothing_although_it_drifts():
     found = noise.balanced_transport(adjacent, drift, at, len(moves))
     housekeeping = len(moves) * 0.5 * ETA**2 * H**2 * variance
     assert abs(found.total.value) < 3 * found.total.error < 0.2 * housekeeping
-    assert not noise.lasting_transport(products_of(path), np.arange(len(path))).total.told
+    assert not noise.lasting_transport(products_of(path), np.arange(len(path))).total.significant
 
 
 def test_lags_have_the_structure_of_the_process():

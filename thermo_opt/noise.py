@@ -35,7 +35,7 @@ class Estimate:
     error: float
 
     @property
-    def told(self) -> bool:
+    def significant(self) -> bool:
         """Whether the value stands out from zero by two standard errors."""
         return bool(self.value > 2 * self.error)
 

@@ -97,10 +97,10 @@ def _batch_size(audit: Audit) -> Advice:
     except InputError as reason:
         return Advice("batch size", f"Nothing is known of the best batch size: {reason}.")
     b, star = found.batch_size, found.overall
-    told = f"the critical batch size is about {number(star.value)} ± {number(star.error, 2)}"
+    sentence = f"the critical batch size is about {number(star.value)} ± {number(star.error, 2)}"
     ends = [value for value in (found.value[0], found.value[-1]) if np.isfinite(value)]
     if len(ends) == 2 and max(ends) > _NEAR * min(ends):
-        told += (
+        sentence += (
             f", {number(found.value[0], 2)} at first and {number(found.value[-1], 2)} at the end"
         )
     if star.value > _NEAR * b:
@@ -108,7 +108,8 @@ def _batch_size(audit: Audit) -> Advice:
         return Advice(
             "batch size",
             f"At batch size {2 * b} instead of {b}, with a learning rate tuned to it, the same "
-            f"loss takes {percent(saved)} fewer steps and {percent(dearer)} more examples: {told}.",
+            f"loss takes {percent(saved)} fewer steps and {percent(dearer)} more examples: "
+            f"{sentence}.",
             saved,
             abs(1 / (2 * b) - 1 / b) / (1 + star.value / b) ** 2 * star.error,
             "steps",
@@ -119,12 +120,12 @@ def _batch_size(audit: Audit) -> Advice:
         return Advice(
             "batch size",
             f"At batch size {half} instead of {b}, with a learning rate tuned to it, the same loss "
-            f"takes {percent(saved)} fewer examples and {percent(slower)} more steps: {told}.",
+            f"takes {percent(saved)} fewer examples and {percent(slower)} more steps: {sentence}.",
             saved,
             (b - half) / (b + star.value) ** 2 * star.error,
             "examples",
         )
-    return Advice("batch size", f"Nothing to gain from the batch size: {told}, near {b}.", 0.0)
+    return Advice("batch size", f"Nothing to gain from the batch size: {sentence}, near {b}.", 0.0)
 
 
 def _momentum(audit: Audit) -> Advice:

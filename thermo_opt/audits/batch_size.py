@@ -98,8 +98,8 @@ class CriticalBatch:
                 f"batch sizes from {least} to {most} leave no room for the run's examples, "
                 f"{self.batch_size} a step on average"
             )
-        told = np.nan_to_num(np.where(np.isfinite(self.value), self.value, self.lower))
-        star = np.where(np.isfinite(self.value), told, np.maximum.accumulate(told))
+        known = np.nan_to_num(np.where(np.isfinite(self.value), self.value, self.lower))
+        star = np.where(np.isfinite(self.value), known, np.maximum.accumulate(known))
         middle = 0.5 * (self.step + self.step_end - 1)
         every = np.arange(int(self.step[0]), int(self.step_end[-1]))
         star = np.exp(np.interp(every, middle, np.log(np.maximum(star, 1e-9))))

@@ -19,7 +19,7 @@ from thermo_opt.runs.run import RunInfo
 
 _STRETCHES = 12
 """Stretches of a run that the split is told for, at most."""
-_TOLD_BY = 3.0
+_SIGMAS = 3.0
 """Standard errors by which the drift of a stretch should stand out for a critical batch size: a
 run whose whole drift stands out by n times as many is cut into n² stretches."""
 _USUAL = 0.9
@@ -135,21 +135,21 @@ def measure_split(
     if not found and moved is None:
         return None
     apart, drift = sampled.sums(total).values()
-    told = moved is not None and moved.total.told
+    resolved = moved is not None and moved.total.significant
     unknown = Estimate(np.nan, np.nan)
     way = moved.total if moved is not None else unknown
-    rest = _housekeeping(drift, way, moved) if told else unknown
+    rest = _housekeeping(drift, way, moved) if resolved else unknown
     scale = float(batch_size or np.nan) if memory <= 1 else np.nan
-    batch = noise.ratio(apart, drift, scale) if drift.told and apart.value > 0 else unknown
+    batch = noise.ratio(apart, drift, scale) if drift.significant and apart.value > 0 else unknown
     curve = _curve(sampled, moved, total)
     return Split(
         noise=_number(apart.value),
         noise_error=_number(apart.error),
         drift=_number(drift.value),
         drift_error=_number(drift.error),
-        transport=way.value if told else None,
+        transport=way.value if resolved else None,
         transport_error=_number(way.error),
-        transport_lag=moved.lag if moved is not None and told else None,
+        transport_lag=moved.lag if moved is not None and resolved else None,
         housekeeping=_number(rest.value),
         housekeeping_error=_number(rest.error),
         critical_batch=_number(batch.value),
@@ -222,7 +222,7 @@ def _reason(
         said.append("noise and drift are unknown without replicas: record with Recorder(replica=…)")
     if moved is None:
         said.append("transport is unknown: the recorded path is too short, or unevenly recorded")
-    elif not moved.total.told:
+    elif not moved.total.significant:
         said.append(
             f"transport can't be told from zero: {moved.total.value:.2g} ± {moved.total.error:.2g} "
             "nats"
@@ -236,7 +236,7 @@ def _reason(
         )
     elif found and batch_size is None:
         said.append("the critical batch size needs the batch size: record with batch_size=…")
-    if moved is not None and moved.total.told and moved.grows:
+    if moved is not None and moved.total.significant and moved.grows:
         said.append(
             "transport is a lower bound: products further apart in time than this record allows "
             "would be larger"
@@ -271,8 +271,8 @@ def critical_table(curve: pd.DataFrame, scale: float) -> pd.DataFrame:
     way = _summed(curve, "drift", span)
     count = 0
     if np.isfinite(scale) and np.isfinite(way.value):
-        told = way.value / way.error if way.error > 0 else np.inf
-        count = int(min(len(span), max(1.0, max(told / _TOLD_BY, 0.0) ** 2)))
+        sigmas = way.value / way.error if way.error > 0 else np.inf
+        count = int(min(len(span), max(1.0, max(sigmas / _SIGMAS, 0.0) ** 2)))
     rows = []
     for part in np.array_split(np.arange(len(span)), count) if count else ():
         length = span[part].sum()
@@ -280,7 +280,7 @@ def critical_table(curve: pd.DataFrame, scale: float) -> pd.DataFrame:
         apart, here = (
             _summed(curve.iloc[part], key, span[part] / length) for key in ("noise", "drift")
         )
-        star = noise.ratio(apart, here, scale) if here.told else Estimate(np.nan, np.nan)
+        star = noise.ratio(apart, here, scale) if here.significant else Estimate(np.nan, np.nan)
         above = max(here.value, 0.0) + 2 * here.error
         below = max(apart.value - 2 * apart.error, 0.0)
         row |= {"noise": apart.value, "noise_error": apart.error}

@@ -125,17 +125,17 @@ def measure(inputs: LensInputs) -> AdamMeasurements:
 
 def _entering_moments(run: Run) -> str | None:
     """A note on recorded settings that change what Adam's second moment estimates."""
-    told = [
+    stated = [
         f"{key} = {value}"
         for key, value in {**run.info.notes, **run.info.settings}.items()
         if any(word in str(key).lower() for word in ("clip", "max_grad_norm", "accum", "smoothing"))
         and isinstance(value, int | float | str)
         and value not in (0, 0.0, "", False)
     ]
-    if not told:
+    if not stated:
         return None
     return (
-        f"the record says {', '.join(told)}: clipping, gradient accumulation and label smoothing "
+        f"the record says {', '.join(stated)}: clipping, gradient accumulation and label smoothing "
         "enter the second moment, and with it this metric"
     )
 

@@ -42,7 +42,7 @@ def split_of(audit: Audited) -> Split | None:
 
 def parts(split: Split) -> dict[str, tuple[float, float]]:
     """(value, standard error) of the parts that add up: transport, housekeeping and noise, or drift
-    and noise where the transport isn't told."""
+    and noise where the transport can't be told from zero."""
     keys = ("drift", "noise") if split.transport is None else ("transport", "housekeeping", "noise")
     return {k: (getattr(split, k), getattr(split, f"{k}_error") or 0.0) for k in keys}
 
@@ -102,7 +102,7 @@ def split_curve(audit: Audited, ax: Axes | None = None) -> Axes:
         return ax
     quiet(ax, "Noise, drift and transport along the training")
     for key, colour in COLOURS.items():
-        middle, value, error = told(split.curve, key)
+        middle, value, error = estimates(split.curve, key)
         if not len(middle):
             continue
         shade = OKABE_ITO[colour]
@@ -125,7 +125,7 @@ def critical_batch(audits: Audited | Iterable[Audited], ax: Axes | None = None) 
         if split is None or split.critical.empty:
             continue
         style, table = look(i), split.critical
-        middle, value, error = told(table, "critical_batch")
+        middle, value, error = estimates(table, "critical_batch")
         below = table[table["critical_batch"].isna() & (table["critical_batch_lower"] > 0)]
         if not len(middle) and below.empty:
             continue
@@ -164,7 +164,7 @@ def critical_batch(audits: Audited | Iterable[Audited], ax: Axes | None = None) 
     return ax
 
 
-def told(table: pd.DataFrame, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def estimates(table: pd.DataFrame, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(middles, values, errors) of the stretches where a part stands out from zero by two errors,
     or, of noise and drift, is positive."""
     value, error = table[key].to_numpy(float), table[f"{key}_error"].to_numpy(float)

@@ -10,7 +10,7 @@ import numpy as np
 from thermo_opt.describe.quantities import number
 from thermo_opt.lenses.results import Audited
 from thermo_opt.plots.palette import look
-from thermo_opt.plots.split import OPACITY, batch_size, parts, split_of, told
+from thermo_opt.plots.split import OPACITY, batch_size, estimates, parts, split_of
 from thermo_opt.report.spec import Figure, Spec, axis, label, layout, line, log_axis, numbers
 
 
@@ -94,7 +94,7 @@ def critical_batch(audits: Sequence[Audited]) -> Figure | None:
         split = split_of(audit)
         if split is None or split.critical.empty:
             continue
-        middle, value, error = told(split.critical, "critical_batch")
+        middle, value, error = estimates(split.critical, "critical_batch")
         if not len(middle):
             continue
         style = look(i)

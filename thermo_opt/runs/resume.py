@@ -115,10 +115,10 @@ def _note_session(
         changed = sorted(
             key for key in now.keys() | before.keys() if now.get(key) != before.get(key)
         )
-        told = [key for key in changed if key not in _OFTEN_CHANGED]
-        if told:
+        notable = [key for key in changed if key not in _OFTEN_CHANGED]
+        if notable:
             warnings.warn(
-                f"{path} goes on with other optimizer settings ({', '.join(told)}); run.json "
+                f"{path} goes on with other optimizer settings ({', '.join(notable)}); run.json "
                 f"notes them from step "
                 f"{step}",
                 stacklevel=4,

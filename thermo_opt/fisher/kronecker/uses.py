@@ -26,7 +26,7 @@ WIDEST_STACK = 2048
 
 
 @dataclass(frozen=True)
-class Use:
+class ParameterUse:
     """One place where a parameter enters.
 
     Attributes:
@@ -85,7 +85,7 @@ class UsedRule(LinearRule):
 
     def uses(
         self, module: Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
-    ) -> list[Use]:
+    ) -> list[ParameterUse]:
         """Where the parameter enters the outputs, as far as it can be told."""
         p = module._parameters[self.weight]
         found = []
@@ -162,15 +162,15 @@ def _entry(link: tuple[Any, int], p: Tensor) -> tuple[bool, int | None, int] | N
 
 def _use(
     node: Any, number: int, turned: bool, place: int | None, start: int, stacked: bool
-) -> Use | None:
+) -> ParameterUse | None:
     name = node.name()
     kind = "product" if turned else "turned"
     if (name, number) in (("AddmmBackward0", 2), ("MmBackward0", 1)) and stacked == (
         place is not None
     ):
-        return Use(node, kind, place, start, not turned)
+        return ParameterUse(node, kind, place, start, not turned)
     if (name, number) == ("BmmBackward0", 1) and stacked and place is None:
-        return Use(node, "stack", None, 0, not turned)
+        return ParameterUse(node, "stack", None, 0, not turned)
     if name == "AddBackward0" and not (turned or stacked or start):
-        return Use(node, "sum")
+        return ParameterUse(node, "sum")
     return None

@@ -191,12 +191,12 @@ def invert(parts: Sequence[DampedInverse]) -> None:
     Give it all of one parameter block and nothing else: a resumed run rebuilds each by itself, and
     the same batch gives the same bits.
     """
-    alike: dict[tuple[object, ...], list[DampedInverse]] = {}
+    by_shape: dict[tuple[object, ...], list[DampedInverse]] = {}
     for part in parts:
-        alike.setdefault((part.block.shape[-1], part.block.dtype, part.block.device), []).append(
+        by_shape.setdefault((part.block.shape[-1], part.block.dtype, part.block.device), []).append(
             part
         )
-    for group in alike.values():
+    for group in by_shape.values():
         count = max(TOGETHER // max(part.block.numel() for part in group), 1)
         for start in range(0, len(group), count):
             batch = group[start : start + count]

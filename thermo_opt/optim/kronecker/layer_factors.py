@@ -13,7 +13,7 @@ from torch.nn import functional
 from thermo_opt.fisher.kronecker.factors import flatten, working, working_dtype
 from thermo_opt.fisher.kronecker.layers import KroneckerLayer
 from thermo_opt.fisher.kronecker.rules import ConvRule
-from thermo_opt.fisher.kronecker.uses import Use
+from thermo_opt.fisher.kronecker.uses import ParameterUse
 from thermo_opt.optim.kronecker.capture import (
     Capture,
     RunningAverage,
@@ -120,7 +120,7 @@ class LayerFactors:
         else:
             add_captures([self], [capture])
 
-    def capture_use(self, use: Use, g: Tensor, offset: int) -> None:
+    def capture_use(self, use: ParameterUse, g: Tensor, offset: int) -> None:
         """Take one use of a bare parameter, with the gradient at its result."""
         most = self.options.max_rows
         stack, out, inputs = self.layer.shape

@@ -167,15 +167,15 @@ class BlockLayout:
     def _stack(self, found: Captured) -> Captured:
         """Stack the blocks of one shape and parameter group that were seen, at most `STACK` at a
         time."""
-        alike: dict[tuple[object, ...], Captured] = {}
+        by_shape: dict[tuple[object, ...], Captured] = {}
         for block, captured in found:
             shape = block.shape_key() if isinstance(block, LayerBlock) else None
             groups = tuple(None if i is None else self.setup.groups[i] for i in block.places)
             like = block.params[0]
             key = (id(block),) if shape is None else (*shape, groups, like.dtype, like.device)
-            alike.setdefault(key, []).append((block, captured))
+            by_shape.setdefault(key, []).append((block, captured))
         stacked: Captured = []
-        for members in alike.values():
+        for members in by_shape.values():
             size = math.ceil(len(members) / math.ceil(len(members) / STACK))
             for part in (members[i : i + size] for i in range(0, len(members), size)):
                 block = part[0][0] if len(part) == 1 else self._merge([b.name for b, _ in part])

@@ -13,7 +13,7 @@ from thermo_opt.fisher.kronecker.blocks import KroneckerBasis
 from thermo_opt.fisher.kronecker.coordinates import Coordinates, LayerMatrix, SharedWeight
 from thermo_opt.fisher.kronecker.estimate import projected_squares
 from thermo_opt.fisher.kronecker.layers import KroneckerLayer
-from thermo_opt.fisher.kronecker.uses import Use
+from thermo_opt.fisher.kronecker.uses import ParameterUse
 from thermo_opt.fisher.spectral import Spectrum, orthogonal_iteration
 from thermo_opt.optim.kronecker.blocks import Average, LayerBlock, rtol_of
 from thermo_opt.optim.kronecker.capture import RunningAverage, group_by_shape, stack_averages
@@ -99,7 +99,7 @@ class MatrixBlock(LayerBlock):
     def capture(self, place: int, x: Tensor, g: Tensor, offset: int) -> None:
         self.sides[place].capture(x, g, offset, self.corrected)
 
-    def capture_use(self, place: int, use: Use, g: Tensor, offset: int) -> None:
+    def capture_use(self, place: int, use: ParameterUse, g: Tensor, offset: int) -> None:
         """Take one use of a bare parameter: g = ∂(mean loss)/∂(its result)."""
         self.sides[place].capture_use(use, g, offset)
 
@@ -353,8 +353,8 @@ def _turned(layer: KroneckerLayer, first: KroneckerLayer) -> bool | None:
     weight = torch.empty(layer.parameters[0].shape, device="meta")
     own, reference = (SharedWeight(one).gather([weight]) for one in (layer, first))
     if any(t is not weight and t._base is not weight for t in (own, reference)):
-        alike = type(layer.rule) is type(first.rule) and own.shape == reference.shape
-        return False if alike else None
+        same = type(layer.rule) is type(first.rule) and own.shape == reference.shape
+        return False if same else None
     for turned, matrix in ((False, own), (True, own.mT)):
         if (matrix.shape, matrix.stride()) == (reference.shape, reference.stride()):
             return turned

@@ -255,8 +255,8 @@ def _by_shape(
     names = {shape: name for name, shape in shapes.items()}
     keys = [(key, shape) for group in found for key, shape in group.items() if shape is not None]
     chosen = {names[shape]: key for key, shape in keys if shape in names}
-    told = len(names) == len(shapes) and len(chosen) == len(keys)
-    return chosen if told and chosen else None
+    fits = len(names) == len(shapes) and len(chosen) == len(keys)
+    return chosen if fits and chosen else None
 
 
 def _shape(state: OptimizerState, key: Key) -> Shape | None:
