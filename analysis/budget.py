@@ -2,14 +2,16 @@
 networks and losses of `analysis.small_tasks`, or over those of `analysis.more_tasks`.
 
     python -m analysis budget [--budgets 0.001,0.01,0.03] [--seeds 1] [--only WORD,…]
-    [--tasks small|looked-at|apart]
+    [--tasks small|looked-at|apart] [--strict]
 
 A step is repeated with its random draws after the update and compared with what it gave before,
 apart from the optimizer's own measurements. Ratios are to the budget and to what the step
 was allowed, s²·budget with the signal s (theory §7), in three windows of steps: median [10 %, 90 %]
 max.
 Beside them the final validation loss, and AdamW's at three learning rates on the same batches.
-Seeds are 0, 1, and so on; one thread. Writes budget.csv, or budget_looked-at.csv and so on.
+Seeds are 0, 1, and so on; one thread. ``--strict`` has every step measured on its whole minibatch
+(`Calibration(every=1, predictions=None)`). Writes budget.csv, budget_apart.csv and so on, with
+"_strict" at the end.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from analysis.more_tasks import APART, LOOKED_AT, made
 from analysis.small_tasks import SmallTask, tasks
 from analysis.timing import report
 from thermo_opt.fisher.likelihoods import likelihood
+from thermo_opt.optim import Calibration
 
 STEPS = 240
 WINDOWS = ((0, 30), (30, 100), (160, 240))
@@ -57,12 +60,19 @@ def adamw(task: SmallTask, rate: float, seed: int) -> float:
     return validation(task, net)
 
 
-def ngdt(task: SmallTask, budget: float, seed: int) -> tuple[list[dict[str, float]], float]:
+def ngdt(
+    task: SmallTask, budget: float, seed: int, strict: bool
+) -> tuple[list[dict[str, float]], float]:
     """(per step: realised KL over the budget and over what was allowed, and whether η_max bound it;
     the final validation loss)."""
     net, family = task.build(seed), likelihood(task.likelihood)
     torch.manual_seed(seed + 1000)
-    optimizer = to.NGDT(net, budget=budget, likelihood=task.likelihood)
+    optimizer = to.NGDT(
+        net,
+        budget=budget,
+        likelihood=task.likelihood,
+        calibration=Calibration(every=1, predictions=None) if strict else "auto",
+    )
     rows = []
     for _, (x, y) in zip(range(STEPS), task.batches(seed), strict=False):
         before = torch.get_rng_state()
@@ -91,9 +101,9 @@ def spread(values: Sequence[float]) -> str:
     return f"{median(ordered):.2f} [{low:.2f}, {high:.2f}] {ordered[-1]:.1f}"
 
 
-def measured(task: SmallTask, budget: float, seeds: int) -> dict[str, Any]:
+def measured(task: SmallTask, budget: float, seeds: int, strict: bool) -> dict[str, Any]:
     """The table's row of one task at one budget."""
-    runs = [ngdt(task, budget, seed) for seed in range(seeds)]
+    runs = [ngdt(task, budget, seed, strict) for seed in range(seeds)]
     row: dict[str, Any] = {"task": task.name, "budget": budget, "seeds": seeds}
     for start, end in WINDOWS:
         steps = [one for rows, _ in runs for one in rows[start:end]]
@@ -101,6 +111,9 @@ def measured(task: SmallTask, budget: float, seeds: int) -> dict[str, Any]:
             row[f"KL / {over}, {start}–{end - 1}"] = spread([one[over] for one in steps])
         row[f"η_max binds, {start}–{end - 1}"] = round(fmean(one["bound"] for one in steps), 2)
         row[f"signal, {start}–{end - 1}"] = round(fmean(one["signal"] for one in steps), 2)
+    every = [one["budget"] for rows, _ in runs for one in rows]
+    row["steps"], row["above 5 budgets"] = len(every), sum(one > 5 for one in every)
+    row["most"] = max(every)
     row["validation loss"] = fmean(final for _, final in runs)
     return row
 
@@ -112,6 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", default="", help="words of the tasks' names, separated by commas")
     parser.add_argument("--tasks", default="small", choices=["small", "looked-at", "apart"])
+    parser.add_argument("--strict", action="store_true", help="measure every step, whole")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", UserWarning)
@@ -121,13 +135,14 @@ def main(arguments: list[str] | None = None) -> None:
     for task in (task for task in chosen if any(word in task.name for word in words)):
         finals = {r: fmean(adamw(task, r, seed) for seed in range(given.seeds)) for r in RATES}
         for budget in map(float, given.budgets.split(",")):
-            row = measured(task, budget, given.seeds)
+            row = measured(task, budget, given.seeds, given.strict)
             best = min(finals.values())
             row |= {f"AdamW {rate:g}": final for rate, final in finals.items()}
             row["over AdamW's best"] = row["validation loss"] / best if best else math.nan
             rows.append(row)
             print(f"{task.name}, budget {budget:g}: done", flush=True)
     name = "budget" if given.tasks == "small" else f"budget_{given.tasks}"
+    name += "_strict" if given.strict else ""
     print(report("Realised KL over the budget, and final validation losses", rows, name))
 
 
