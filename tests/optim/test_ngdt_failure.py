@@ -80,8 +80,12 @@ def test_models_that_cannot_be_trained() -> None:
         to.NGDT(models.mlp(), params=[nn.Parameter(torch.zeros(3))])
     complex_model = nn.Module()
     complex_model.w = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
-    with pytest.raises(to.InputError, match="complex"):
+    with pytest.raises(to.InputError, match="view_as_real"):
         to.NGDT(complex_model)
+    with pytest.raises(to.InputError, match=r"'0\.weight' has no shape yet"):
+        to.NGDT(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3)))
+    with torch.device("meta"), pytest.raises(to.InputError, match="meta device"):
+        to.NGDT(nn.Linear(4, 3))
     part = models.mlp()
     with pytest.raises(to.InputError, match="only some of them"):
         to.NGDT(part, params=part[0].parameters(), metric="exact")

@@ -1,5 +1,7 @@
 """A vocabulary never forms a matrix of its own size squared, not even in the first step."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -86,3 +88,28 @@ def test_wide_inputs_keep_diagonal_blocks() -> None:
     sides = [len(t) for t in optimizer.metric.blocks[0].inverse.A.inverses]
     assert sum(sides) == 2501
     assert max(sides) <= 257
+
+
+@pytest.mark.parametrize("metric", [KFAC(), EKFAC()])
+def test_another_name_of_a_table_that_is_never_called_changes_nothing(metric: KFAC) -> None:
+    """As T5's shared table, whose encoder, decoder and read-out have modules of their own."""
+    x = torch.randint(30, (4, 16), generator=torch.Generator().manual_seed(0))
+    trained = []
+    for named in (False, True):
+        torch.manual_seed(0)
+        model = Words(30, True)
+        if named:
+            model.shared = nn.Embedding(30, 4)
+            model.shared.weight = model.table.weight
+        optimizer = to.NGDT(model, metric=metric)
+        for _ in range(3):
+            optimizer.zero_grad()
+            models.loss(model(x), x.flip(0)).backward()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                optimizer.step()
+        resumed = to.NGDT(model, metric=metric)
+        resumed.load_state_dict(optimizer.state_dict())
+        assert len(resumed.metric.blocks) == 1
+        trained.append(model.table.weight.detach())
+    assert torch.equal(*trained)

@@ -202,7 +202,8 @@ class KLMeter:
             way = "none"
         warnings.warn(
             "the model's training passes can't be repeated (they draw random numbers from a state "
-            f"of their own, or change what they depend on): steps {said}",
+            "of their own, change what they depend on, or ran with other weights than there are "
+            f"before the step): steps {said}",
             stacklevel=6,
         )
         return way

@@ -77,13 +77,27 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def model(module: nn.Module) -> None:
-    """Refuse a model without trainable parameters, or with complex ones."""
+    """Refuse a model without trainable parameters, or with complex or uninitialised ones."""
+    for name, p in module.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise InputError(
+                f"parameter {name!r} has no shape yet (a lazy layer): call the model once on a "
+                "batch before making NGDT"
+            )
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if not trainable:
         raise InputError("the model has no parameters that require grad: there is nothing to train")
     for name, p in trainable:
         if p.is_complex():
-            raise InputError(f"parameter {name!r} is complex; NGDT trains real parameters only")
+            raise InputError(
+                f"parameter {name!r} is complex, and NGDT trains real parameters: keep it as "
+                "torch.view_as_real(…) and let forward take torch.view_as_complex of that"
+            )
+        if p.is_meta:
+            raise InputError(
+                f"parameter {name!r} is on the meta device, without values: put the model on its "
+                "device (to_empty, then initialise or load it) before making NGDT"
+            )
 
 
 def groups(

@@ -275,7 +275,8 @@ class MatrixBlock(LayerBlock):
 
 
 class TiedBlock(MatrixBlock):
-    """A weight that several layers share: the nearest single product to the sum of theirs."""
+    """A weight that several layers share: the nearest single product to the sum of theirs. Layers
+    that are never called (another name of the same table) have none."""
 
     def __init__(
         self, layers: Sequence[KroneckerLayer], weight: nn.Parameter, options: KFAC
@@ -288,10 +289,6 @@ class TiedBlock(MatrixBlock):
     def shape_key(self) -> tuple[object, ...] | None:
         return None
 
-    def captured(self, terms: float) -> list[Tensor] | None:
-        found = super().captured(terms)
-        return found if len(self.captured_layers) == len(self.sides) else None
-
     @property
     def divisible(self) -> bool:
         """Whether narrow sides, which all layers share, may be cut; a wide one is a diagonal."""
@@ -301,17 +298,19 @@ class TiedBlock(MatrixBlock):
         if not self.divisible:
             return list(captured)
         rest, parts = list(captured), []
-        for side in self.sides:
-            count = sum(side.blocks) if rest else 0
+        for j, side in enumerate(self.sides):
+            count = sum(side.blocks) if rest and j in self.captured_layers else 0
             parts += side.cut(limit, rest[:count])
             rest = rest[count:]
         return parts
 
     def factors(self) -> tuple[Factor, Factor] | None:
-        if None in self._turned or not all(side.average.value for side in self.sides):
+        pairs = zip(self.sides, self._turned, strict=True)
+        seen = [(side, turned) for side, turned in pairs if side.average.value]
+        if not seen or None in self._turned:
             return None
         terms = []
-        for side, turned in zip(self.sides, self._turned, strict=True):
+        for side, turned in seen:
             value, count = side.average.value, side.blocks[0]
             A, G = value[:count], value[count:]
             terms.append((G, A) if turned else (A, G))
