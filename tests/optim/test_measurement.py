@@ -155,6 +155,19 @@ def test_predictions_too_certain_to_have_a_gradient_are_measured() -> None:
     assert measurement.finish()[0] == pytest.approx(float(kl.mean()))
 
 
+def test_a_small_part_of_the_budget_need_not_be_foreseen() -> None:
+    def measured(limit: float) -> int:
+        calibration, found = Calibration(every=10), 0
+        for step in range(60):
+            if calibration.due(step):
+                found += 1
+                calibration.observe(step, 1e-4, (1e-5, 4e-4)[step % 2], limit=limit)
+        return found
+
+    assert measured(1e-2) < 30
+    assert measured(1e-3) > 50
+
+
 @pytest.mark.parametrize("predictions", [None, 48])
 def test_what_the_loss_does_not_count_is_not_measured(predictions: int | None) -> None:
     """Half of the positions are padding, which hardly changes."""

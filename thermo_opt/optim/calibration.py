@@ -51,6 +51,9 @@ EXPECTED = 1.6
 """A ratio within this factor of 1 was foreseen: the next measurement may wait twice as long, where
 the last ones lay within it, too."""
 
+IDLE = 0.1
+"""A step that spends less than this part of what it might need not be foreseen."""
+
 RECENT = 0.7
 """Memory of the mean square of log(realised/predicted)."""
 
@@ -152,16 +155,27 @@ class Calibration:
         realised: float,
         floor: float = 0.0,
         certain: bool = False,
+        limit: float = 0.0,
     ) -> None:
-        """Take one step's predicted and realised KL (nats). ``floor``: what rounding alone would
-        realise; a step that can't be told from it teaches nothing. ``certain``: nearly all
-        predictions were, and nothing else bounds the step, of which the metric of a certain
-        prediction says nothing: the next one is measured, too."""
-        self._learn(step, predicted, realised, floor)
+        """Take one step's predicted and realised KL (nats).
+
+        Args:
+            step: its number.
+            predicted: its KL in the metric.
+            realised: the KL measured.
+            floor: what rounding alone would realise; a step that can't be told from it teaches
+                nothing.
+            certain: whether nearly all predictions were, and nothing else bounds the step. The
+                metric of a certain prediction says nothing of it: the next one is measured, too.
+            limit: what the step might have spent. A small part of it need not be foreseen.
+        """
+        self._learn(step, predicted, realised, floor, IDLE * limit)
         if certain:
             self.wait = 1
 
-    def _learn(self, step: int, predicted: float, realised: float, floor: float) -> None:
+    def _learn(
+        self, step: int, predicted: float, realised: float, floor: float, idle: float
+    ) -> None:
         ratio = realised / predicted if predicted > 0 else math.inf
         drowned = max(predicted, realised) <= ABOVE_FLOOR * floor
         if drowned or not predicted > RESOLUTION or (self._overrated and ratio < 1):
@@ -175,10 +189,11 @@ class Calibration:
         else:
             self.kappa *= 1 + self.gain * (min(max(ratio, low), high) - 1)
         self.last = step
-        miss = math.log(min(max(ratio, 1 / OUTLIER), OUTLIER))
+        idles = max(predicted, realised) < idle
+        miss = 0.0 if idles else math.log(min(max(ratio, 1 / OUTLIER), OUTLIER))
         self.unsteady = RECENT * self.unsteady + (1 - RECENT) * miss * miss
         steady = self.unsteady < math.log(EXPECTED) ** 2
-        foreseen = steady and 1 / EXPECTED < ratio < EXPECTED
+        foreseen = steady and (idles or 1 / EXPECTED < ratio < EXPECTED)
         if step >= FIRST_STEPS:
             most = min(max(self.every, step // SELDOM), max(step // FIRST_STEPS, 1))
             most = most if self.every > 1 else 1

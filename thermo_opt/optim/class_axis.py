@@ -30,12 +30,14 @@ class ClassAxis:
 
     Decided by the first pass whose gradient fits one of the two axes in question, 1 and the last,
     for all outputs with as many dimensions. Until then, and where a loss fits neither, torch's
-    convention holds (`thermo_opt.likelihoods.class_axis`).
+    convention holds (`thermo_opt.likelihoods.class_axis`). The first pass also decides whether
+    outputs are log-probabilities.
     """
 
     def __init__(self, likelihood: Likelihood) -> None:
         self.likelihood = likelihood
         self._axes: dict[int, int] = {}
+        self._logarithms: dict[int, bool] = {}
 
     def arrange(self, seen: ForwardPass) -> None:
         """Turn a pass that backward came through, and where its outputs are log-probabilities, take
@@ -52,7 +54,11 @@ class ClassAxis:
         if seen.outputs.dim() > 2 and seen.axis is None:
             seen.turn(self._axis(seen))
         if (g := seen.gradient) is not None:
-            seen.gradient = _of_logits(seen.outputs, g)
+            rank = seen.outputs.dim()
+            if rank not in self._logarithms:
+                self._logarithms[rank] = _log_probabilities(seen.outputs, -1)
+            if self._logarithms[rank]:
+                seen.gradient = _back_to_logits(seen.outputs, g)
 
     def _axis(self, seen: ForwardPass) -> int:
         rank = seen.outputs.dim()
@@ -81,7 +87,11 @@ def _sort_heads(seen: ForwardPass) -> None:
 
 def _of_logits(f: Tensor, g: Tensor) -> Tensor:
     """The gradient at log-probabilities taken back to their logits, another as it is."""
-    return g - f.to(g.dtype).exp() * g.sum(-1, keepdim=True) if _log_probabilities(f, -1) else g
+    return _back_to_logits(f, g) if _log_probabilities(f, -1) else g
+
+
+def _back_to_logits(f: Tensor, g: Tensor) -> Tensor:
+    return g - f.to(g.dtype).exp() * g.sum(-1, keepdim=True)
 
 
 def _decided(seen: ForwardPass) -> int | None:

@@ -447,7 +447,8 @@ class NGDT(Optimizer):
         realised, floor = found
         if math.isfinite(realised) and self.calibration is not None:
             unbounded = self.meter.certain and taken.left is None
-            self.calibration.observe(self.steps, taken.predicted, realised, floor, unbounded)
+            limit = taken.limit or 0.0
+            self.calibration.observe(self.steps, taken.predicted, realised, floor, unbounded, limit)
         kept, limit = 1.0, taken.limit
         for _ in range(MOST_CUTS):
             if limit is None or realised <= max(EXCESS * limit, ABOVE_FLOOR * floor):
