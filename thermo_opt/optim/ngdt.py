@@ -447,8 +447,10 @@ class NGDT(Optimizer):
         realised, floor = found
         if math.isfinite(realised) and self.calibration is not None:
             unbounded = self.meter.certain and taken.left is None
-            limit = taken.limit or 0.0
-            self.calibration.observe(self.steps, taken.predicted, realised, floor, unbounded, limit)
+            allowed = taken.limit or 0.0
+            self.calibration.observe(
+                self.steps, taken.predicted, realised, floor, unbounded, allowed
+            )
         kept, limit = 1.0, taken.limit
         for _ in range(MOST_CUTS):
             if limit is None or realised <= max(EXCESS * limit, ABOVE_FLOOR * floor):
