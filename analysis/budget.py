@@ -8,7 +8,8 @@ A step is repeated with its random draws after the update and compared with what
 apart from the optimizer's own measurements. Ratios are to the budget and to what the step
 was allowed, s²·budget with the signal s (theory §7), in three windows of steps: median [10 %, 90 %]
 max.
-Beside them the final validation loss, and AdamW's at three learning rates on the same batches.
+Beside them the validation loss, final and lowest (of every tenth step and the last), and AdamW's at
+three learning rates on the same batches.
 Seeds are 0, 1, and so on; one thread. ``--strict`` has every step measured on its whole minibatch
 (`Calibration(every=1, predictions=None)`). Writes budget.csv, budget_apart.csv and so on, with
 "_strict" at the end.
@@ -36,6 +37,8 @@ from thermo_opt.optim import Calibration
 STEPS = 240
 WINDOWS = ((0, 30), (30, 100), (160, 240))
 SETS = {"looked-at": LOOKED_AT, "apart": APART}
+LOOK = 10
+"""Steps between two looks at the validation loss."""
 RATES = (1e-3, 3e-3, 1e-2)
 """AdamW's learning rates."""
 
@@ -45,26 +48,31 @@ def validation(task: SmallTask, net: nn.Module) -> float:
     x, y = task.validation()
     net.eval()
     with torch.no_grad():
-        return float(task.loss(net(x), y))
+        loss = float(task.loss(net(x), y))
+    net.train()
+    return loss
 
 
-def adamw(task: SmallTask, rate: float, seed: int) -> float:
-    """AdamW's final validation loss."""
+def adamw(task: SmallTask, rate: float, seed: int) -> list[float]:
+    """AdamW's validation losses (`LOOK`)."""
     net = task.build(seed)
     torch.manual_seed(seed + 1000)
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate)
-    for _, (x, y) in zip(range(STEPS), task.batches(seed), strict=False):
+    losses = []
+    for step, (x, y) in zip(range(1, STEPS + 1), task.batches(seed), strict=False):
         optimizer.zero_grad()
         task.loss(net(x), y).backward()
         optimizer.step()
-    return validation(task, net)
+        if step % LOOK == 0:
+            losses.append(validation(task, net))
+    return losses
 
 
 def ngdt(
     task: SmallTask, budget: float, seed: int, strict: bool
-) -> tuple[list[dict[str, float]], float]:
+) -> tuple[list[dict[str, float]], list[float]]:
     """(per step: realised KL over the budget and over what was allowed, and whether η_max bound it;
-    the final validation loss)."""
+    the validation losses)."""
     net, family = task.build(seed), likelihood(task.likelihood)
     torch.manual_seed(seed + 1000)
     optimizer = to.NGDT(
@@ -73,8 +81,9 @@ def ngdt(
         likelihood=task.likelihood,
         calibration=Calibration(every=1, predictions=None) if strict else "auto",
     )
-    rows = []
-    for _, (x, y) in zip(range(STEPS), task.batches(seed), strict=False):
+    rows: list[dict[str, float]] = []
+    losses = []
+    for step, (x, y) in zip(range(1, STEPS + 1), task.batches(seed), strict=False):
         before = torch.get_rng_state()
         out = net(x)
         optimizer.zero_grad()
@@ -91,7 +100,9 @@ def ngdt(
         spent, scale = float(family.kl(old, new).mean()) / budget, last["signal"] or 1.0
         bound = float(last["bound_by_eta_max"] or 0.0)
         rows.append({"budget": spent, "allowed": spent / scale**2, "bound": bound, "signal": scale})
-    return rows, validation(task, net)
+        if step % LOOK == 0:
+            losses.append(validation(task, net))
+    return rows, losses
 
 
 def spread(values: Sequence[float]) -> str:
@@ -114,7 +125,8 @@ def measured(task: SmallTask, budget: float, seeds: int, strict: bool) -> dict[s
     every = [one["budget"] for rows, _ in runs for one in rows]
     row["steps"], row["above 5 budgets"] = len(every), sum(one > 5 for one in every)
     row["most"] = max(every)
-    row["validation loss"] = fmean(final for _, final in runs)
+    row["validation loss"] = fmean(losses[-1] for _, losses in runs)
+    row["lowest validation loss"] = fmean(min(losses) for _, losses in runs)
     return row
 
 
@@ -133,11 +145,14 @@ def main(arguments: list[str] | None = None) -> None:
     rows = []
     chosen = tasks() if given.tasks == "small" else made(SETS[given.tasks])
     for task in (task for task in chosen if any(word in task.name for word in words)):
-        finals = {r: fmean(adamw(task, r, seed) for seed in range(given.seeds)) for r in RATES}
+        others = {rate: [adamw(task, rate, seed) for seed in range(given.seeds)] for rate in RATES}
+        finals = {rate: fmean(losses[-1] for losses in runs) for rate, runs in others.items()}
+        lowest = min(fmean(map(min, runs)) for runs in others.values())
         for budget in map(float, given.budgets.split(",")):
             row = measured(task, budget, given.seeds, given.strict)
             best = min(finals.values())
             row |= {f"AdamW {rate:g}": final for rate, final in finals.items()}
+            row["lowest of AdamW's"] = lowest
             row["over AdamW's best"] = row["validation loss"] / best if best else math.nan
             rows.append(row)
             print(f"{task.name}, budget {budget:g}: done", flush=True)

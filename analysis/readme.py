@@ -172,6 +172,8 @@ def budgets(name: str) -> str:
     best = table[[column for column in map(str, table) if column.startswith("AdamW ")]].min(axis=1)
     kept["AdamW's best"] = [f"{value:.3g}" for value in best]
     kept["AdamW 0.001"] = [f"{value:.3g}" for value in table["AdamW 0.001"]]
+    kept["lowest"] = [f"{value:.3g}" for value in table["lowest validation loss"]]
+    kept["AdamW's lowest"] = [f"{value:.3g}" for value in table["lowest of AdamW's"]]
     return markdown(kept)
 
 
