@@ -226,8 +226,8 @@ def against(name: str, checkout: Path, rounds: int, threads: int) -> list[dict[s
     return rows
 
 
-def main(arguments: list[str]) -> None:
-    """Run a benchmark, or compare with another checkout."""
+def main(arguments: list[str]) -> int:
+    """Run a benchmark, or compare with another checkout; its exit status."""
     parser = argparse.ArgumentParser(
         prog="analysis bench",
         description=__doc__,
@@ -239,13 +239,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=int, default=1)
     chosen, rest = (arguments[:1], arguments[1:])
     if "--against" not in rest and chosen and chosen[0] in (*NAMES, "scaling"):
-        import_module(f"analysis.bench_{chosen[0]}").main(rest)
-        return
+        return import_module(f"analysis.bench_{chosen[0]}").main(rest) or 0
     options = parser.parse_args(arguments)
     rows = against(options.name, options.against, options.rounds, options.threads)
     from analysis.timing import show
 
     show(f"{options.name}: this checkout over {options.against}", rows)
+    return 0
 
 
 if __name__ == "__main__":

@@ -75,5 +75,7 @@ def report(
     frame = pd.DataFrame(rows)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
-    frame.assign(machine=machine()).to_csv(path, index=False)
+    if "machine" not in frame:
+        frame = frame.assign(machine=machine())
+    frame.to_csv(path, index=False)
     return path

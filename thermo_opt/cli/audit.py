@@ -138,11 +138,13 @@ def _options(
 def _shared(paths: Sequence[Path], options: dict[str, Any], cluster: str | None) -> Sequence[Path]:
     """The runs' paths as a cluster's workers find them, who stand in other folders; the probe's
     too, in the options."""
+    from thermo_opt.runs.remote import absolute
+
     if cluster is None:
         return paths
     if options["probe"] is not None:
-        options["probe"] = options["probe"].absolute()
-    return [path.absolute() for path in paths]
+        options["probe"] = absolute(options["probe"])
+    return [absolute(path) for path in paths]
 
 
 def _slice(text: str) -> slice:

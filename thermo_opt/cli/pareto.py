@@ -103,9 +103,11 @@ def pareto(
     jobs = jobs if cluster is None else -1
     places = list(runs)
     if cluster is not None:  # its workers stand in other folders
-        places = [run.absolute() for run in runs]
+        from thermo_opt.runs.remote import absolute
+
+        places = [absolute(run) for run in runs]
         if replay is not None and probe is not None:
-            replay["probe"] = probe = probe.absolute()
+            replay["probe"] = probe = absolute(probe)
     with on_cluster(cluster, existing([*places, probe])), terminal.Bars() as bars:
         tracks, left_out = read_trajectories(
             places, CLOCK_OF[x], reading, replay, jobs, bars("reading runs", len(runs))

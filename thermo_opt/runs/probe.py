@@ -16,6 +16,7 @@ from torch import Tensor
 
 from thermo_opt import arguments
 from thermo_opt.errors import InputError
+from thermo_opt.runs import remote
 from thermo_opt.runs.probe_files import PROBE_SUFFIXES, read_arrays
 
 Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
@@ -179,6 +180,8 @@ def load_probe(path: str | os.PathLike[str]) -> Probe:
             targets, or no rows.
     """
     path = arguments.path("probe", path)
+    if remote.is_remote(path):
+        path = remote.local_copy(path)
     if not path.exists():
         raise InputError(
             f"{path}: no such probe file; give one of {', '.join(PROBE_SUFFIXES)} with inputs and "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from thermo_opt import arguments
 from thermo_opt.errors import InputError
+from thermo_opt.runs import remote
 from thermo_opt.runs.border import visible
 from thermo_opt.runs.readers import (
     folders,
@@ -55,7 +56,8 @@ def load_run(
         path: the run's folder, or one with a single run below it. Recognised from its files: our
             own layout (``run.json``), Hugging Face `Trainer` output (``checkpoint-*/``), Lightning
             (``*.ckpt``), files of `torch.save` (``*.pt``, ``*.pth``, ``*.pth.tar``, …),
-            safetensors, or one folder per checkpoint (Accelerate, FSDP, DCP, …).
+            safetensors, or one folder per checkpoint (Accelerate, FSDP, DCP, …). A URL that fsspec
+            knows (``s3://bucket/run``) is copied to this machine (`thermo_opt.runs.remote`).
         format: one of `FORMATS`, where the files don't tell.
         key: dotted key of the state dict to read, where a checkpoint holds several models'.
         likelihood: output distribution of the model, where the files don't say, or say otherwise.
@@ -69,6 +71,8 @@ def load_run(
             more than one layout, or holds several runs.
     """
     folder = arguments.path("path", path)
+    if remote.is_remote(folder):
+        folder = remote.local_copy(folder)
     try:
         if not folder.exists():
             raise InputError(f"{folder}: no such folder; give the folder of a recorded run")
