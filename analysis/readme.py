@@ -210,6 +210,47 @@ def _with_interval(mean: float, half: float, digits: int) -> str:
     return found if math.isnan(half) else f"{found} ± {half:.{digits}f}"
 
 
+_PRICES = {"GB-month": 0.023, "core-hour": 0.05, "1,000 writes": 0.005, "1,000 reads": 0.0004}
+"""Dollars, as public clouds list them; assumed, not measured."""
+_READING = 200e6
+"""Bytes that a worker reads per second from a shared store; assumed, not measured."""
+
+
+def on_paper(runs: int = 10_000, snapshots: int = 1_000, tokens: int = 50_000) -> str:
+    """What many recorded language models would cost, from the measured rows of `sketch` and `bench
+    audit`."""
+    each = _read("sketch").set_index("predictions")["bytes a snapshot"]
+    audit = _read("bench_audit").set_index("benchmark")["value"]
+    (sketching,) = [value for name, value in audit.items() if "to sketch 1,000" in str(name)]
+    (auditing,) = [value for name, value in audit.items() if "to audit a snapshot" in str(name)]
+    count = runs * snapshots
+    rows = []
+    for what, n in (("whole", tokens), ("sketched", tokens), ("sketched", 2_048)):
+        stored = count * each[what] / 2_048 * n
+        row = {
+            "predictions": f"{what}, {n:,} tokens",
+            "a snapshot, MB": stored / count / 1e6,
+            "all, TB": stored / 1e12,
+            "storage, $ a month": stored / 1e9 * _PRICES["GB-month"],
+            "writes and reads, $": count / 1e3 * (_PRICES["1,000 writes"] + _PRICES["1,000 reads"]),
+            "reading, worker hours": stored / _READING / 3600,
+        }
+        if what == "sketched":
+            hours = [count * n * sketching / 1e6 / 3600, count * n / 50_000 * auditing / 1e3 / 3600]
+            row |= {
+                "sketching, core hours": hours[0],
+                "audits, core hours": hours[1],
+                "both, $": sum(hours) * _PRICES["core-hour"],
+            }
+        rows.append(
+            {
+                key: v if isinstance(v, str) else f"{v:,.3g}" if v < 100 else f"{v:,.0f}"
+                for key, v in row.items()
+            }
+        )
+    return markdown(pd.DataFrame(rows).fillna("–"), 3)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "studies": studies,
     "alignments": alignments,
@@ -222,6 +263,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ensembles": ensembles,
     "schedules": schedules,
     "splits": splits,
+    "on-paper": on_paper,
     **{
         name: lambda name=name: plain(name)  # type: ignore[misc]
         for name in (

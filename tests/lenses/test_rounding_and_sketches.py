@@ -154,6 +154,27 @@ def test_sketched_predictions_agree_with_the_whole_ones_within_their_error(tmp_p
     assert "at most" not in said
 
 
+@pytest.mark.parametrize("kind", [None, "probabilities"])
+def test_a_sketch_is_the_signs_times_the_roots_of_p(kind, monkeypatch):
+    from thermo_opt.runs import probing
+
+    monkeypatch.setattr(probing, "_SKETCH_BYTES", dict.fromkeys((True, False), 8 * 70 * 3))
+    rng = torch.Generator().manual_seed(0)
+    z = 30 * torch.randn(10, 70, generator=rng)
+    z[:, 3] = -torch.inf  # a word that is never said
+    y = torch.arange(10) * 7 % 70 + 4
+    y[2] = -100
+    log_p = z.double().log_softmax(-1)
+    given = z if kind is None else log_p.exp()
+    seen = probing.ProbeObserver(
+        nn.Identity(), (given, y), likelihood="categorical", kind=kind, sketch=8
+    ).observe()
+    expected = (0.5 * log_p).exp() @ torch.from_numpy(signs(70, 8, probing.SKETCH_SEED))
+    torch.testing.assert_close(seen["probe/sketch"].double(), expected, rtol=1e-5, atol=1e-6)
+    at_y = log_p[torch.arange(10), y.clamp_min(0)].masked_fill(y == -100, 0.0)
+    torch.testing.assert_close(seen["probe/log_p_y"], at_y, rtol=1e-12, atol=1e-12)
+
+
 def test_squared_chords_of_sketches_are_unbiased():
     rng = np.random.default_rng(0)
     u, v = np.sqrt(rng.dirichlet(np.full(500, 0.1), size=(2, 3000)))

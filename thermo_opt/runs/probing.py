@@ -37,8 +37,10 @@ SKETCH_SEED = 0
 """Of every run's sketches, so that runs can be compared."""
 WIDEST_SKETCH = 4096
 """Sums per prediction: a standard error of 2 % for one prediction alone, and less for many."""
-_SKETCH_ROWS = 256
-"""Predictions sketched at a time."""
+_SKETCH_BYTES = {True: 1 << 23, False: 1 << 27}
+"""Double-precision predictions sketched at a time: on a CPU what its cache holds, else more."""
+_FLOOR_ROWS = 256
+"""Predictions whose rounding is recorded with a sketch."""
 
 
 def predictions(
@@ -245,25 +247,33 @@ class ProbeObserver:
         if targets is not None:
             y = targets[start : start + len(outputs)].to(outputs.device).reshape(-1).long()
         sums, log_p_y = [], []
-        for first in range(0, len(rows), _SKETCH_ROWS):
-            log_p = self._log_p(rows[first : first + _SKETCH_ROWS].double())
-            sums.append((0.5 * log_p).exp() @ self._signs)
+        block = max(1, _SKETCH_BYTES[rows.is_cpu] // (8 * classes))
+        for first in range(0, len(rows), block):
+            # h = √(p · Z) by one exponential, whose length is √Z
+            h = self._log(rows[first : first + block].to(torch.float64, copy=True))
+            most = h.amax(-1, keepdim=True)
             if y is not None:
-                here = y[first : first + _SKETCH_ROWS]
-                at_target = log_p.gather(-1, here.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+                here = y[first : first + block]
+                at_target = h.gather(-1, here.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+            h.sub_(most).mul_(0.5).exp_()
+            length = torch.linalg.vector_norm(h, dim=-1)
+            sums.append(h @ self._signs / length.unsqueeze(-1))
+            if y is not None:
+                at_target = at_target - most.squeeze(-1) - 2 * length.log()
                 log_p_y.append(at_target.masked_fill(here == likelihoods.IGNORED, 0.0))
         found = {"probe/sketch": torch.cat(sums).float().cpu().reshape(*leading, -1)}
         if log_p_y:
             found["probe/log_p_y"] = torch.cat(log_p_y).cpu().reshape(leading)
-        few = rows[:_SKETCH_ROWS].detach().double().cpu().numpy()
+        few = rows[:_FLOOR_ROWS].detach().double().cpu().numpy()
         stored = str(outputs.dtype).removeprefix("torch.")
         found["probe/floor"] = torch.tensor(
             rounding_floor(few, computed_dtype(few, stored)), dtype=torch.float64
         )
         return found
 
-    def _log_p(self, rows: Tensor) -> Tensor:
-        return (rows.clamp_min(0).log() if self._kind == "probabilities" else rows).log_softmax(-1)
+    def _log(self, rows: Tensor) -> Tensor:
+        """A tensor of its own: log p up to what is common to a row."""
+        return rows.clamp_min(0).log() if self._kind == "probabilities" else rows
 
 
 def install(model: nn.Module, snapshot: Snapshot, tied: Mapping[str, str] | None = None) -> None:
