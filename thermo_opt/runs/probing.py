@@ -39,8 +39,8 @@ WIDEST_SKETCH = 4096
 """Sums per prediction: a standard error of 2 % for one prediction alone, and less for many."""
 _SKETCH_BYTES = {True: 1 << 23, False: 1 << 27}
 """Double-precision predictions sketched at a time: on a CPU what its cache holds, else more."""
-_FLOOR_ROWS = 256
-"""Predictions whose rounding is recorded with a sketch."""
+_FLOOR_ROWS, _FLOOR_NUMBERS = 256, 1 << 20
+"""Predictions whose rounding is recorded with a sketch: no more than these hold numbers, and 16."""
 
 
 def predictions(
@@ -234,8 +234,8 @@ class ProbeObserver:
 
     def _sketched(self, outputs: Tensor, start: int) -> dict[str, Tensor]:
         """Of outputs (m, …, c): ``probe/sketch`` (m, …, width) float32; with targets
-        ``probe/log_p_y`` (m, …) float64, 0 where not counted; ``probe/floor``, the rounding floor
-        a₀ (§4) of the first rows."""
+        ``probe/log_p_y`` (m, …) float64, 0 where not counted; of the probe's start
+        ``probe/floor``, the rounding floor a₀ (§4) of its first rows."""
         assert self.sketch_record is not None
         targets = self.probe.targets
         outputs = likelihoods.parameters_last("categorical", outputs, targets)
@@ -264,11 +264,13 @@ class ProbeObserver:
         found = {"probe/sketch": torch.cat(sums).float().cpu().reshape(*leading, -1)}
         if log_p_y:
             found["probe/log_p_y"] = torch.cat(log_p_y).cpu().reshape(leading)
-        few = rows[:_FLOOR_ROWS].detach().double().cpu().numpy()
-        stored = str(outputs.dtype).removeprefix("torch.")
-        found["probe/floor"] = torch.tensor(
-            rounding_floor(few, computed_dtype(few, stored)), dtype=torch.float64
-        )
+        if start == 0:
+            count = min(_FLOOR_ROWS, max(16, _FLOOR_NUMBERS // classes))
+            few = rows[:count].detach().double().cpu().numpy()
+            stored = str(outputs.dtype).removeprefix("torch.")
+            found["probe/floor"] = torch.tensor(
+                rounding_floor(few, computed_dtype(few, stored)), dtype=torch.float64
+            )
         return found
 
     def _log(self, rows: Tensor) -> Tensor:
