@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import nn
 
+import thermo_opt as to
 from thermo_opt.errors import InputError
 from thermo_opt.runs import as_probe, install, load_run, predict
 from thermo_opt.runs.readers.steps import numbers_in
@@ -372,3 +373,41 @@ def test_sharded_files_of_torch_save(tmp_path):
         of = {name: file for file, part in shards.items() for name in part}
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": of}))
     assert_replays(tmp_path, model, [1, 2])
+
+
+@pytest.mark.parametrize("names", [("module.encoder_q", "module.encoder_k"), ("0", "1")])
+def test_a_model_stored_twice_needs_a_key(tmp_path, names):
+    models = [network(), network()]
+    for step in (1, 2):
+        nn.init.normal_(models[1][0].weight)
+        stored = {
+            f"{prefix}.{name}": tensor
+            for prefix, model in zip(names, models, strict=True)
+            for name, tensor in model.state_dict().items()
+        }
+        torch.save({"state_dict": stored}, tmp_path / f"step_{step}.pt")
+    inputs = torch.randn(8, *models[0][0].weight.shape[1:])
+    probe = (inputs, models[0](inputs).argmax(-1))
+    last = names[1].split(".")[-1]
+    with pytest.raises(InputError, match=rf"2 times, under .*'{last}\.'.*--key"):
+        to.audit(tmp_path, model=network(), probe=probe, lens="outputs")
+    run = load_run(tmp_path, key=last)
+    assert torch.equal(run.snapshots[-1].load("params/0.weight"), models[1][0].weight)
+    assert to.audit(run, model=network(), probe=probe, lens="outputs").summary["distance"] > 0
+
+
+@pytest.mark.parametrize("form", [list, lambda states: dict(enumerate(states))])
+def test_all_models_in_one_file_are_told(tmp_path, form):
+    torch.save({"states": form([network().state_dict()] * 3)}, tmp_path / "history.pt")
+    with pytest.raises(InputError, match=r"holds 3 models .* a file of its own"):
+        load_run(tmp_path)
+
+
+def test_training_states_beside_models_are_the_optimizers(tmp_path):
+    def save(k, step, m, o):
+        torch.save(m.state_dict(), tmp_path / f"model_state_epoch_{k}.th")
+        state = {"optimizer": o.state_dict(), "metric_tracker": {}}
+        torch.save(state, tmp_path / f"training_state_epoch_{k}.th")
+
+    run = assert_replays(tmp_path, train(save), [0, 4, 8, 12])
+    assert run.snapshots[1].has_group("exp_avg")

@@ -31,7 +31,7 @@ from thermo_opt.models import (
 from thermo_opt.runs import adapters
 from thermo_opt.runs.probe import Inputs, make_probe
 from thermo_opt.runs.run import Snapshot
-from thermo_opt.runs.weight_names import fitted
+from thermo_opt.runs.weight_names import fitted, prefixes
 
 SKETCH_SEED = 0
 """Of every run's sketches, so that runs can be compared."""
@@ -309,6 +309,17 @@ def install(model: nn.Module, snapshot: Snapshot, tied: Mapping[str, str] | None
         if alias in stored and not any(name in stored for name, p in own.items() if p is parameter):
             stored[next(name for name, p in own.items() if p is parameter)] = stored[alias]
     missing = [name for name in own if name not in stored]
+    wanted = own.keys() - _shared(own, aliases)
+    twice = [
+        prefix
+        for prefix in (prefixes(stored, wanted) if missing else ())
+        if all(stored[prefix + name].shape == own[name].shape for name in wanted)
+    ]
+    if len(twice) > 1:
+        raise InputError(
+            f"{snapshot.path} holds weights of the model's names {len(twice)} times, under "
+            f"{', '.join(repr(p) for p in twice[:4])}: choose with --key {twice[0][:-1]}"
+        )
     if missing:
         raise InputError(
             f"{snapshot.path} has no weight {missing[0]!r}, which the model has ({len(missing)} "

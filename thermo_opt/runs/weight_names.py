@@ -43,17 +43,7 @@ def fitted(stored: Iterable[str], needed: Set[str], known: Set[str]) -> Mapping[
     if needed <= set(names):
         beside = {name for name in names if name not in known and name.split(".")[0] in _BESIDE}
         return {name: name for name in names if name not in beside}
-    first = min(needed) if needed else ""
-    prefixes = {name[: -len(first)] for name in names if name.endswith("." + first)}
-    fits = [
-        prefix
-        for prefix in prefixes
-        if needed <= {n.removeprefix(prefix) for n in names if n.startswith(prefix)}
-    ]
-    if fits:
-        plain = [
-            prefix for prefix in fits if not any(part in prefix.lower() for part in _AVERAGES)
-        ] or fits
+    if plain := prefixes(names, needed):
         if len(plain) > 1:
             return None
         return {name: name.removeprefix(plain[0]) for name in names if name.startswith(plain[0])}
@@ -67,3 +57,17 @@ def fitted(stored: Iterable[str], needed: Set[str], known: Set[str]) -> Mapping[
         } <= set(names):
             return {name: prefix + name for name in names}
     return None
+
+
+def prefixes(stored: Iterable[str], needed: Set[str]) -> list[str]:
+    """The prefixes under which all of the model's names are stored; those of averaged copies only
+    where there are no others."""
+    names = list(stored)
+    first = min(needed) if needed else ""
+    ends = {name[: -len(first)] for name in names if name.endswith("." + first)}
+    fits = [
+        prefix
+        for prefix in sorted(ends)
+        if needed <= {n.removeprefix(prefix) for n in names if n.startswith(prefix)}
+    ]
+    return [p for p in fits if not any(part in p.lower() for part in _AVERAGES)] or fits

@@ -82,20 +82,17 @@ def state_dict(file: TorchFile, key: str | None = None) -> StateDict:
     """
     found = dict(_state_dicts(file.content))
     if key is not None:
-        if key not in found:
+        tensors = found.get(key) or _part(found, key)
+        if tensors is None:
             raise InputError(
                 f"{file.path} holds no state dict under {key!r}; it has "
                 f"{', '.join(map(repr, found)) or 'none at all'}"
             )
-        return StateDict(file.path, found[key], key)
+        return StateDict(file.path, tensors, key)
     if not found:
         raise InputError(
             f"{file.path} holds no state dict (it is {_described(file.content)}); "
-            + (
-                "save predictions instead, with numpy.savez and the names probabilities and labels"
-                if isinstance(file.content, Opaque) and not _is_module(file.content)
-                else "save model.state_dict(), alone or in a dictionary"
-            )
+            f"{_remedy(file.content)}"
         )
     own = {name: tensors for name, tensors in found.items() if not is_average(name)} or found
     if len(own) > 1 and "averaging_state" not in _keys_of(file.content):
@@ -111,6 +108,39 @@ def state_dict(file: TorchFile, key: str | None = None) -> StateDict:
     chosen = usual[0][1] if usual else next(iter(own))
     beside = tuple(name for name in found if name != chosen)
     return StateDict(file.path, found[chosen], chosen, beside)
+
+
+def _part(
+    found: Mapping[str, Mapping[str, LazyTensor]], key: str
+) -> Mapping[str, LazyTensor] | None:
+    """The tensors whose names have ``key`` among their parts, as ``encoder_q`` of
+    ``module.encoder_q.weight``, named by what follows: of the first such part; None where several
+    are as near the front."""
+    places = {
+        (name, tensor[: f".{tensor}".index(f".{key}.") + len(key) + 1])
+        for name, tensors in found.items()
+        for tensor in tensors
+        if f".{key}." in f".{tensor}"
+    }
+    nearest = min((prefix.count(".") for _, prefix in places), default=0)
+    places = {place for place in places if place[1].count(".") == nearest}
+    if len(places) != 1:
+        return None
+    name, prefix = places.pop()
+    return {n.removeprefix(prefix): t for n, t in found[name].items() if n.startswith(prefix)}
+
+
+def _remedy(content: Any) -> str:
+    """What to do about a file that holds no state dict."""
+    if isinstance(content, Opaque) and not _is_module(content):
+        return "save predictions instead, with numpy.savez and the names probabilities and labels"
+    inner = list(content.values()) if isinstance(content, Mapping) else []
+    deeper = [part for value in inner if isinstance(value, Mapping) for part in value.values()]
+    if any(isinstance(value, PlainArray) for value in (*inner, *deeper)):
+        return (
+            "weights in NumPy arrays are written as tensors, with torch.from_numpy and torch.save"
+        )
+    return "save model.state_dict(), alone or in a dictionary"
 
 
 def optimizer_state(file: TorchFile) -> OptimizerState | str:

@@ -96,12 +96,12 @@ _KINDS = (
         "prob_0, prob_1, …",
     ),
     _Kind(
-        r".*\.zip",
-        "zip archives",
+        r".*\.(zip|nemo|tgz|gz|xz|bz2|zst|7z)",
+        "archives or compressed files",
         "unpack each into a folder of its own with its step in the name, like step-100/policy.pth",
     ),
     _Kind(
-        r".*\.(onnx|gguf|ggml|mlmodel|pdparams|rds|RData)",
+        r".*\.(onnx|pt2|gguf|ggml|mlmodel|pdparams|rds|RData)",
         "models in a format that holds no training state",
     ),
     _Kind(

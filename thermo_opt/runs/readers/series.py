@@ -101,7 +101,8 @@ def series(
         if step in kept and not same(kept[step], candidate):
             raise InputError(
                 f"{kept[step].path} and {candidate.path} both hold step {step}, with different "
-                "weights; keep one of them here"
+                "weights; if they are of several runs, give each run a folder of its own, else "
+                "move one of them elsewhere"
             )
         kept.setdefault(step, candidate)
     if beside:

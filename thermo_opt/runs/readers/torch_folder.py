@@ -5,6 +5,7 @@ called.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ _OTHER = re.compile(
 )
 """Files that training loops leave beside their checkpoints."""
 _OPTIMIZER = re.compile(
-    r"(^|[._-])(optim|optimizer|optimiser|opt)(_?states?)?([._-]|\d|$)", re.IGNORECASE
+    r"(^|[._-])((optim|optimizer|optimiser|opt)(_?states?)?|training_states?)([._-]|\d|$)",
+    re.IGNORECASE,
 )
 
 
@@ -52,6 +54,11 @@ def read(path: Path, key: str | None = None) -> Run:
         raise InputError(
             f"{path} has no files of torch.save (.pt, .pth, .ckpt, …); give the folder of a "
             "recorded run"
+        )
+    if len(files) == 1 and (count := _models_in(files[0])) > 1:
+        raise InputError(
+            f"{files[0]} holds {count} models of one form, one after another: write each to a file "
+            "of its own with its step in the name, like step-100.pt"
         )
     found = series_of(path, files, key)
     steps, remark = find_curve([path, path.parent])
@@ -111,6 +118,21 @@ def _as_optimized(
         f"left out: {names}, where averaged weights (EMA or SWA) have taken the place of those "
         "that the optimizer moved"
     ]
+
+
+def _models_in(file: Path) -> int:
+    """How many state dicts a file holds in one list, or under numbers: a whole run's."""
+    content = opened(file, TorchFile).content
+    places = [content, *(content.values() if isinstance(content, Mapping) else ())]
+    for place in places:
+        parts = place
+        if isinstance(place, Mapping):
+            parts = list(place.values()) if all(isinstance(k, int) for k in place) else []
+        if isinstance(parts, list) and len(parts) > 1:
+            names = [tuple(part) if isinstance(part, Mapping) else None for part in parts]
+            if names[0] and len(set(names)) == 1:
+                return len(parts)
+    return 0
 
 
 def series_of(path: Path, files: list[Path], key: str | None) -> Series:
@@ -188,6 +210,8 @@ def beside(weights: contents.StateDict) -> list[str]:
             f"its weights are an average ({weights.key}): those that the optimizer moved aren't in "
             "its files"
         )
+    elif "n_averaged" in weights.layouts:
+        remarks.append("its weights are an average (they hold n_averaged, as AveragedModel does)")
     if weights.beside:
         remarks.append(
             f"its files hold other weights too ({', '.join(weights.beside[:3])}), which were left "
