@@ -22,6 +22,27 @@ def _pair(m):
     return F.normalize(m(X), dim=1), F.normalize(m(X + 0.1), dim=1)
 
 
+class Similarities(nn.Module):
+    """Of two views of each example with those of all others."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.other = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.one(x[:, :3]) @ self.other(x[:, 3:]).mT
+
+
+def _both_directions(m):
+    """CLIP's loss of similarities that the model returns."""
+    f = m(X)
+    return (F.cross_entropy(f, ORDER) + F.cross_entropy(f.mT, ORDER)) / 2
+
+
+ORDER = torch.arange(32)
+
+
 def _equation(m):
     """Residual with an inner derivative, and boundary values: two passes of unequal size."""
     x = X.clone().requires_grad_()
@@ -31,6 +52,7 @@ def _equation(m):
 
 OF_MODELS = {
     "InfoNCE": lambda m: F.cross_entropy(_pair(m)[0] @ _pair(m)[1].mT / 0.2, torch.arange(32)),
+    "contrastive in both directions (CLIP)": _both_directions,
     "CTC": lambda m: F.ctc_loss(
         m(X).view(8, 4, 4).log_softmax(-1), Y[:8].view(4, 2) % 3 + 1, (8,) * 4, (2,) * 4
     ),
@@ -83,6 +105,10 @@ LOSSES |= {
         {"likelihood": "gaussian", "sigma2": 1e6},
     ),
     "InfoNCE": (OF_MODELS["InfoNCE"], {"likelihood": "gaussian"}),
+    "contrastive in both directions (CLIP)": (
+        OF_MODELS["contrastive in both directions (CLIP)"],
+        {},
+    ),
     "CTC": (OF_MODELS["CTC"], {}),
     "triplet": (OF_MODELS["triplet"], {"likelihood": "gaussian"}),
     "a differential equation, inner gradients": (
@@ -115,7 +141,7 @@ def made():
 def test_a_few_steps_lower(name):
     found = LOSSES[name]
     loss, options = found if isinstance(found, tuple) else (found, {})
-    model = made()
+    model = Similarities() if "CLIP" in name else made()
 
     def value():
         return loss(model) if name in OF_MODELS else loss(model(X))

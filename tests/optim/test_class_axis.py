@@ -90,3 +90,34 @@ def test_no_axis_is_taken_from_a_loss_that_is_no_softmax_cross_entropy() -> None
     axes.arrange(seen)
     assert seen.axis == -1
     assert seen.terms == 3 * 4 * 5
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_similarities_are_predictions_in_both_directions_of_a_contrastive_loss(calls: int) -> None:
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.one, self.other = nn.Linear(6, 4), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            s = self.one(x) @ self.other(x.flip(1)).mT
+            return {"images": s, "texts": s.mT}
+
+    model, labels = Pairs(), torch.arange(24)
+    x = torch.randn(24, 6, generator=torch.Generator().manual_seed(1))
+    optimizer = to.NGDT(model)
+    for _ in range(6):
+        before = model(x)["images"]
+        other = model(x)["texts"] if calls == 2 else before.mT
+        loss = functional.cross_entropy(before, labels) + functional.cross_entropy(other, labels)
+        optimizer.zero_grad()
+        (loss / 2).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.step()
+        now = model(x)["images"]
+        kl = [Categorical().kl(f, after) for f, after in ((before, now), (before.mT, now.mT))]
+        mean = float(torch.stack(kl).mean().detach())
+        assert optimizer.last_step["realised"] == pytest.approx(mean, rel=0.05)
+        assert mean < 1.3 * 0.01

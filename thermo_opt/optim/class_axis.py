@@ -31,13 +31,15 @@ class ClassAxis:
     Decided by the first pass whose gradient fits one of the two axes in question, 1 and the last,
     for all outputs with as many dimensions. Until then, and where a loss fits neither, torch's
     convention holds (`thermo_opt.likelihoods.class_axis`). The first pass also decides whether
-    outputs are log-probabilities.
+    outputs are log-probabilities. Similarities (n, n) of a contrastive loss in both directions,
+    such as CLIP's, are predictions in both.
     """
 
     def __init__(self, likelihood: Likelihood) -> None:
         self.likelihood = likelihood
         self._axes: dict[int, int] = {}
         self._logarithms: dict[int, bool] = {}
+        self._contrastive = False
 
     def arrange(self, seen: ForwardPass) -> None:
         """Turn a pass that backward came through, and where its outputs are log-probabilities, take
@@ -51,7 +53,10 @@ class ClassAxis:
         if seen.heads.several:
             _sort_heads(seen)
             return
-        if seen.outputs.dim() > 2 and seen.axis is None:
+        self._contrastive |= _is_contrastive(seen)
+        if self._contrastive and _is_square(seen.outputs):
+            seen.double()
+        elif seen.outputs.dim() > 2 and seen.axis is None:
             seen.turn(self._axis(seen))
         if (g := seen.gradient) is not None:
             rank = seen.outputs.dim()
@@ -69,6 +74,24 @@ class ClassAxis:
                 return likelihoods.class_axis(seen.outputs.shape)
             self._axes[rank] = found
         return self._axes[rank]
+
+
+def _is_square(f: Tensor) -> bool:
+    return f.dim() == 2 and f.shape[0] == f.shape[1] > 1
+
+
+def _is_contrastive(seen: ForwardPass) -> bool:
+    """Whether the gradient is that of cross-entropies along the columns, and perhaps along the rows
+    too, with the labels on the diagonal."""
+    g = seen.gradient
+    if g is None or not _is_square(seen.outputs):
+        return False
+    g, size = g.float(), ZERO_SUM * float(g.float().abs().sum())
+    if float(g.sum(1).abs().sum()) <= size:
+        return False
+    own = g.diagonal()
+    others = g - torch.diag(own)
+    return bool((own <= 0).all() and (others >= 0).all()) and abs(float(g.sum())) <= size
 
 
 def _sort_heads(seen: ForwardPass) -> None:

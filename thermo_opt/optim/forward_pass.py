@@ -29,6 +29,7 @@ class ForwardPass:
         origins: of tensors among the arguments, by their identity, the pass of another part that
             made them and their place in what it returned.
         axis: where the model has the classes, once the pass was turned (`turn`).
+        both: whether predictions run along both axes (`double`).
         shape: of the outputs as the model returned them.
         others: the heads that aren't predictions of the likelihood, such as a value beside a policy
             (`keep`).
@@ -44,6 +45,7 @@ class ForwardPass:
     heads: Heads = field(default_factory=Heads)
     origins: dict[int, tuple[ForwardPass, int]] = field(default_factory=dict)
     axis: int | None = None
+    both: bool = False
     shape: torch.Size = field(init=False)
     others: list[int] = field(default_factory=list, init=False)
     used_heads: set[int] = field(default_factory=set, init=False)
@@ -91,11 +93,18 @@ class ForwardPass:
             if g.shape == self.shape:
                 self._received[source] = self._turned(g)
 
+    def double(self) -> None:
+        """Have similarities (n, n) as predictions along both axes: (n, 2, n)."""
+        self.both, self._gradient, self._counted = True, None, None
+        self.outputs = self._turned(self.outputs)
+
     def predictions(self, result: Any) -> Tensor:
         """The predictions in what the module returned, turned as this pass is."""
         return self._turned(self.heads.together(self.heads.each(result)))
 
     def _turned(self, f: Tensor) -> Tensor:
+        if self.both:
+            return torch.stack([f, f.mT], 1)
         return f if self.axis is None else f.movedim(self.axis, -1).flatten(1, -2)
 
     @property

@@ -61,7 +61,8 @@ def found(result: Any, classes: bool) -> Heads:
 
     Of a tuple, a list or a dictionary without "logits": the tensors, or parameters of returned
     distributions, that training goes through. The first that is wide decides; those that others
-    were computed from (a latent code, hidden states) are none, nor is a loss per example.
+    were computed from (a latent code, hidden states) are none, nor is a loss per example or another
+    one's transpose.
 
     Args:
         result: what the model returned.
@@ -73,6 +74,7 @@ def found(result: Any, classes: bool) -> Heads:
         return Heads()
     parts = parts_of(result)
     trained = [k for k, t in enumerate(parts) if t.requires_grad and t.dim() > 0]
+    trained = [k for k in trained if not _is_turned(parts[k], parts)]
     wide = [k for k in trained if is_wide(parts[k], classes)]
     narrow = [k for k in trained if k not in wide]
     if not wide:
@@ -118,6 +120,15 @@ def _parameter(d: Distribution) -> Tensor:
     if isinstance(d, Categorical | OneHotCategorical | Bernoulli):
         return d.logits
     return d.mean
+
+
+def _is_turned(t: Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether a tensor is another one's transpose, as the logits of images are those of texts in
+    contrastive models."""
+    node = t.grad_fn
+    if node is None or node.name() not in ("TBackward0", "TransposeBackward0"):
+        return False
+    return any(other.grad_fn is node.next_functions[0][0] for other in others)
 
 
 def _inner(tensors: Sequence[Tensor]) -> set[Any]:
