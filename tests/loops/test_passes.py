@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import thermo_opt as to
 from thermo_opt.fisher.likelihoods import Categorical as to_softmax
-from thermo_opt.optim.forward_pass import ForwardPass, effective_terms
+from thermo_opt.optim.forward_pass import ForwardPass, effective_terms, of_one_loss
 
 X = torch.randn(48, 6, generator=torch.Generator().manual_seed(0))
 Y = X[:, :4].argmax(1)
@@ -319,6 +319,36 @@ def test_checkpointed_layers_train_as_without_checkpoints(reentrant):
     run(checkpointed, lambda m: F.cross_entropy(m(x), Y))
     for p, q in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_all_passes_of_one_loss_are_measured(order):
+    """The last, or the largest, may hardly change where another one changes much."""
+    views = (X, 0.01 * X[:30])[::order]
+
+    def predictions(m):
+        return [m(x) for x in views]
+
+    model, softmax = Net(), to_softmax()
+    optimizer = to.NGDT(model, calibration=to.optim.Calibration(predictions=None))
+    for _ in range(6):
+        before = predictions(model)
+        optimizer.zero_grad()
+        sum(F.cross_entropy(f, Y[: len(f)]) / 2 for f in before).backward()
+        optimizer.step()
+        after = predictions(model)
+        kl = torch.cat([softmax.kl(f, now) for f, now in zip(before, after, strict=True)])
+        assert optimizer.last_step["realised"] == pytest.approx(float(kl.mean()), rel=0.05)
+
+
+def test_of_an_accumulated_batch_one_part_is_measured():
+    model = Net()
+    optimizer = to.NGDT(model)
+    for part in range(3):
+        F.cross_entropy(model(X[16 * part :][:16]), Y[16 * part :][:16]).div(3).backward()
+    seen = of_one_loss(optimizer._recorder.used())
+    assert [len(one.outputs) for one in seen] == [16]
+    assert torch.equal(seen[0].args[0], X[32:])
 
 
 # ---- parts of unequal size

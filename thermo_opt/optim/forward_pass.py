@@ -15,6 +15,9 @@ from thermo_opt.fisher.likelihoods import Bernoulli, Categorical, Likelihood
 from thermo_opt.models import is_batched, map_tensors, repeated
 from thermo_opt.optim.heads import Heads
 
+NO_BACKWARD = -1
+"""What `current_backward` gives while none is running."""
+
 
 @dataclass
 class ForwardPass:
@@ -33,6 +36,7 @@ class ForwardPass:
         shape: of the outputs as the model returned them.
         others: the heads that aren't predictions of the likelihood, such as a value beside a policy
             (`keep`).
+        backward: number of the backward pass that last came through.
         used_heads: those that got a gradient in any pass of the step.
     """
 
@@ -49,6 +53,7 @@ class ForwardPass:
     shape: torch.Size = field(init=False)
     others: list[int] = field(default_factory=list, init=False)
     used_heads: set[int] = field(default_factory=set, init=False)
+    backward: int = field(default=NO_BACKWARD, init=False)
     _received: dict[int, Tensor] = field(default_factory=dict)
     _gradient: Tensor | None = None
     _counted: tuple[int, float] | None = None
@@ -58,7 +63,7 @@ class ForwardPass:
 
     def receive(self, source: int, g: Tensor) -> None:
         """Backward has reached a source of the predictions (a head); ``g``: the gradient there."""
-        self._received[source] = g
+        self._received[source], self.backward = g, current_backward()
         self._gradient = self._counted = None
 
     @property
@@ -181,6 +186,19 @@ class ForwardPass:
     def precision(self) -> AbstractContextManager[Any]:
         """The mixed precision in which the pass ran."""
         return nullcontext() if self.autocast is None else torch.autocast(*self.autocast)
+
+
+def current_backward() -> int:
+    """Number of the backward pass that is running in this thread."""
+    return int(torch._C._current_graph_task_id())
+
+
+def of_one_loss(passes: Sequence[ForwardPass]) -> list[ForwardPass]:
+    """Those that the last backward pass came through: of the same loss, while parts of an
+    accumulated batch have losses of their own. The largest first; of equal ones the last."""
+    last = max((one.backward for one in passes), default=NO_BACKWARD)
+    same = [one for one in reversed(passes) if one.backward == last]
+    return sorted(same, key=lambda one: -one.examples)
 
 
 def autocast_now(device: torch.device) -> tuple[str, torch.dtype] | None:

@@ -15,6 +15,7 @@ again. The first of these ways that does is used:
 A head that isn't one of the likelihood's, such as a value beside a policy, is measured as the mean
 of a normal of variance 1.
 
+A loss may come from several passes (two views, real and generated examples): all are measured.
 Only predictions that the loss counts are averaged over: padding and ignored labels would hide what
 the others do. Where none of the ways repeats the pass, nothing is measured, and a warning says so.
 Cost of a measurement: one forward pass of what it reads.
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +55,9 @@ UNIFORM = 0.2
 CERTAIN = 0.01
 """Below this variance of a prediction (tr Λ) its gradient may be lost to rounding, in bfloat16
 too: where it is zero, that doesn't say that the loss leaves the prediction out."""
+
+MOST_PASSES = 4
+"""Of one loss, whose predictions are measured."""
 
 SPENT = 0.02
 """Below this mean square of a prediction's score nearly all predictions are certain. Where a step
@@ -85,6 +90,12 @@ class Measurement:
         clear = isinstance(self.likelihood, Categorical) and realised > CLEAR * most
         return realised, 0.0 if clear else self._floor(epsilon)
 
+    @property
+    def predictions(self) -> float:
+        """How many predictions of the minibatch are counted."""
+        whole = self.seen.outputs[..., 0] if self.seen.outputs.dim() > 1 else self.seen.outputs
+        return float(whole.numel() if self.active is None else self.active.sum())
+
     def of_all(self) -> Measurement:
         """The same of the whole minibatch: its pass repeats where a sample's does."""
         if self.rows is None:
@@ -114,6 +125,23 @@ class Measurement:
         return max(float(kl.mean()) / share, 0.0)
 
 
+@dataclass
+class Measurements:
+    """Those of the passes of one loss, with how many predictions of each are counted."""
+
+    parts: list[tuple[Measurement, float]]
+
+    def finish(self) -> tuple[float, float]:
+        """The means over all predictions (`Measurement.finish`)."""
+        total = sum(count for _, count in self.parts)
+        found = [(part.finish(), count / total) for part, count in self.parts]
+        return sum(w * f[0] for f, w in found), sum(w * f[1] for f, w in found)
+
+    def of_all(self) -> Measurements:
+        """The same of whole minibatches."""
+        return Measurements([(part.of_all(), count) for part, count in self.parts])
+
+
 class KLMeter:
     """Begins measurements in the way that repeats the model's passes exactly.
 
@@ -128,6 +156,26 @@ class KLMeter:
         self.certain = False
         self._whole: dict[Any, str] = {}
         self._samples: dict[Any, bool] = {}
+
+    def begin_all(
+        self, passes: Sequence[ForwardPass], predictions: int | None, step: int, expected: float
+    ) -> Measurements | None:
+        """`begin` for the passes of one loss, at most `MOST_PASSES` of them: the first. Where
+        processes have unequally many, for the first alone."""
+        number = min(len(passes), MOST_PASSES)
+        count, squares = self.processes.total([float(number), float(number * number)])
+        if self.processes.count * squares != count * count:
+            number = min(number, 1)
+        some = None if predictions is None else -(-predictions // max(number, 1))
+        parts, certain = [], False
+        chosen: Sequence[ForwardPass | None] = passes[:number] or [None]
+        for seen in chosen:
+            one = self.begin(seen, some, step, expected)
+            certain |= self.certain
+            if one is not None:
+                parts.append((one, one.predictions))
+        self.certain = certain
+        return Measurements(parts) if parts else None
 
     def begin(
         self, seen: ForwardPass | None, predictions: int | None, step: int, expected: float

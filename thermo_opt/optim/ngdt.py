@@ -22,8 +22,8 @@ from thermo_opt.optim.budget import Regulator, Schedule, named, value_at
 from thermo_opt.optim.calibration import ABOVE_FLOOR, EXCESS, Calibration
 from thermo_opt.optim.class_axis import ClassAxis
 from thermo_opt.optim.compiled import Compiled
-from thermo_opt.optim.forward_pass import effective_terms, loss_left
-from thermo_opt.optim.measurement import KLMeter, Measurement
+from thermo_opt.optim.forward_pass import effective_terms, loss_left, of_one_loss
+from thermo_opt.optim.measurement import KLMeter, Measurements
 from thermo_opt.optim.metrics import MetricOptions
 from thermo_opt.optim.notices import GradientWatch, Notices
 from thermo_opt.optim.old_keywords import translated
@@ -357,7 +357,7 @@ class NGDT(Optimizer):
             validate.predictions_seen(passes, terms)
         largest = max(reversed(passes), key=lambda one: one.examples, default=None)
         left = loss_left(self.likelihood, passes, scale * (self.notices.scale or 1.0))
-        return StepInputs(largest, terms, scale, left)
+        return StepInputs(largest, terms, scale, left, of_one_loss(passes))
 
     def _loss_scale(self) -> float:
         """The factor by which a GradScaler has multiplied the loss of the captured passes;
@@ -428,16 +428,16 @@ class NGDT(Optimizer):
         wanted = self.calibration is not None and self.calibration.wanted(self.steps)
         return wanted and taken.predicted > 0
 
-    def _measurement(self, taken: _Taken, seen: StepInputs) -> Measurement | None:
+    def _measurement(self, taken: _Taken, seen: StepInputs) -> Measurements | None:
         """What measures, on this process, the step that is about to be taken."""
         calibration = self.calibration
         if calibration is None:
             return None
         expected = max(taken.predicted, 0.01 * (taken.limit or 0.0))
-        return self.meter.begin(seen.last, calibration.predictions, self.steps, expected)
+        return self.meter.begin_all(seen.measured, calibration.predictions, self.steps, expected)
 
     def _calibrate(
-        self, taken: _Taken, measurement: Measurement | None
+        self, taken: _Taken, measurement: Measurements | None
     ) -> tuple[float | None, float]:
         """(the KL that the step really caused, None where it is not measured; the factor by which
         it was then shortened)."""
@@ -471,7 +471,7 @@ class NGDT(Optimizer):
                 break
         return (realised if math.isfinite(realised) else None), kept
 
-    def _realised(self, measurement: Measurement | None) -> tuple[float, float] | None:
+    def _realised(self, measurement: Measurements | None) -> tuple[float, float] | None:
         """The KL that the step has caused so far, and what rounding would feign of it, over all
         processes; None where none measures."""
         own, rounding = (0.0, 0.0) if measurement is None else measurement.finish()

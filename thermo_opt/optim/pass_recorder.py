@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
@@ -19,7 +18,12 @@ from torch.utils.hooks import RemovableHandle
 from thermo_opt.errors import InputError
 from thermo_opt.models import device_of, random_states
 from thermo_opt.optim.chains import Origins, chained
-from thermo_opt.optim.forward_pass import ForwardPass, autocast_now
+from thermo_opt.optim.forward_pass import (
+    NO_BACKWARD,
+    ForwardPass,
+    autocast_now,
+    current_backward,
+)
 from thermo_opt.optim.heads import Heads, found, parts_of
 from thermo_opt.optim.hooks import WeakHook, after_forward, on_source_gradients
 
@@ -177,4 +181,4 @@ def _watched(heads: Sequence[Tensor], seen: ForwardPass) -> bool:
 
 def _recomputing() -> bool:
     """Whether a backward pass is running: a call in it is a checkpointed layer's second one."""
-    return torch._C._current_graph_task_id() != -1
+    return current_backward() != NO_BACKWARD

@@ -56,12 +56,14 @@ class StepInputs:
             has no use for them.
         scale: by how much a GradScaler has multiplied the loss.
         left: `loss_left` (nats), the mean over processes.
+        measured: the passes whose predictions the step's KL is of.
     """
 
     last: ForwardPass | None
     terms: float
     scale: float
     left: float
+    measured: Sequence[ForwardPass] = ()
 
 
 @dataclass(frozen=True)
