@@ -13,6 +13,7 @@ from tests.loops import (
     test_models,
     test_passes,
     test_processes,
+    test_setups,
     test_sharded,
 )
 
@@ -49,6 +50,7 @@ TABLES = {
     "scheduler": (test_lightning_trainer.SCHEDULERS, {}),
     "loss": (test_losses.LOSSES, test_losses.REFUSED),
     "model": (test_models.MODELS, {}),
+    "set-up": (test_setups.SETUPS, test_setups.REFUSED),
 }
 
 
