@@ -182,6 +182,46 @@ def test_deepspeed_and_its_own_converter(tmp_path, stage):
             torch.testing.assert_close(run.snapshots[-1].load(f"params/{name}"), weight)
 
 
+def _trainer_under_deepspeed(_, folder, port, stage):
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", DS_ACCELERATOR="cpu")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=port)
+    from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+    torch.manual_seed(0)
+    ids = torch.randint(1, 60, (64, 12))
+    config = {
+        "train_micro_batch_size_per_gpu": 8,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    small = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, bos_token_id=0, eos_token_id=0, **small))
+    options = {"max_steps": 8, "save_steps": 4, "logging_steps": 1, "report_to": []}
+    arguments = TrainingArguments(
+        folder, per_device_train_batch_size=8, use_cpu=True, deepspeed=config, **options
+    )
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    Trainer(model=model, args=arguments, train_dataset=data).train()
+    for step in (4, 8) if stage == 3 else ():
+        place = f"{folder}/checkpoint-{step}"
+        convert_zero_checkpoint_to_fp32_state_dict(place, place)
+
+
+def test_hugging_faces_trainer_under_deepspeed(tmp_path):
+    pytest.importorskip("deepspeed")
+    ids = torch.randint(1, 60, (8, 12), generator=torch.Generator().manual_seed(1))
+    losses = []
+    for stage in (2, 3):
+        folder = tmp_path / str(stage)
+        mp.spawn(_trainer_under_deepspeed, (str(folder), _free_port(), stage), nprocs=1)
+        audit = to.audit(folder, probe={"input_ids": ids, "labels": ids}, lens="outputs")
+        assert audit.summary["last_step"] == 8
+        losses.append(audit.summary["loss_end"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def saving(folder):
     def save(step, model, optimizer):
         content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -262,6 +302,47 @@ def test_skorch(tmp_path):
     )
     network.fit(X.numpy(), Y.numpy())
     check(tmp_path, network.module_, steps=(4, 8, 12), optimizer=network.optimizer_)
+
+
+def test_flax(tmp_path):
+    pytest.importorskip("flax")
+    import jax
+    import jax.numpy as jnp
+    from flax import linen
+    from flax.serialization import to_bytes
+
+    model, x, y = linen.Dense(3), jnp.array(X.numpy()), jnp.array(Y.numpy())
+    weights = model.init(jax.random.key(0), x)
+
+    def loss(weights):
+        return -jax.nn.log_softmax(model.apply(weights, x))[jnp.arange(len(y)), y].mean()
+
+    seen = []
+    for step in range(0, 40, 10):
+        seen.append(np.asarray(model.apply(weights, x)))
+        np.savez(tmp_path / f"step_{step}.npz", logits=seen[-1], labels=y)
+        gradient = jax.grad(loss)(weights)
+        weights = jax.tree.map(lambda w, g: w - g, weights, gradient)
+    expected = to.audit_predictions(seen, Y, steps=range(0, 40, 10)).summary
+    assert to.audit(tmp_path).summary["dissipation"] == pytest.approx(expected["dissipation"])
+    (tmp_path / "msgpack").mkdir()
+    (tmp_path / "msgpack/params_10.msgpack").write_bytes(to_bytes(weights))
+    with pytest.raises(to.InputError, match="Flax or Orbax"):
+        to.load_run(tmp_path / "msgpack")
+
+
+def test_checkpoints_without_weights_are_named(tmp_path):
+    for name in ("checkpoint-{}", "global_step{}"):
+        (folder := tmp_path / name[:6]).mkdir()
+        for step in (4, 8, 12, 16):
+            (place := folder / name.format(step)).mkdir()
+            (place / "zero_pp_rank_0_mp_rank_00_model_states.pt").write_bytes(b"x")
+            if step < 12:
+                torch.save(net().state_dict(), place / "pytorch_model.bin")
+        run = to.load_run(folder)
+        assert [s.step for s in run.snapshots] == [4, 8]
+        said = f"can be read: {name.format(12)}, {name.format(16)}"
+        assert any(said in remark for remark in run.remarks)
 
 
 def test_keras_and_jax(tmp_path, monkeypatch):

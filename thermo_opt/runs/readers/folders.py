@@ -5,7 +5,7 @@ FSDP's shards, adapters.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -68,18 +68,38 @@ def read(path: Path, key: str | None = None) -> Run:
         path, [Candidate(folder, folder.name, partial(_count, folder)) for folder in folders], same
     )
     steps, remark = find_curve([path, path.parent])
+    forms = {_form(item.path) for _, item in found.members}
+    others = [
+        folder
+        for folder in sorted(visible(path.iterdir()))
+        if folder.is_dir() and folder not in folders and _form(folder) in forms
+    ]
     weights = weights_of(found.members[0][1].path, key)()
     return open_run(
         path,
         "folders",
         [Found(step, checkpoint(item.path, key)) for step, item in found.members],
         steps=steps,
-        remarks=[*found.remarks, *([remark] if remark else [])],
+        remarks=[*found.remarks, *without_weights(others), *([remark] if remark else [])],
         key=key,
         tied=weights.tied if isinstance(weights, contents.StateDict) else {},
         step_unit=found.unit,
         step_source=found.source,
     )
+
+
+def without_weights(folders: Sequence[Path]) -> list[str]:
+    """What is said of checkpoints that stand among others and hold no weights."""
+    if not folders:
+        return []
+    names = ", ".join(folder.name for folder in folders[:3])
+    more = ", …" if len(folders) > 3 else ""
+    return [f"left out, because they hold no weights of a kind that can be read: {names}{more}"]
+
+
+def _form(folder: Path) -> str:
+    """A folder's name but for its numbers."""
+    return re.sub(r"\d+", "#", folder.name)
 
 
 def checkpoint(folder: Path, key: str | None = None) -> Checkpoint:

@@ -59,9 +59,8 @@ def recognise(path: Path) -> bool:
 
 def read(path: Path, key: str | None = None) -> Run:
     """Open the output folder of a Hugging Face `Trainer`."""
-    found = {
-        step: folder for step, folder in _checkpoints(path).items() if folders.holds_weights(folder)
-    }
+    there = _checkpoints(path)
+    found = {step: folder for step, folder in there.items() if folders.holds_weights(folder)}
     if not found:
         hint = (
             "give the folder that holds it"
@@ -81,7 +80,8 @@ def read(path: Path, key: str | None = None) -> Run:
         for key in ("train_batch_size", "max_steps", "num_train_epochs")
         if whole(state.get(key)) is not None
     }
-    remarks, adapter = [], None
+    adapter = None
+    remarks = folders.without_weights([there[s] for s in sorted(there.keys() - found.keys())])
     if _is_adapter(found[min(found)]):
         remarks.append(
             "its checkpoints hold an adapter (LoRA or another of PEFT's) alone: the base model is "
