@@ -277,6 +277,46 @@ def test_parameters_of_no_dimension_are_trained():
     assert float(model.temperature.detach()) != 0.5
 
 
+def test_predictions_that_cannot_be_put_beside_the_first_are_named():
+    class Tagger(nn.Module):
+        """Classes of each place, and of the whole."""
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.places, self.whole = nn.Linear(1, 4), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return {"places": self.places(x[..., None]), "whole": self.whole(x), "x": x}
+
+    model = Tagger()
+    optimizer = to.NGDT(model)
+    out = model(X)
+    (
+        F.cross_entropy(out["places"].mT, (X > 0).long()) + F.cross_entropy(out["whole"], Y)
+    ).backward()
+    with pytest.warns(UserWarning, match=r"those like the first, \(48, 6, 4\)"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("case", ["a policy and a value", "hidden states, then predictions"])
+def test_a_metric_of_the_minibatch_takes_one_tensor_of_predictions(case):
+    model, loss = copy.deepcopy(FOUND[case][0]), FOUND[case][1]
+    optimizer = to.NGDT(model, metric="exact")
+    loss(model).backward()
+    with pytest.raises(to.InputError, match="return the predictions alone"):
+        optimizer.step()
+
+
+def test_labels_are_drawn_for_every_head():
+    model, loss = copy.deepcopy(HEADS["a policy and a value"][0]), HEADS["a policy and a value"][1]
+    before = loss(model)
+    optimizer, worst = run(model, loss, metric=to.optim.KFAC(fisher_type="mc"))
+    assert worst < 2
+    assert loss(model) < before - 0.1
+    assert all(float(block.trace()) > 1e-3 for block in optimizer.metric.blocks)
+
+
 REFUSED = {
     "parts with something computed between them": (
         Net(),

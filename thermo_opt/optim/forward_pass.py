@@ -36,6 +36,7 @@ class ForwardPass:
         shape: of the outputs as the model returned them.
         others: the heads that aren't predictions of the likelihood, such as a value beside a policy
             (`keep`).
+        missed: whether the loss used more of what the module returned than the heads.
         backward: number of the backward pass that last came through.
         used_heads: those that got a gradient in any pass of the step.
     """
@@ -54,6 +55,7 @@ class ForwardPass:
     others: list[int] = field(default_factory=list, init=False)
     used_heads: set[int] = field(default_factory=set, init=False)
     backward: int = field(default=NO_BACKWARD, init=False)
+    missed: bool = field(default=False, init=False)
     _received: dict[int, Tensor] = field(default_factory=dict)
     _gradient: Tensor | None = None
     _counted: tuple[int, float] | None = None
@@ -65,6 +67,10 @@ class ForwardPass:
         """Backward has reached a source of the predictions (a head); ``g``: the gradient there."""
         self._received[source], self.backward = g, current_backward()
         self._gradient = self._counted = None
+
+    def miss(self, source: int, g: Tensor) -> None:
+        """Backward has reached predictions that are not among the heads."""
+        self.missed = True
 
     @property
     def gradient(self) -> Tensor | None:

@@ -25,10 +25,12 @@ class Heads:
     Attributes:
         places: numbers among `parts_of`; none where `outputs_of` finds them.
         fill: what narrower heads are filled up with.
+        rest: other tensors that may be predictions, which can't be put beside these.
     """
 
     places: tuple[int, ...] = ()
     fill: float = 0.0
+    rest: tuple[int, ...] = ()
 
     @property
     def several(self) -> bool:
@@ -98,10 +100,10 @@ def beside(parts: Sequence[Tensor], places: Sequence[int], classes: bool) -> Hea
     if not places:
         return Heads()
     first = parts[places[0]]
-    if first.dim() > 2:
-        return Heads((places[0],))
     same = [k for k in places if parts[k].dim() <= 2 and len(parts[k]) == len(first)]
-    return Heads(tuple(sorted(same)), NOTHING if classes else 0.0)
+    same = sorted(same) if first.dim() <= 2 else [places[0]]
+    rest = tuple(k for k in places if k not in same)
+    return Heads(tuple(same), NOTHING if classes else 0.0, rest)
 
 
 def parts_of(result: Any) -> list[Tensor]:

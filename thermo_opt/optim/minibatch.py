@@ -77,6 +77,12 @@ class MinibatchMetric(TrainingMetric):
                 "itself was seen since the last step; call the model that was given to NGDT (not a "
                 "part of it)"
             )
+        if seen.last.heads.places not in ((), (0,)):
+            raise InputError(
+                f"metric={self.kind!r} takes the first tensor that the model returns for all "
+                "of its predictions, and the loss uses others: return the predictions alone, or "
+                "use metric='kfac'"
+            )
         axis, usual = seen.last.axis, class_axis(seen.last.shape)
         if axis is not None and axis != usual:
             raise InputError(

@@ -219,6 +219,14 @@ class Notices:
         self._steps += 1
         if self._steps > FIRST and self._steps % EVERY:
             return
+        if any(one.missed for one in passes):
+            seen = passes[-1]
+            self._say(
+                "heads",
+                f"the loss uses several of the tensors that {type(seen.module).__name__} returns, "
+                f"and steps are measured on those like the first, {tuple(seen.shape)}: return "
+                "(n, c) each for all to be measured, or watch the others' part of the loss",
+            )
         if not passes or passes[-1].gradient is None:
             return
         seen, terms = passes[-1], sum(one.terms for one in passes)

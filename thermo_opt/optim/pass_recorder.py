@@ -124,6 +124,8 @@ class PassRecorder:
         outputs = heads.together([head.detach() for head in each])
         autocast = autocast_now(device_of(module))
         seen = ForwardPass(module, args, kwargs, outputs, autocast, restore, heads, origins)
+        for k in heads.rest:
+            on_source_gradients(parts_of(output)[k], seen.miss)
         if _watched(each, seen):
             self._passes[inner:] = [seen]
             if len(self.called) != 1:

@@ -187,6 +187,9 @@ class KroneckerMetric(TrainingMetric):
         with torch.enable_grad(), repeated(model), forward.precision():
             f = likelihood.outputs(forward.predictions(model(*forward.args, **forward.kwargs)))
             nll = likelihood.nll(f, likelihood.sample(f.detach()))
+            if others := forward.others:
+                noise = f.detach()[:, others] + torch.randn_like(f[:, others])
+                nll[:, others] = 0.5 * (f[:, others] - noise).square().sum(-1)
             trained = [p for p in self.setup.params if p.requires_grad]
             torch.autograd.grad(nll.mean(), trained, allow_unused=True)
         self._detach()
