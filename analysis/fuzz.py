@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
@@ -97,9 +99,27 @@ def make_seeds(folder: Path) -> None:
             optimizer.step()
             recorder.step(loss=loss, examples=8)
     np.savez(folder / "torch/probe.npz", inputs=x.numpy(), targets=y.numpy())
+    _predictions(folder, model(x).detach().numpy(), y.numpy())
     (folder / "lightning/metrics.csv").write_text(
         "epoch,step,train_loss,lr-Adam\n" + "".join(f"0,{k},{2 - 0.1 * k},0.01\n" for k in range(4))
     )
+
+
+def _predictions(folder: Path, logits: np.ndarray, labels: np.ndarray) -> None:
+    """Predictions of three moments in a file each, of four kinds."""
+    for kind in ("npz", "pkl", "csv", "pt"):
+        (place := folder / f"predictions-{kind}").mkdir()
+        for k in range(3):
+            file, arrays = place / f"step_{k}.{kind}", {"logits": k * logits, "labels": labels}
+            if kind == "npz":
+                np.savez(file, **arrays)
+            elif kind == "pkl":
+                file.write_bytes(pickle.dumps(arrays, protocol=4 + k % 2))
+            elif kind == "pt":
+                torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, file)
+            else:
+                columns = {f"logit_{j}": k * logits[:, j] for j in range(logits.shape[1])}
+                pd.DataFrame({**columns, "label": labels}).to_csv(file, index=False)
 
 
 def _trainer_checkpoint(folder: Path, weights: dict[str, Any], state: Any, step: int) -> None:

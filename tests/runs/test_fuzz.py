@@ -6,7 +6,10 @@ from hypothesis import strategies as st
 
 from analysis.fuzz import make_seeds, trial
 
-LAYOUTS = ("own", "torch", "lightning", "safetensors", "folders", "distributed", "huggingface")
+LAYOUTS = (
+    *("own", "torch", "lightning", "safetensors", "folders", "distributed", "huggingface"),
+    *("predictions-npz", "predictions-pkl", "predictions-csv", "predictions-pt"),
+)
 
 
 @pytest.fixture(scope="module")

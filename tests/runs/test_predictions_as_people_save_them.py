@@ -170,6 +170,26 @@ def test_what_is_not_predictions_is_refused_with_a_remedy(tmp_path):
     assert "Megatron" in refused(tmp_path / "megatron")
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
+def test_labels_that_are_text_and_files_that_are_large_are_refused(tmp_path, suffix, monkeypatch):
+    from thermo_opt.runs.readers import named_arrays
+
+    columns = ["prob_cat", "prob_dog", "prob_hen"]
+    frame = pd.concat([table(k, columns, P) for k in range(4)], ignore_index=True)
+    frame["label"] = np.array(["cat", "dog", "hen"])[frame["label"]]
+    file = tmp_path / f"preds.{suffix}"
+    if suffix == "csv":
+        frame.to_csv(file)
+    elif suffix == "parquet":
+        frame.to_parquet(file)
+    else:
+        frame.to_json(file, orient="records", lines=True)
+    assert "give class numbers" in refused(tmp_path)
+    if suffix != "parquet":
+        monkeypatch.setattr(named_arrays, "LIMIT", 1000)
+        assert "read at once" in refused(tmp_path)
+
+
 @pytest.mark.parametrize("at", [0, 1])
 def test_a_path_that_is_not_finite_says_which_examples(tmp_path, at):
     wrong = Z.copy()

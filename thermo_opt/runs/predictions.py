@@ -50,6 +50,11 @@ def as_tensor(array: Any, name: str) -> Tensor:
     if isinstance(array, Tensor):
         return array.detach().cpu()
     values = np.asarray(array)
+    if values.dtype.kind in "OUS" and name == "targets":
+        raise InputError(
+            "targets are text or objects: give class numbers 0, 1, …, in the order of the "
+            "predictions' classes"
+        )
     if values.dtype.kind not in "fiub":
         raise InputError(f"{name} hold {values.dtype}: give numbers, rows of one length")
     plain = values.dtype.newbyteorder("=")

@@ -260,8 +260,12 @@ def _content(file: Path) -> Any:
         if isinstance(loaded, dict):
             return loaded
         raise InputError(f"{file} holds no arrays; save a dictionary with logits and labels")
+    if file.suffix in (".csv", ".jsonl") and (size := regular(file).st_size) > LIMIT:
+        raise InputError(
+            f"{file} has {size:,} bytes, and {LIMIT:,} are read at once: write parquet, one file "
+            "per snapshot"
+        )
     if file.suffix == ".csv":
-        regular(file)
         try:
             frame = pd.read_csv(file, skipinitialspace=True)
         except (ValueError, OverflowError, pd.errors.ParserError) as error:
