@@ -331,7 +331,7 @@ REFUSED = {
     "parameters used without any module": (
         Net(),
         lambda m: F.cross_entropy(F.linear(X[:, :4], m.head.weight[:, :4]), Y),
-        "not through predictions",
+        "none came through predictions",
     ),
 }
 

@@ -443,9 +443,27 @@ REFUSED = {
         lambda: nn.ParameterDict({"w": torch.zeros(3, dtype=torch.complex64)}),
         "view_as_real",
     ),
+    "TorchScript": (lambda: torch.jit.trace(nn.Linear(13, 11), torch.ones(2, 13)), "afterwards"),
     "lazy layers not called yet": (lambda: nn.LazyLinear(11), "call the model once"),
     "a model still on the meta device": (lambda: nn.Linear(4, 11, device="meta"), "to_empty"),
 }
+
+
+def of_func(model):
+    """Gradients without a backward pass."""
+    own = {name: p.detach() for name, p in model.named_parameters()}
+    loss = torch.func.grad(lambda p: F.cross_entropy(functional_call(model, p, (X,)), Y))
+    return loss(own).values()
+
+
+@pytest.mark.parametrize("gradients", [of_func, lambda m: map(torch.ones_like, m.parameters())])
+def test_gradients_that_came_through_no_backward_pass_are_refused(gradients):
+    model = net()
+    optimizer = to.NGDT(model)
+    for p, g in zip(model.parameters(), gradients(model), strict=True):
+        p.grad = g
+    with pytest.raises(to.InputError, match="or set by hand"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -77,7 +77,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def model(module: nn.Module) -> None:
-    """Refuse a model without trainable parameters, or with complex or uninitialised ones."""
+    """Refuse a model without trainable parameters, or with complex or uninitialised ones, or in
+    TorchScript."""
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        raise InputError(
+            "the model, or a part of it, is in TorchScript, whose layers can't be watched: train "
+            "the original module, and script it afterwards"
+        )
     for name, p in module.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise InputError(
@@ -233,9 +239,10 @@ def predictions_seen(seen: Sequence[ForwardPass], terms: float) -> None:
     if terms:
         return
     raise InputError(
-        "backward reached the parameters, but not through predictions that the model returned: "
-        "call the model that was given to NGDT, and let its forward return the predictions (a "
-        "tensor, or a dictionary with 'logits'), not the loss alone"
+        "the parameters have gradients, but none came through predictions that the model returned: "
+        "call the model that was given to NGDT, let its forward return the predictions (a tensor, "
+        "or a dictionary with 'logits'), not the loss alone, and call loss.backward() (gradients "
+        "of torch.func, or set by hand, show no predictions)"
         if not seen
         else "no prediction of the model took part in the loss"
     )
