@@ -133,6 +133,19 @@ def test_tables_with_a_column_for_each_class(tmp_path, columns, array, suffix):
     check(tmp_path)
 
 
+def test_one_file_may_be_given_by_its_own_path(tmp_path):
+    np.savez(tmp_path / "first.npz", logits=Z, steps=STEPS)
+    np.savez(tmp_path / "second.npz", preds=2 * Z, steps=STEPS)
+    np.save(tmp_path / "labels.npy", Y)
+    got = check(tmp_path / "first.npz")
+    assert (got["run"], got["stride"]) == ("first", 5)
+    torch.save(torch.nn.Linear(4, 3).state_dict(), tmp_path / "model.pt")
+    for name in ("model.pt", "labels.npy"):
+        assert "is a file, and not one of predictions" in refused(tmp_path / name)
+    torch.save({"logits": []}, tmp_path / "step_1.pt")
+    assert "'logits' is empty" in refused(tmp_path / "step_1.pt")
+
+
 def test_lines_of_json_with_lists(tmp_path):
     rows = [
         {"step": int(step), "example": i, "logits": z[i].tolist(), "label": int(Y[i])}

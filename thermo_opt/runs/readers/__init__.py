@@ -53,11 +53,12 @@ def load_run(
     nothing in it is executed.
 
     Args:
-        path: the run's folder, or one with a single run below it. Recognised from its files: our
-            own layout (``run.json``), Hugging Face `Trainer` output (``checkpoint-*/``), Lightning
-            (``*.ckpt``), files of `torch.save` (``*.pt``, ``*.pth``, ``*.pth.tar``, …),
-            safetensors, or one folder per checkpoint (Accelerate, FSDP, DCP, …). A URL that fsspec
-            knows (``s3://bucket/run``) is copied to this machine (`thermo_opt.runs.remote`).
+        path: the run's folder, one with a single run below it, or a file of predictions. Recognised
+            from its files: our own layout (``run.json``), Hugging Face `Trainer` output
+            (``checkpoint-*/``), Lightning (``*.ckpt``), files of `torch.save` (``*.pt``, ``*.pth``,
+            ``*.pth.tar``, …), safetensors, or one folder per checkpoint (Accelerate, FSDP, DCP, …).
+            A URL that fsspec knows (``s3://bucket/run``) is copied to this machine
+            (`thermo_opt.runs.remote`).
         format: one of `FORMATS`, where the files don't tell.
         key: dotted key of the state dict to read, where a checkpoint holds several models'.
         likelihood: output distribution of the model, where the files don't say, or say otherwise.
@@ -76,9 +77,15 @@ def load_run(
     try:
         if not folder.exists():
             raise InputError(f"{folder}: no such folder; give the folder of a recorded run")
+        if not folder.is_dir() and not (
+            format in (None, "predictions") and predictions.is_one(folder)
+        ):
+            raise InputError(
+                f"{folder} is a file, and not one of predictions; give the folder of a recorded run"
+            )
         if not folder.is_dir():
-            raise InputError(f"{folder} is a file; give the folder of a recorded run")
-        if format is not None:
+            run = predictions.read(folder.parent, key, only=folder)
+        elif format is not None:
             if format not in _READERS:
                 raise InputError(f"unknown format {format!r}; use one of {', '.join(FORMATS)}")
             run = _READERS[format][1](folder, key)

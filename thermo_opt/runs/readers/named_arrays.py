@@ -17,6 +17,7 @@ from torch import Tensor
 
 from thermo_opt.errors import InputError, first_line
 from thermo_opt.runs.border import regular
+from thermo_opt.runs.predictions import as_tensor
 from thermo_opt.runs.probe_files import LIMIT, read_arrays
 from thermo_opt.runs.readers.steps import UNITS, numbers_in
 from thermo_opt.runs.steps_file import json_lines
@@ -90,6 +91,7 @@ def evidence(file: Path) -> str | None:
     Reads names and shapes alone.
     """
     try:
+        regular(file)
         if file.suffix == ".npy":
             return _of_stem(file)
         if file.suffix in _TORCH:
@@ -435,8 +437,10 @@ def _stacked(parts: Sequence[Any], name: str, file: Path) -> Any:
             f"{file}: the entries of {name!r} have shapes {one} and {two}: give the same examples "
             "each time"
         )
-    if parts and all(isinstance(part, Tensor) for part in parts):
-        return torch.stack(list(parts))
+    if not parts:
+        raise InputError(f"{file}: {name!r} is empty; write it again")
+    if any(isinstance(part, Tensor) for part in parts):
+        return torch.stack([as_tensor(part, name) for part in parts])
     return np.stack([np.asarray(part) for part in parts])
 
 

@@ -46,8 +46,13 @@ def recognise(folder: Path) -> bool:
     return named >= max(1, other) or (not other and formed + named > 0)
 
 
-def read(folder: Path, key: str | None = None) -> Run:
-    """The run in a folder of predictions.
+def is_one(file: Path) -> bool:
+    """Whether a file holds arrays that are named or formed as predictions are."""
+    return file.suffix in SUFFIXES and evidence(file) in ("named", "form")
+
+
+def read(folder: Path, key: str | None = None, only: Path | None = None) -> Run:
+    """The run in a folder of predictions, or in ``only`` one file of it with what lies beside.
 
     Raises:
         InputError: Naming the file, when arrays are missing, damaged or don't fit each other.
@@ -55,6 +60,8 @@ def read(folder: Path, key: str | None = None) -> Run:
     files = [file for file in _files(folder) if file.stem != "probe"]
     kinds = {file: evidence(file) for file in files}
     holding = [file for file in files if kinds[file] in ("named", "form")]
+    if only is not None:
+        holding = [only]
     if not holding:
         raise InputError(f"{folder}: no file holds an array named {', '.join(OUTPUTS)}")
     first, called = arrays_of(holding[0])
@@ -84,8 +91,8 @@ def read(folder: Path, key: str | None = None) -> Run:
     run = predictions_run(
         pairs,
         first.get(TARGETS),
-        path=folder,
-        name=folder.resolve().name,
+        path=folder if only is None else only,
+        name=folder.resolve().name if only is None else only.stem,
         weights=first.get(WEIGHTS),
         likelihood="gaussian" if kind == "mean" else None,
         kind=None if kind == "mean" else kind,
