@@ -210,8 +210,8 @@ def _class_targets(outputs: Any, targets: Any) -> Any:
         wrong = counted[(counted < 0) | (counted >= classes)]
         if _size(wrong.shape):
             raise InputError(
-                f"target {int(wrong[0])} is outside the classes 0 … {classes - 1} of the outputs; "
-                f"correct the targets"
+                f"target {int(wrong[0])} is outside the classes 0 … {classes - 1} of the outputs, "
+                "which count from 0; correct the targets"
             )
     return targets
 

@@ -61,6 +61,12 @@ def test_files_agree_with_memory(tmp_path, expected, layout):
         assert got[key] == pytest.approx(expected[key], rel=1e-9), (layout, key)
 
 
+def test_targets_may_be_given_for_each_snapshot(expected):
+    close(to.audit_predictions(Z, np.tile(Y, (6, 1)), steps=STEPS).summary, expected)
+    with pytest.raises(to.InputError, match="don't fit"):
+        to.audit_predictions(Z, np.stack([np.roll(Y, k) for k in range(6)]))
+
+
 def test_without_step_numbers_nothing_is_said_of_single_steps():
     s = to.audit_predictions(Z, Y).summary
     assert (s["step_unit"], s["every_step"], s["alignment_lower"]) == ("snapshot", False, None)
@@ -94,6 +100,9 @@ def test_gaussian_means_and_scikit_learn():
         ({"predictions": 3}, "give an array"),
         ({"predictions": {"a": Z[0]}}, "one array per snapshot"),
         ({"predictions": Z, "steps": 5}, "whole numbers"),
+        ({"predictions": Z[:, :0], "targets": Y[:0]}, "hold nothing"),
+        ({"predictions": Z, "targets": Y + 1}, "count from 0"),
+        ({"predictions": Z, "targets": np.array(["a", "b", "c"])[Y]}, "give class numbers"),
         ({"predictions": Z, "steps": ["a"] * 6}, "whole numbers"),
         ({"predictions": Z, "steps": [0, 0.5, 1, 2, 3, 4]}, "whole numbers"),
     ],

@@ -12,7 +12,13 @@ from thermo_opt import likelihoods
 from thermo_opt.audits.auditor import audit
 from thermo_opt.audits.results import Audit
 from thermo_opt.errors import InputError
-from thermo_opt.runs.predictions import Spool, in_memory, predictions_run
+from thermo_opt.runs.predictions import (
+    PredictionContents,
+    Spool,
+    as_tensor,
+    in_memory,
+    predictions_run,
+)
 
 KINDS = (*likelihoods.KINDS, "mean")
 """What predictions may be; ``mean`` are those of Gaussian outputs."""
@@ -36,7 +42,7 @@ def audit_predictions(
             or an iterator of them, which is spooled to a temporary file: then one snapshot is in
             memory at a time.
         targets: The examples' classes, 0/1 labels or values; without them the loss, D* and the
-            alignment are unknown.
+            alignment are unknown. The same for each snapshot (snapshots, examples) will do, too.
         steps: Optimizer steps done at each snapshot; without them snapshots are counted, and what
             is known of single steps only is unknown.
         kind: ``logits``, ``log-probabilities``, ``probabilities``, or ``mean`` of Gaussian outputs.
@@ -71,7 +77,7 @@ def audit_predictions(
             )
         run = predictions_run(
             list(zip(counted, contents, strict=True)),
-            targets,
+            _of_one_snapshot(targets, contents),
             path=Path(name),
             name=name,
             weights=weights,
@@ -94,6 +100,17 @@ def audit_predictions(
     # the spooled predictions are gone: this audit can't be repeated at fewer snapshots
     object.__setattr__(found, "inputs", None)
     return found
+
+
+def _of_one_snapshot(targets: Any, contents: Sequence[PredictionContents]) -> Any:
+    """Targets that are given for each snapshot, and are the same for all, as those of one."""
+    if targets is None or not contents:
+        return targets
+    rows = as_tensor(targets, "targets")
+    each = contents[0].shape
+    if rows.shape != (len(contents), *each[:-1]) or tuple(rows.shape) == tuple(each):
+        return targets
+    return rows[0] if bool((rows == rows[0]).all()) else targets
 
 
 def _whole_numbers(name: str, steps: Any) -> list[int]:

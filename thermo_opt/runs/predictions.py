@@ -80,6 +80,10 @@ def predictions_run(
             f"{name}: a path needs predictions at two moments at least, and here are "
             f"{len(contents)}: give an array of shape (snapshots, examples, ...)"
         )
+    if 0 in contents[0][1].shape:
+        raise InputError(
+            f"{name}: predictions of shape {contents[0][1].shape} hold nothing: give examples"
+        )
     snapshots: list[Snapshot] = []
     for step, content in contents:
         if snapshots and step <= snapshots[-1].step:

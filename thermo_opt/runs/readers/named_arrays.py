@@ -114,7 +114,8 @@ def _of_names(names: Sequence[str], table: bool = False) -> str | None:
     roles = [role(name) for name in names if not _is_index(name)]
     known = None not in roles and "" not in roles
     strong = [found for found in roles if found in _STRONG]
-    if any(name.lower() in _ROLES for name in names if role(name) in _STRONG) or len(strong) > 1:
+    exact = (n for n in names if role(n) in _STRONG and len(n) > 1)
+    if any(name.lower() in _ROLES for name in exact) or len(strong) > 1:
         return "named"
     if table and _by_class(names):
         return "named"
