@@ -49,10 +49,14 @@ of the steps taken before them."""
 
 EXPECTED = 1.6
 """A ratio within this factor of 1 was foreseen: the next measurement may wait twice as long, where
-the last ones lay within it, too."""
+the last ones were steady."""
 
 IDLE = 0.1
 """A step that spends less than this part of what it might need not be foreseen."""
+
+STEADY = 2.0
+"""The last measurements were steady if their log ratios are below log of this in the root mean
+square."""
 
 RECENT = 0.7
 """Memory of the mean square of log(realised/predicted)."""
@@ -192,7 +196,7 @@ class Calibration:
         idles = max(predicted, realised) < idle
         miss = 0.0 if idles else math.log(min(max(ratio, 1 / OUTLIER), OUTLIER))
         self.unsteady = RECENT * self.unsteady + (1 - RECENT) * miss * miss
-        steady = self.unsteady < math.log(EXPECTED) ** 2
+        steady = self.unsteady < math.log(STEADY) ** 2
         foreseen = steady and (idles or 1 / EXPECTED < ratio < EXPECTED)
         if step >= FIRST_STEPS:
             most = min(max(self.every, step // SELDOM), max(step // FIRST_STEPS, 1))
