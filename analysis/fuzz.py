@@ -1,4 +1,5 @@
-"""Damaged run folders, read one after the other: ``python -m analysis fuzz --count 10000``.
+"""Damaged run folders, read one after the other: ``python -m analysis fuzz --count 10000``,
+or for an hour: ``--minutes 60 --seed 100000``.
 
 Each trial copies a small run of one layout, changes one file of it (bits, lengths, JSON values,
 entries of a pickle, other files in its place, pipes and links) and reads everything in it. A trial
@@ -13,7 +14,9 @@ it. One process; wall time on a busy machine counts, so run it alone.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import pickle
 import random
@@ -342,7 +345,8 @@ def trial(seeds: Path, layout: str, seed: int, scratch: Path) -> tuple[str, str]
 def main(arguments: list[str]) -> int:
     """Run trials and print their counts; exit status 1 if any failed."""
     parser = argparse.ArgumentParser(prog="analysis fuzz", description=__doc__)
-    parser.add_argument("--count", type=int, default=1000, help="trials over all layouts")
+    parser.add_argument("--count", type=int, help="trials over all layouts (1000)")
+    parser.add_argument("--minutes", type=float, help="stop after this time, however many trials")
     parser.add_argument("--seed", type=int, default=0, help="of the first trial")
     parser.add_argument("--layout", help="one layout alone")
     options = parser.parse_args(arguments)
@@ -350,11 +354,15 @@ def main(arguments: list[str]) -> int:
     warnings.simplefilter("ignore")
     counts: Counter[tuple[str, str]] = Counter()
     start = time.monotonic()
+    minutes = math.inf if options.minutes is None else options.minutes
+    count = options.count if options.count is not None else 1000 if math.isinf(minutes) else None
     with tempfile.TemporaryDirectory() as name:
         seeds = Path(name) / "seeds"
         make_seeds(seeds)
         layouts = [options.layout] if options.layout else sorted(p.name for p in seeds.iterdir())
-        for k in range(options.count):
+        for k in itertools.count() if count is None else range(count):
+            if time.monotonic() - start > 60 * minutes:
+                break
             layout = layouts[k % len(layouts)]
             verdict, done = trial(seeds, layout, options.seed + k, Path(name))
             counts[layout, verdict] += 1
@@ -366,5 +374,5 @@ def main(arguments: list[str]) -> int:
         )
         print(f"{layout}: {shown}")
     failed = sum(n for (_, verdict), n in counts.items() if verdict.startswith("FAILED"))
-    print(f"{options.count} damaged runs in {time.monotonic() - start:.0f} s: {failed} failed")
+    print(f"{counts.total()} damaged runs in {time.monotonic() - start:.0f} s: {failed} failed")
     return int(failed > 0)
