@@ -185,7 +185,7 @@ def test_declared_probabilities_have_the_metric_of_their_logits(tmp_path, likeli
         assert len(chosen) > 4
 
 
-def test_a_weighted_probe_is_left_to_the_outputs_lens_with_the_way_out(tmp_path, small_model):
+def test_lenses_agree_on_a_weighted_probe(tmp_path, small_model):
     torch.manual_seed(0)
     x, y = torch.randn(12, 6), torch.randint(4, (12,))
     model = small_model()
@@ -199,7 +199,10 @@ def test_a_weighted_probe_is_left_to_the_outputs_lens_with_the_way_out(tmp_path,
             torch.nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
             recorder.step()
-    audit = to.audit(tmp_path / "run", model=model)
-    assert list(audit.lenses) == ["outputs"]
-    assert "give --probe without them" in audit.missing["parameters"]
-    assert "parameters" in to.audit(tmp_path / "run", model=model, probe=(x, y)).lenses
+    seen = to.audit(tmp_path / "run", model=model).lenses
+    outputs, parameters = seen["outputs"], seen["parameters"]
+    for name in ("loss", "loss_end"):
+        np.testing.assert_allclose(outputs.steps[name], parameters.steps[name], rtol=1e-5)
+    assert outputs.summary["distance"] == pytest.approx(parameters.summary["distance"], rel=1e-5)
+    alike = to.audit(tmp_path / "run", model=model, probe=(x, y)).lenses["parameters"]
+    assert abs(alike.steps["loss"] - parameters.steps["loss"]).min() > 1e-4

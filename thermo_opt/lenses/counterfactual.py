@@ -10,7 +10,7 @@ that of the run's own step. In float64 and evaluation mode.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,10 @@ from thermo_opt import fisher
 from thermo_opt.errors import InputError
 from thermo_opt.fisher.likelihoods import Likelihood
 from thermo_opt.fisher.metric import dot
+from thermo_opt.fisher.weighted import weighed
 from thermo_opt.lenses.inputs import LensInputs, Unsupported
 from thermo_opt.lenses.predictions import array_of
+from thermo_opt.lenses.probe_weights import per_prediction
 from thermo_opt.models import map_tensors
 from thermo_opt.runs.batches import read_batches
 from thermo_opt.runs.probe import Probe
@@ -94,11 +96,6 @@ def measure(inputs: LensInputs) -> CounterfactualMeasurements:
         )
     if probe is None or probe.inputs is None or probe.targets is None:
         raise Unsupported("it needs a probe with inputs and targets, held out: give --probe")
-    if probe.weights is not None:
-        raise Unsupported(
-            "its losses are means over examples that count alike, and the probe has weights: give "
-            "--probe without them, for numbers of all examples alike"
-        )
     chosen = _chosen(len(batches), inputs.intervals)
     model = inputs.exact_model()
     install(model, run.snapshots[inputs.indices[-1]], run.info.tied)
@@ -107,7 +104,9 @@ def measure(inputs: LensInputs) -> CounterfactualMeasurements:
         lambda: array_of(predict(model, held[0])), array_of(probe.targets)
     )
     family = fisher.likelihoods.likelihood(likelihood, sigma2, joint=True)
-    world = _World(model, family, held)
+    one = predict(model, map_tensors(held[0], lambda t: t[:1]))
+    weights = per_prediction(replace(probe, targets=held[1]), family, one)
+    world = _World(model, family, held, None if weights is None else weights.to(inputs.device))
     own: list[Outcome] = []
     other: dict[str, list[Outcome | None]] = {name: [] for name in METRICS}
     losses = []
@@ -121,7 +120,7 @@ def measure(inputs: LensInputs) -> CounterfactualMeasurements:
         install(model, run.snapshots[positions[recorded.step]], run.info.tied)
         found = world.outcome(batch, start, end)
         own.append(found)
-        losses.append((before := world.loss(held, start), before - found.decrease_held))
+        losses.append((before := world.held_loss(start), before - found.decrease_held))
         for name in METRICS:
             try:
                 direction = world.natural_gradient(name, batch, inputs.damping)
@@ -152,6 +151,7 @@ class _World:
     model: nn.Module
     family: Likelihood
     held: tuple[Any, Tensor]
+    held_weights: Tensor | None
 
     def weights(self, inputs: LensInputs, index: int) -> dict[str, Tensor]:
         """Trainable parameters of a snapshot, and its buffers."""
@@ -171,14 +171,28 @@ class _World:
     ) -> float:
         return fisher.kl(self.model, batch, start, end, likelihood=self.family)
 
+    def held_loss(self, weights: Mapping[str, Tensor]) -> float:
+        """Mean loss of what is held out, by its examples' weights."""
+        if self.held_weights is None:
+            return self.loss(self.held, weights)
+        model, batch, family = weighed(self.model, self.held, self.family, self.held_weights)
+        return fisher.loss(model, batch, parameters=_inner(weights), likelihood=family)
+
+    def held_kl(self, start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> float:
+        """Mean KL of what is held out, by its examples' weights."""
+        if self.held_weights is None:
+            return self.kl(self.held, start, end)
+        model, batch, family = weighed(self.model, self.held, self.family, self.held_weights)
+        return fisher.kl(model, batch, _inner(start), _inner(end), likelihood=family)
+
     def outcome(
         self, batch: tuple[Any, Tensor], start: Mapping[str, Tensor], end: Mapping[str, Tensor]
     ) -> Outcome:
         return Outcome(
             self.kl(batch, start, end),
-            self.kl(self.held, start, end),
+            self.held_kl(start, end),
             self.loss(batch, start) - self.loss(batch, end),
-            self.loss(self.held, start) - self.loss(self.held, end),
+            self.held_loss(start) - self.held_loss(end),
         )
 
     def natural_gradient(
@@ -231,6 +245,11 @@ class _World:
             inside = low < guess < high
             eta = guess if inside else (0.5 * (low + high) if np.isfinite(high) else 2 * eta)
         return None
+
+
+def _inner(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names that they have within a `WeightedModel`."""
+    return {f"model.{name}": value for name, value in weights.items()}
 
 
 def _double(probe: Probe, device: torch.device) -> tuple[Any, Tensor]:

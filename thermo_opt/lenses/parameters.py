@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -26,9 +26,11 @@ from thermo_opt.fisher.certificate import gradient_norm
 from thermo_opt.fisher.exact import JacobianMetric
 from thermo_opt.fisher.likelihoods import Likelihood
 from thermo_opt.fisher.metric import dot
+from thermo_opt.fisher.weighted import weighed
 from thermo_opt.lenses.inputs import LensInputs, Unsupported
 from thermo_opt.lenses.measurements import Measurements
 from thermo_opt.lenses.predictions import array_of
+from thermo_opt.lenses.probe_weights import per_prediction
 from thermo_opt.manifold import Point, embed, squared_distance
 from thermo_opt.manifold.initial import InitialPredictions
 from thermo_opt.models import map_tensors
@@ -108,7 +110,7 @@ class ParameterLens:
             ends.append(self._scalars(step))
         a, d, lower, upper = (float(np.mean([e[k] for e in ends])) for k in range(4))
         by_parameter = np.mean([e[4] for e in ends], axis=0)
-        divergence = self._family.kl(outputs, outputs_end)
+        divergence = self._weighed()[2].kl(outputs, outputs_end)
         return Interval(
             a=a,
             a_damped=a + self.damping * dot(step, step),
@@ -125,12 +127,21 @@ class ParameterLens:
     def _family(self) -> Likelihood:
         return fisher.likelihoods.likelihood(self.likelihood, self.sigma2, joint=True)
 
+    def _weighed(self) -> tuple[nn.Module, tuple[Any, Tensor], Likelihood]:
+        """Model, batch and family, with the examples' weights where they have any."""
+        assert self.probe.targets is not None
+        batch = (self.probe.inputs, self.probe.targets)
+        if self.probe.weights is None:
+            return self.model, batch, self._family
+        return weighed(self.model, batch, self._family, self.probe.weights)
+
     def _metric(self, damping: float) -> JacobianMetric:
+        model, batch, family = self._weighed()
         metric = fisher.make(
             "exact",
-            self.model,
-            (self.probe.inputs, self.probe.targets),
-            likelihood=self._family,
+            model,
+            batch,
+            likelihood=family,
             damping=damping,
             microbatch=self.microbatch,
         )
@@ -160,12 +171,8 @@ class ParameterLens:
     def _state(self, index: int) -> tuple[list[Tensor], float, Tensor]:
         """Install snapshot ``index``; its trainable weights, probe loss and outputs."""
         install(self.model, self.run.snapshots[index], self.run.info.tied)
-        predictor = fisher.Predictor(
-            self.model,
-            (self.probe.inputs, self.probe.targets),
-            self._family,
-            microbatch=self.microbatch,
-        )
+        model, batch, family = self._weighed()
+        predictor = fisher.Predictor(model, batch, family, microbatch=self.microbatch)
         return predictor.values, predictor.loss(), predictor.outputs()
 
     def _mean(self, divergence: Tensor) -> float:
@@ -203,11 +210,6 @@ def measure(lens_inputs: LensInputs) -> Measurements:
         raise Unsupported("it holds no weights: record them with params=True")
     if probe is None or probe.inputs is None or probe.targets is None:
         raise Unsupported("the parameter lens needs a probe with inputs and targets: give --probe")
-    if probe.weights is not None:
-        raise Unsupported(
-            "its metric and its loss are means over examples that count alike, and the probe has "
-            "weights: give --probe without them, for numbers of all examples alike"
-        )
     model = lens_inputs.exact_model()
     inputs = map_tensors(
         probe.inputs, lambda t: (t.double() if t.is_floating_point() else t).to(lens_inputs.device)
@@ -219,7 +221,7 @@ def measure(lens_inputs: LensInputs) -> Measurements:
 
     likelihood, sigma2, notes = lens_inputs.family(last_outputs, array_of(probe.targets))
     targets = _counted_classes(probe) if likelihood == "categorical" else probe.targets
-    probe = Probe(inputs, targets, probe.fingerprint)
+    probe = Probe(inputs, targets, probe.fingerprint, weights=probe.weights)
     lens = ParameterLens(run, model, probe, likelihood, sigma2, 0.0, lens_inputs.quadrature, None)
     first_snapshot = run.snapshots[lens_inputs.indices[0]]
     if not lens._finite(lens_inputs.indices[0]):
@@ -236,6 +238,8 @@ def measure(lens_inputs: LensInputs) -> Measurements:
         shape = likelihoods.parameters_last(likelihood, one, targets).shape
         targets = likelihoods.soft_targets_last((len(targets), *shape[1:]), targets)
         lens.probe = replace(probe, targets=targets)
+    if (weights := per_prediction(lens.probe, lens._family, one)) is not None:
+        lens.probe = replace(lens.probe, weights=weights.to(lens_inputs.device))
     lens.microbatch = _microbatch(model, inputs, likelihood)
     pairs = list(zip(lens_inputs.indices[:-1], lens_inputs.indices[1:], strict=True))
     chosen = _subset(len(pairs), lens_inputs.intervals)
@@ -363,12 +367,16 @@ def _finite_intervals(
 def _point(lens: ParameterLens, index: int) -> Point:
     """The predictions of a snapshot as a point of the prediction manifold."""
     outputs = lens._state(index)[2].cpu().numpy()
+    weights = None if lens.probe.weights is None else array_of(lens.probe.weights)
+    if weights is not None:
+        outputs = outputs[..., :-1]
     assert lens.probe.targets is not None
     targets = array_of(lens.probe.targets)
     if lens.likelihood == "categorical":  # a row per prediction, wherever the classes lay
         targets = targets.reshape(-1, *targets.shape[outputs.ndim - 1 :])
         outputs = outputs.reshape(-1, outputs.shape[-1])
-    return embed(outputs, targets, likelihood=lens.likelihood, sigma2=lens.sigma2)
+        weights = None if weights is None else weights.reshape(-1)
+    return embed(outputs, targets, weights=weights, likelihood=lens.likelihood, sigma2=lens.sigma2)
 
 
 @contextmanager
@@ -399,13 +407,15 @@ def _subset(count: int, intervals: slice | Sequence[int] | None) -> list[int]:
 
 def _counted_classes(probe: Probe) -> Tensor:
     """The probe's class targets as whole numbers where a file kept those otherwise, and without
-    the padding that an attention mask tells."""
+    the padding that an attention mask tells, where no weights do."""
     targets = probe.targets
     assert targets is not None
     if bool((targets.double() == targets.long()).all()):
         targets = targets.long()
     mask = attention_mask(probe)
-    if mask is None or mask.shape != targets.shape or targets.ndim < 2:
+    if probe.weights is not None or mask is None or mask.shape != targets.shape:
+        return targets
+    if targets.ndim < 2:
         return targets
     return targets.masked_fill(mask == 0, likelihoods.IGNORED)
 
