@@ -55,6 +55,21 @@ def test_binary_cross_entropies_tell_their_factor_too() -> None:
     assert optimizer.last_step["loss_scale"] == pytest.approx(7.0, rel=1e-3)
 
 
+def test_predictions_too_certain_for_a_gradient_tell_no_scale() -> None:
+    model = net()
+    with torch.no_grad():
+        model[2].weight.mul_(1e3)
+    x = torch.randn(48, 10, generator=torch.Generator().manual_seed(1))
+    optimizer = to.NGDT(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        f = model(x)
+        functional.cross_entropy(f, f.detach().argmax(1)).backward()
+        assert 0 < float(model[2].weight.grad.abs().max()) < 1e-2
+        optimizer.step()
+    assert optimizer.last_step["loss_scale"] is None
+
+
 def test_accumulated_parts_have_the_scale_of_their_mean() -> None:
     model = net()
     optimizer = to.NGDT(model)

@@ -30,6 +30,10 @@ MOST = 4096
 COMMON = 0.01
 """Scales that differ by less than this are one scale."""
 
+UNDECIDED = 0.5
+"""Share of predictions with a gradient that must be missed by more than 0.05 for the scale to be
+read: where the loss is spent, rounding has emptied many gradients, and terms are counted too few."""
+
 FIRST, EVERY = 32, 16
 """The first passes are all looked at, later ones in turn: a loss seldom changes its form."""
 
@@ -69,17 +73,18 @@ def loss_scale(
         return None
     f, g = rows[0], rows[1] * (terms / scale)
     if isinstance(likelihood, Categorical):
-        label = g.argmin(-1, keepdim=True)
+        least, label = g.min(-1, keepdim=True)
         missed = 1 - f.softmax(-1).gather(-1, label)[:, 0]
         found = 0.5 * g.abs().sum(-1)
-        known = missed > 0.05
+        # of a prediction that is certain and right, rounding leaves no gradient at its own class
+        known = (missed > 0.05) & (least[:, 0] < 0)
     elif isinstance(likelihood, Bernoulli):
         p = f.sigmoid()
         missed, found = torch.where(g < 0, 1 - p, p).flatten(), g.abs().flatten()
         known = (missed > 0.05) & (found > 0)
     else:
         return None
-    if not bool(known.any()):
+    if not float(known.float().mean()) > UNDECIDED:
         return None
     scales = found[known] / missed[known]
     typical = float(scales.median())
