@@ -32,7 +32,7 @@ COMMON = 0.01
 
 UNDECIDED = 0.5
 """Share of predictions with a gradient that must be missed by more than 0.05 for the scale to be
-read: where the loss is spent, rounding has emptied many gradients, and terms are counted too few."""
+read. Where the loss is spent, rounding has emptied many gradients: too few terms are counted."""
 
 FIRST, EVERY = 32, 16
 """The first passes are all looked at, later ones in turn: a loss seldom changes its form."""
