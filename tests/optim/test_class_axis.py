@@ -33,7 +33,7 @@ class Positions(nn.Module):
 
 
 def losses(rank: int, last: bool, normalised: bool = False, **options: object) -> list[float]:
-    """Of a few steps, without a word."""
+    """Of a few steps, without a word but for the axis that is not the last."""
     model = Positions(rank, last, normalised)
     x = torch.randn(6, 2, *(7, 4, 3)[:rank], generator=torch.Generator().manual_seed(1))
     y = x[:, 0].sign().long() + x[:, 1].sign().long() + 2
@@ -41,6 +41,7 @@ def losses(rank: int, last: bool, normalised: bool = False, **options: object) -
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("default" if not last else "error", "of the model's outputs")
         for _ in range(6):
             f = model(x) if last else model(x).movedim(1, -1)
             loss = functional.nll_loss(f.log_softmax(-1).flatten(0, -2), y.flatten())
@@ -51,6 +52,18 @@ def losses(rank: int, last: bool, normalised: bool = False, **options: object) -
             assert optimizer.last_step["loss_scale"] == pytest.approx(1.0, rel=1e-3)
             assert optimizer.last_step["realised"] < 2 * 0.01
     return found
+
+
+def test_an_axis_that_is_not_the_last_is_said_once() -> None:
+    model, x = Positions(2, False), torch.randn(6, 2, 7, 4)
+    optimizer = to.NGDT(model)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), (x[:, 0] > 0).long()).backward()
+            optimizer.step()
+    assert [str(one.message).count("axis 1 is taken for the classes") for one in said] == [1]
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])

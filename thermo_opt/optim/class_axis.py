@@ -7,6 +7,8 @@ the classes, and along no other axis.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -73,6 +75,13 @@ class ClassAxis:
                 likelihoods.checked_outputs(self.likelihood.name, seen.outputs)
                 return likelihoods.class_axis(seen.outputs.shape)
             self._axes[rank] = found
+            if found == 1:
+                warnings.warn(
+                    f"of the model's outputs {tuple(seen.outputs.shape)} axis 1 is taken for the "
+                    "classes, since the loss's gradient sums to zero along it; return the classes "
+                    "last if this is wrong",
+                    stacklevel=6,
+                )
         return self._axes[rank]
 
 
