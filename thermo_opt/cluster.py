@@ -7,6 +7,7 @@ with ``jobs=-1``.
 
 from __future__ import annotations
 
+import logging
 import platform
 import re
 import socket
@@ -111,7 +112,7 @@ def _ray(address: str, place: str, paths: Sequence[str]) -> Iterator[None]:
     mine = not ray.is_initialized()
     try:
         if mine:
-            ray.init(place, log_to_driver=False, logging_level="ERROR")
+            ray.init(place, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # of the cluster, of gRPC, or ConnectionError
         raise InputError(
             f"--cluster {address}: no Ray cluster could be joined there ({first_line(error)}): "
