@@ -123,13 +123,16 @@ def test_a_step_far_beyond_its_budget_is_cut_until_it_keeps_it() -> None:
     assert spent == pytest.approx(optimizer.last_step["realised"], rel=0.5)
 
 
-@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli"])
-def test_no_step_spends_more_than_the_loss_has_left(likelihood: str) -> None:
+@pytest.mark.parametrize("outputs", ["logits", "log-probabilities", "logits of labels"])
+def test_no_step_spends_more_than_the_loss_has_left(outputs: str) -> None:
+    likelihood = "bernoulli" if outputs == "logits of labels" else "categorical"
     torch.manual_seed(0)
     x = torch.randn(64, 6)
     labels = (x @ torch.randn(6, 3)).argmax(1)
     y = labels if likelihood == "categorical" else functional.one_hot(labels, 3).float()
     model = nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 3))
+    if outputs == "log-probabilities":
+        model.append(nn.LogSoftmax(-1))
     optimizer = to.NGDT(model, budget=0.03, likelihood=likelihood)
     loss = torch.tensor(1.0)
     while float(loss.detach()) > 1e-5:

@@ -87,7 +87,11 @@ class ForwardPass:
 
     @gradient.setter
     def gradient(self, g: Tensor) -> None:
-        self._gradient = g
+        """What is counted follows: the gradient at logits where log-probabilities were returned."""
+        self._gradient, self._counted = g, None
+        several = self.heads.several
+        given = {k: g[:, k] for k in self._received} if several else {max(self._received): g}
+        self._received.update(given)
 
     def keep(self, heads: Sequence[bool]) -> None:
         """Set the heads apart that aren't predictions of this likelihood."""
