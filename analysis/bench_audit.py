@@ -41,15 +41,14 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.numpy import load_file, save_file
-from safetensors.torch import save
 from torch import nn
 
 import thermo_opt as to
 from analysis import bench_pareto
 from analysis.timing import RESULTS, interleaved, machine, report
+from thermo_opt.runs.format import write_tensors
 from thermo_opt.runs.probe import make_probe, probe_tensors
 from thermo_opt.runs.probing import ProbeObserver
-from thermo_opt.runs.tensors import checksum, metadata_checksum
 
 DATA = Path(__file__).parent.parent / "data"
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
@@ -352,7 +351,7 @@ def large_sketches(
         "sketch": {"width": width, "seed": 0},
     }  # fmt: skip
     (scratch / "run.json").write_text(json.dumps(header))
-    (scratch / "probe.safetensors").write_bytes(save(probe_tensors(inputs, targets)))
+    write_tensors(scratch / "probe.safetensors", probe_tensors(inputs, targets))
     moved = 0.1 * torch.randn(tokens, width)
     for k in range(snapshots):
         moved += 0.01 * torch.randn(tokens, width)
@@ -361,10 +360,7 @@ def large_sketches(
             "probe/log_p_y": torch.full((tokens,), -9.0 + 0.1 * k, dtype=torch.float64),
             "probe/floor": torch.tensor(0.0, dtype=torch.float64),
         }
-        metadata = {"step": str(k)}
-        sums = {**{name: checksum(t) for name, t in held.items()}, "": metadata_checksum(metadata)}
-        data = save(held, metadata | {"checksums": json.dumps(sums)})
-        (scratch / "snapshots" / f"{k:08d}.safetensors").write_bytes(data)
+        write_tensors(scratch / "snapshots" / f"{k:08d}.safetensors", held, {"step": str(k)})
     seconds = [float(_fresh("--processor", scratch)[0]) for _ in range(3)]
     milliseconds = [1e3 * second / snapshots for second in seconds]
     return [

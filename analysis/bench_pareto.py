@@ -89,11 +89,11 @@ def call(paths: list[str], *options: str, workers: Client | None = None) -> Take
 
     command = [sys.executable, "-m", "thermo_opt.cli", "pareto", *paths, "--json"]
     before, start = used(), time.perf_counter()
-    told = subprocess.run(
+    done = subprocess.run(
         [*command, "--target-loss", "0.5", *options], check=True, capture_output=True, text=True
     )
     wall = time.perf_counter() - start
-    return Taken(wall, used() - before, told.stdout)
+    return Taken(wall, used() - before, done.stdout)
 
 
 def main(arguments: list[str]) -> int:

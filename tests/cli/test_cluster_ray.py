@@ -1,41 +1,17 @@
 """The same tables from the machines of a Ray cluster as from this process."""
 
-import json
 import os
 import signal
 import threading
 import time
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from tests.cli.cluster_commands import RUNS, printed, swept
 from thermo_opt.cli import main
 
 ray = pytest.importorskip("ray")
-
-DATA = Path(__file__).parents[2] / "data"
-RUNS = [str(DATA / name) for name in ("digits-sgd", "digits-sgd-momentum", "digits-adam")]
-SWEEP = """
-output = "{}"
-
-[task]
-name = "blobs"
-
-[pareto]
-target_loss = [1.0]
-
-[training]
-seeds = [0, 1, 2]
-steps = 40
-batch_size = 64
-every = 4
-
-[[method]]
-name = "SGD"
-optimizer = "SGD"
-grid = {{ lr = [0.03, 0.1] }}
-"""
 
 
 @pytest.fixture(scope="module", name="address")
@@ -49,11 +25,6 @@ def _address():
     cluster.shutdown()
 
 
-def printed(arguments, capsys):
-    assert main(arguments) == 0
-    return json.loads(capsys.readouterr().out)
-
-
 def test_ray_gives_the_same_numbers(address, capsys):
     for command in (["pareto", *RUNS], ["audit", RUNS[0], "--lens", "outputs"]):
         here = printed([*command, "--json"], capsys)
@@ -62,13 +33,6 @@ def test_ray_gives_the_same_numbers(address, capsys):
 
 def test_a_worker_of_ray_that_is_killed_loses_nothing(address, tmp_path):
     import psutil
-
-    def swept(name, *options):
-        config = tmp_path / f"{name}.toml"
-        config.write_text(SWEEP.format((tmp_path / name).as_posix()))
-        assert main(["sweep", str(config), *options]) == 0
-        table = pd.read_csv(tmp_path / name / "table.csv")
-        return table.drop(columns=[column for column in table if "seconds" in column])
 
     killed = []
 
@@ -83,10 +47,10 @@ def test_a_worker_of_ray_that_is_killed_loses_nothing(address, tmp_path):
 
     killer = threading.Thread(target=kill)
     killer.start()
-    there = swept("there", "--cluster", address)
+    there = swept(tmp_path / "there", "--cluster", address)
     killer.join()
     assert killed
-    pd.testing.assert_frame_equal(there, swept("here"))
+    pd.testing.assert_frame_equal(there, swept(tmp_path / "here"))
 
 
 def test_no_ray_there(capsys):

@@ -111,6 +111,15 @@ def table(k, columns, array):
     return frame.assign(label=Y, id=range(40), step=STEPS[k]).sample(frac=1, random_state=k)
 
 
+def write(frame, file):
+    if file.suffix == ".csv":
+        frame.to_csv(file)
+    elif file.suffix == ".parquet":
+        frame.to_parquet(file)
+    else:
+        frame.to_json(file, orient="records", lines=True, double_precision=15)
+
+
 @pytest.mark.parametrize(
     ("columns", "array"),
     [
@@ -123,13 +132,7 @@ def table(k, columns, array):
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
 def test_tables_with_a_column_for_each_class(tmp_path, columns, array, suffix):
     frame = pd.concat([table(k, columns, array) for k in range(4)], ignore_index=True)
-    file = tmp_path / f"preds.{suffix}"
-    if suffix == "csv":
-        frame.to_csv(file)
-    elif suffix == "parquet":
-        frame.to_parquet(file)
-    else:
-        frame.to_json(file, orient="records", lines=True, double_precision=15)
+    write(frame, tmp_path / f"preds.{suffix}")
     check(tmp_path)
 
 
@@ -190,13 +193,7 @@ def test_labels_that_are_text_and_files_that_are_large_are_refused(tmp_path, suf
     columns = ["prob_cat", "prob_dog", "prob_hen"]
     frame = pd.concat([table(k, columns, P) for k in range(4)], ignore_index=True)
     frame["label"] = np.array(["cat", "dog", "hen"])[frame["label"]]
-    file = tmp_path / f"preds.{suffix}"
-    if suffix == "csv":
-        frame.to_csv(file)
-    elif suffix == "parquet":
-        frame.to_parquet(file)
-    else:
-        frame.to_json(file, orient="records", lines=True)
+    write(frame, tmp_path / f"preds.{suffix}")
     assert "give class numbers" in refused(tmp_path)
     if suffix != "parquet":
         monkeypatch.setattr(named_arrays, "LIMIT", 1000)

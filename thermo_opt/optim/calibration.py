@@ -197,7 +197,7 @@ class Calibration:
         miss = 0.0 if idles else math.log(min(max(ratio, 1 / OUTLIER), OUTLIER))
         self.unsteady = RECENT * self.unsteady + (1 - RECENT) * miss * miss
         steady = self.unsteady < math.log(STEADY) ** 2
-        foreseen = steady and (idles or 1 / EXPECTED < ratio < EXPECTED)
+        foreseen = steady and abs(miss) < math.log(EXPECTED)
         if step >= FIRST_STEPS:
             most = min(max(self.every, step // SELDOM), max(step // FIRST_STEPS, 1))
             most = most if self.every > 1 else 1

@@ -95,12 +95,12 @@ def _is_contrastive(seen: ForwardPass) -> bool:
     g = seen.gradient
     if g is None or not _is_square(seen.outputs):
         return False
-    g, size = g.float(), ZERO_SUM * float(g.float().abs().sum())
-    if float(g.sum(1).abs().sum()) <= size:
+    g = g.float()
+    if _sums_to_zero(g, 1):
         return False
     own = g.diagonal()
     others = g - torch.diag(own)
-    return bool((own <= 0).all() and (others >= 0).all()) and abs(float(g.sum())) <= size
+    return bool((own <= 0).all() and (others >= 0).all()) and _sums_to_zero(g.flatten(), 0)
 
 
 def _sort_heads(seen: ForwardPass) -> None:
@@ -129,14 +129,17 @@ def _back_to_logits(f: Tensor, g: Tensor) -> Tensor:
 def _decided(seen: ForwardPass) -> int | None:
     """The one of the two axes along which the gradient sums to zero or, failing that, along which
     the outputs are log-probabilities."""
-    g, f = seen.gradient, seen.outputs
-    if g is None:
+    if seen.gradient is None:
         return None
-    size = ZERO_SUM * float(g.float().abs().sum())
-    fits = [axis for axis in (-1, 1) if not float(g.float().sum(axis).abs().sum()) > size]
+    g = seen.gradient.float()
+    fits = [axis for axis in (-1, 1) if _sums_to_zero(g, axis)]
     if len(fits) != 1:
-        fits = [axis for axis in (-1, 1) if _log_probabilities(f, axis)]
+        fits = [axis for axis in (-1, 1) if _log_probabilities(seen.outputs, axis)]
     return fits[0] if len(fits) == 1 else None
+
+
+def _sums_to_zero(g: Tensor, axis: int) -> bool:
+    return not float(g.sum(axis).abs().sum()) > ZERO_SUM * float(g.abs().sum())
 
 
 def _log_probabilities(f: Tensor, axis: int) -> bool:

@@ -6,9 +6,9 @@ first step is taken, the pass is repeated with the old weights, which must give 
 again. The first of these ways that does is used:
 
 - "sample": some of the examples alone. Each is drawn with probability proportional to the sum of
-  squares of its score, as
-  the model expects it (tr Λ) and as the targets made it, since few examples carry most of the KL;
-  weighted, the mean over them is unbiased for the mean over the minibatch.
+  squares of its score, as the model expects it (tr Λ) and as the targets made it, since few
+  examples carry most of the KL; weighted, the mean over them is unbiased for the mean over the
+  minibatch.
 - "whole": all examples (BatchNorm, dropout, layers that mix examples, inputs that can't be cut).
 - "evaluation": all examples in evaluation mode (random draws that can't be repeated).
 
@@ -93,8 +93,7 @@ class Measurement:
     @property
     def predictions(self) -> float:
         """How many predictions of the minibatch are counted."""
-        whole = self.seen.outputs[..., 0] if self.seen.outputs.dim() > 1 else self.seen.outputs
-        return float(whole.numel() if self.active is None else self.active.sum())
+        return _counted(self.seen, self.active)
 
     def of_all(self) -> Measurement:
         """The same of the whole minibatch: its pass repeats where a sample's does."""
@@ -127,19 +126,19 @@ class Measurement:
 
 @dataclass
 class Measurements:
-    """Those of the passes of one loss, with how many predictions of each are counted."""
+    """Those of the passes of one loss."""
 
-    parts: list[tuple[Measurement, float]]
+    parts: list[Measurement]
 
     def finish(self) -> tuple[float, float]:
         """The means over all predictions (`Measurement.finish`)."""
-        total = sum(count for _, count in self.parts)
-        found = [(part.finish(), count / total) for part, count in self.parts]
+        total = sum(part.predictions for part in self.parts)
+        found = [(part.finish(), part.predictions / total) for part in self.parts]
         return sum(w * f[0] for f, w in found), sum(w * f[1] for f, w in found)
 
     def of_all(self) -> Measurements:
         """The same of whole minibatches."""
-        return Measurements([(part.of_all(), count) for part, count in self.parts])
+        return Measurements([part.of_all() for part in self.parts])
 
 
 class KLMeter:
@@ -173,7 +172,7 @@ class KLMeter:
             one = self.begin(seen, some, step, expected)
             certain |= self.certain
             if one is not None:
-                parts.append((one, one.predictions))
+                parts.append(one)
         self.certain = certain
         return Measurements(parts) if parts else None
 
@@ -196,7 +195,7 @@ class KLMeter:
         scores = None if seen is None else self._scores(seen, active)
         certain, rows, weights = False, None, None
         if seen is not None and scores is not None:
-            count = float(seen.outputs[..., 0].numel() if active is None else active.sum())
+            count = _counted(seen, active)
             certain = float(scores.sum()) < SPENT * count
             if not certain:
                 rows, weights = _drawn(scores, count / seen.examples, predictions, step)
@@ -302,6 +301,12 @@ class KLMeter:
             found = found + r.square().reshape(seen.examples, -1).sum(1)
         found = torch.nan_to_num(found, posinf=0.0, neginf=0.0).clamp_min(0.0)
         return found.double().cpu()
+
+
+def _counted(seen: ForwardPass, active: Tensor | None) -> float:
+    """How many predictions of a pass are active."""
+    whole = seen.outputs[..., 0] if seen.outputs.dim() > 1 else seen.outputs
+    return float(whole.numel() if active is None else active.sum())
 
 
 def _drawn(

@@ -446,10 +446,13 @@ class NGDT(Optimizer):
             return None, 1.0
         realised, floor = found
         if math.isfinite(realised) and self.calibration is not None:
-            unbounded = self.meter.certain and taken.left is None
-            allowed = taken.limit or 0.0
             self.calibration.observe(
-                self.steps, taken.predicted, realised, floor, unbounded, allowed
+                self.steps,
+                taken.predicted,
+                realised,
+                floor,
+                certain=self.meter.certain and taken.left is None,
+                limit=taken.limit or 0.0,
             )
         kept, limit = 1.0, taken.limit
         for _ in range(MOST_CUTS):

@@ -74,7 +74,7 @@ def local_copy(path: str | os.PathLike[str]) -> Path:
         relative = Path(root).name if alone else name.removeprefix(root).lstrip("/")
         if inside(place, relative) is None:
             raise InputError(f"{url} holds {name[:80]!r}, which points outside it; rename it there")
-        wanted[relative] = (name, _print(entry))
+        wanted[relative] = (name, _fingerprint(entry))
     folder = place.parent if alone else place
     try:
         _fetch(store, url, folder, wanted, place.parent / _INDEX)
@@ -94,7 +94,7 @@ def _cache() -> Path:
     return Path(caches) / "thermo-opt"
 
 
-def _print(entry: Any) -> str:
+def _fingerprint(entry: Any) -> str:
     """What the store says of a file, as a fingerprint."""
     return hashlib.sha256(repr(sorted(entry.items())).encode()).hexdigest()[:32]
 
@@ -106,9 +106,13 @@ def _fetch(
     aren't there as they are now; others that were copied before and are gone go."""
     folder.mkdir(parents=True, exist_ok=True)
     had = read_json(index) if index.exists() else {}
-    for name in had.keys() - wanted.keys():
+    gone = had.keys() - wanted.keys()
+    for name in gone:
         if (old := inside(folder, name)) is not None:
             old.unlink(missing_ok=True)
+    had = {name: seen for name, seen in had.items() if name not in gone}
+    if gone:
+        _write(index, had)
     missing = [
         name
         for name, (_, seen) in wanted.items()
@@ -127,10 +131,8 @@ def _fetch(
             for name, part in zip(names, parts, strict=True):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(part, folder / name)
-        had = {**had, **{name: wanted[name][1] for name in names}}
-        _write(index, {name: seen for name, seen in had.items() if name in wanted})
-    if had.keys() - wanted.keys():
-        _write(index, {name: seen for name, seen in had.items() if name in wanted})
+        had |= {name: wanted[name][1] for name in names}
+        _write(index, had)
 
 
 def _write(index: Path, content: dict[str, str]) -> None:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from thermo_opt.errors import InputError, first_line
 from thermo_opt.runs.border import regular, visible, whole
+from thermo_opt.runs.readers.tables import csv_table
 from thermo_opt.runs.steps_file import json_lines
 
 NUMERIC = ("loss", "lr", "wall", "examples", "tokens")
@@ -107,12 +108,7 @@ def _from_csv(file: Path, shift: int) -> pd.DataFrame | None:
         raise InputError(
             f"{file} has more than {_LIMIT:,} bytes; thin it out, or move it elsewhere"
         )
-    try:
-        table = pd.read_csv(file, skipinitialspace=True)
-    except (ValueError, OverflowError, pd.errors.ParserError) as error:
-        raise InputError(
-            f"{file} isn't a table ({first_line(error)}); restore it or move it elsewhere"
-        ) from None
+    table = csv_table(file, "restore it or move it elsewhere")
     column = next((name for name in _STEP if name in table), None)
     if column is None:
         if file.name == "metrics.csv":

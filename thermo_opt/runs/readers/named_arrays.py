@@ -20,6 +20,7 @@ from thermo_opt.runs.border import regular
 from thermo_opt.runs.predictions import as_tensor
 from thermo_opt.runs.probe_files import LIMIT, read_arrays
 from thermo_opt.runs.readers.steps import UNITS, numbers_in
+from thermo_opt.runs.readers.tables import csv_table
 from thermo_opt.runs.steps_file import json_lines
 from thermo_opt.runs.tensors import opened
 from thermo_opt.runs.torch_file import LazyTensor, PlainArray, TorchFile
@@ -269,12 +270,7 @@ def _content(file: Path) -> Any:
             "per snapshot"
         )
     if file.suffix == ".csv":
-        try:
-            frame = pd.read_csv(file, skipinitialspace=True)
-        except (ValueError, OverflowError, pd.errors.ParserError) as error:
-            raise InputError(
-                f"{file} isn't a table ({first_line(error)}); write it again"
-            ) from None
+        frame = csv_table(file, "write it again")
         return {str(name): frame[name].to_numpy() for name in frame}
     if file.suffix == ".jsonl":
         rows = list(json_lines(file))
@@ -381,9 +377,9 @@ def _columns(arrays: Mapping[str, Any], table: bool) -> dict[str, Any]:
     for found, names in groups.items():
         if len(names) < 2 or len({np.shape(arrays[name]) for name in names}) > 1:
             continue
-        numbers = [re.search(r"(\d+)$", name) for name in names]
-        if all(numbers):
-            names = sorted(names, key=lambda name: int(re.search(r"(\d+)$", name)[1]))  # type: ignore[index]
+        numbers = {name: int(end[1]) for name in names if (end := re.search(r"(\d+)$", name))}
+        if len(numbers) == len(names):
+            names = sorted(names, key=numbers.__getitem__)
         values = [np.asarray(joined.pop(name)) for name in names]
         if all(value.dtype.kind in "fiu" for value in values):
             joined[found] = np.stack(values, axis=-1).astype(np.float64)
