@@ -12,6 +12,8 @@ from torch import nn
 import thermo_opt as to
 from thermo_opt import cli
 from thermo_opt.audits import advise
+from thermo_opt.describe.sentences import explanation
+from thermo_opt.fronts import drift_front
 
 
 def _record(path: Path, every: int) -> None:
@@ -108,6 +110,21 @@ def test_minibatch_runs_are_advised_on_batch_and_momentum_and_it_comes_true(
     assert after["loss_end"] < 1.3 * audit.summary["loss_end"]
 
 
+def test_a_sparse_record_promises_momentum_no_more_than_the_whole(tmp_path: Path) -> None:
+    """Noise is told per step by the replicas, dissipation at stride m only from below: their
+    quotient would be too large."""
+    whole = _noisy(tmp_path / "run", 16)
+    full = {one.about: one for one in advise(whole)}["momentum"].predicted_saving
+    assert full is not None
+    for stride in (2, 5, 10):
+        sparse = to.audit(tmp_path / "run", lens="outputs", stride=stride)
+        found = {one.about: one for one in advise(sparse)}["momentum"]
+        assert found.predicted_saving is not None
+        assert found.error is not None
+        assert found.predicted_saving <= full + found.error
+        assert "earlier noise or turned elsewhere" in " ".join(explanation(sparse.summary))
+
+
 def test_large_batches_are_advised_to_be_smaller(tmp_path: Path) -> None:
     audit = _noisy(tmp_path / "large", 3000)
     found = {one.about: one for one in advise(audit)}
@@ -139,4 +156,12 @@ def test_fronts_on_drift(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert "no replicas" in told["left_out"][0]["reason"]
     assert cli.main(["pareto", *runs[:2], "--drift", "--target-loss", "1.0"]) == 0
     assert "noise apart" in capfd.readouterr().out
+    assert told["schema_version"] == 2
+    assert told["notes"] == []
+    thinned = to.load_run(tmp_path / "small")
+    thinned.snapshots = thinned.snapshots[::4]
+    audits = [to.audit(thinned, lens="outputs"), to.audit(tmp_path / "large", lens="outputs")]
+    notes = drift_front(audits, target_loss=1.0).attrs["notes"]
+    assert "every 4 steps" in notes[0]
+    assert "are estimates" in notes[1]
     assert cli.main(["pareto", *runs, "--drift", "--html", str(tmp_path / "x.html")]) == 2

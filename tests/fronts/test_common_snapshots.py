@@ -3,11 +3,13 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import thermo_opt as to
 from thermo_opt.cli import main
 from thermo_opt.fronts import read_trajectory
+from thermo_opt.report.front import costs, sentences
 from thermo_opt.runs import load_run
 
 
@@ -39,7 +41,45 @@ def test_a_run_recorded_less_often_is_no_cheaper_than_itself(pair, quick):
     assert whole["efficiency"] > alone["efficiency"]
     assert front.notes[0].startswith("Compared at the snapshots that all runs have, every 4 steps")
     assert "whole recorded others too" in front.notes[0]
-    assert "lower bounds" in front.notes[1]
+    assert "are estimates" in front.notes[1]
+
+
+def towards(angles) -> np.ndarray:
+    """Logits of one example of two classes at these angles from its target, arccos √p(y)."""
+    return np.log(np.stack([np.cos(angles) ** 2, np.sin(angles) ** 2], axis=-1))[:, None, :]
+
+
+def test_what_is_read_between_sparse_snapshots_bounds_nothing(tmp_path, write_run):
+    """Along a straight path the loss falls faster than on the line between its ends: seen less
+    often, the run looks later and dearer. One that undoes its steps looks cheaper."""
+    target = np.array([0])
+    straight = write_run(tmp_path / "straight", towards(np.linspace(1.2, 0.3, 21)), target)
+    zigzag = np.linspace(1.2, 0.3, 21) + 0.1 * (np.arange(21) % 2)
+    undone = write_run(tmp_path / "undone", towards(zigzag), target)
+    dearer = []
+    for path in (straight, undone):
+        track = read_trajectory(load_run(path))
+        whole, sparse = (t.crossing(0.4) for t in (track, track.at([0, 10, 20])))
+        assert whole.least_distance == sparse.least_distance
+        dearer.append(sparse.dissipation > whole.dissipation)
+        front = to.pareto([track.at([0, 10, 20])], target_loss=0.4)
+        time, spent, least, efficiency = costs(front.table.iloc[0].to_dict())
+        assert all(cell.startswith("≈ ") for cell in (time, spent, efficiency))
+        assert least[0].isdigit()
+        assert "it dominates about" in sentences(front)[0]
+    assert dearer == [True, False]
+
+
+def test_a_loss_that_was_met_between_two_snapshots_was_not_seen_to_be_met(tmp_path, write_run):
+    angles = np.linspace(1.2, 0.9, 21)
+    angles[3] = 0.2  # for one step
+    dips = read_trajectory(load_run(write_run(tmp_path / "dips", towards(angles), np.array([0]))))
+    steady = write_run(tmp_path / "steady", towards(np.linspace(1.2, 0.3, 21)), np.array([0]))
+    tracks = [dips, read_trajectory(load_run(steady))]
+    assert not to.pareto(tracks, target_loss=0.4).table["censored"].any()
+    front = to.pareto([track.at([0, 10, 20]) for track in tracks], target_loss=0.4)
+    assert "; 1 of 2 runs are not seen to reach it." in sentences(front)[0]
+    assert costs(front.table.iloc[0].to_dict())[:2] == ["–", "–"]
 
 
 def test_a_shorter_run_takes_nothing_from_a_longer_one(pair):
@@ -88,8 +128,9 @@ def test_the_command_leaves_out_what_it_can_not_read_and_groups_by_settings(pair
     ]
     assert main(arguments) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "≤ " in out
-    assert "≥ " in out
+    assert "≈ " in out
+    assert "≥ " not in out
+    assert "≤ " not in out
     assert "Compared at the snapshots that all runs have, every 4 steps" in out
     assert main([*arguments, "--group-by", "weather"]) == 2
     assert "use one of" in capsys.readouterr().err

@@ -146,10 +146,13 @@ def _momentum(audit: Audit) -> Advice:
             f"{audit.optimizer or 'an unknown optimizer'}.",
         )
     still = split.housekeeping
+    if not audit.summary["every_step"]:  # Q is too small there, and housekeeping too large
+        total, still = split.noise + (split.drift or 0.0), None
     scatter = min(split.noise + (still or 0.0), total)
     factor = 2 * _MOMENTUM / (1 + _MOMENTUM)
     share = factor * scatter / total
-    error = factor * float(np.hypot(split.noise_error or 0, split.transport_error or 0)) / total
+    lasting = 0.0 if still is None else split.transport_error or 0.0
+    error = factor * float(np.hypot(split.noise_error or 0.0, lasting)) / total
     if share <= max(_NOTHING, error):
         return Advice("momentum", "Nothing to gain from momentum: hardly any noise.", share, error)
     whole = "noise and what undoes it" if still is not None else "noise"

@@ -24,6 +24,7 @@ def show_drift(
     from thermo_opt.audits import audit
     from thermo_opt.cli import terminal
     from thermo_opt.fronts import CLOCK_OF, drift_front
+    from thermo_opt.lenses.results import SCHEMA_VERSION
     from thermo_opt.runs import load_run
 
     audits, left_out = [], []
@@ -43,7 +44,13 @@ def show_drift(
     terminal.warn_left_out(left_out)
     if json:
         rows = [jsonable(row) for row in table.to_dict("records")]
-        said = [{"run": run, "reason": reason} for run, reason in left_out]
-        terminal.print_json(encoder.dumps({"x": x, "runs": rows, "left_out": said}, indent=2))
+        found = {
+            "schema_version": SCHEMA_VERSION,
+            "x": x,
+            "notes": table.attrs["notes"],
+            "runs": rows,
+            "left_out": [{"run": run, "reason": reason} for run, reason in left_out],
+        }
+        terminal.print_json(encoder.dumps(found, indent=2, allow_nan=False))
         return
     terminal.print_drift(table)

@@ -22,7 +22,15 @@ from rich.text import Text
 from thermo_opt.describe import counterfactual as other_words
 from thermo_opt.describe import sentences as words
 from thermo_opt.describe import split as noise_words
-from thermo_opt.describe.quantities import QUANTITIES, Quantity, cost_unit, number, percent, unit
+from thermo_opt.describe.quantities import (
+    DURATION_UNITS,
+    QUANTITIES,
+    Quantity,
+    cost_unit,
+    number,
+    percent,
+    unit,
+)
 from thermo_opt.describe.standing import standing, toward_of, with_standing
 from thermo_opt.errors import printable
 from thermo_opt.lenses.results import Audited
@@ -173,13 +181,15 @@ def print_drift(table: pd.DataFrame) -> None:
         console.print(plain(f"To reach loss {number(target)}, noise apart", style="bold"))
         shown = _table()
         shown.add_column("run", overflow="fold", min_width=_NAME)
-        for name in ("T", "noise", "drift", "Q", ""):
+        for name in (f"T, {DURATION_UNITS[table.attrs['clock']]}", "noise", "drift", "Q", ""):
             shown.add_column(name, justify="right", no_wrap=True)
         for row in rows.sort_values("time", kind="stable", na_position="last").to_dict("records"):
             cells = (number(row[key]) for key in ("time", "noise", "drift", "dissipation"))
             shown.add_row(plain(row["run"]), *cells, "★" if row["on_front"] else "")
         console.print(shown)
-    console.print(plain("Nats on the clock step; no universal frontier bounds the drift alone."))
+    said = "Noise and drift in nats on the clock step; no universal frontier bounds drift alone."
+    for sentence in [said, *table.attrs["notes"]]:
+        console.print(plain(sentence))
 
 
 def print_info(facts: Mapping[str, Any]) -> None:

@@ -218,9 +218,10 @@ def comparison(audits: Sequence[Audited]) -> str | None:
     if ranked.obstacle is not None or not ranked.order:
         return None
     best, worst = (audits[ranked.order[k]] for k in (0, -1))
+    whole = best.summary["every_step"]
     shares = [
         percent(audit.summary["efficiency"])
-        if best.summary["every_step"]
+        if whole
         else f"at most {percent(audit.summary['efficiency'], 'up')}"
         for audit in (best, worst)
     ]
@@ -228,15 +229,19 @@ def comparison(audits: Sequence[Audited]) -> str | None:
     losses = [number(audit.summary["loss_end"]) for audit in (best, worst)]
     if shares[0] == shares[1]:
         said = (
-            f"{runs} none is more efficient than another: {shares[0]} of what each dissipated was "
-            "unavoidable."
+            f"{runs} none {'is' if whole else 'looks'} more efficient than another: {shares[0]} of "
+            "what each dissipated was unavoidable."
         )
     else:
+        seems = "is" if whole else "seems to be"
         said = (
-            f"{runs} the most efficient is {best.run}: {shares[0]} of what it dissipated was "
-            f"unavoidable, and it ended at loss {losses[0]}. The least efficient is {worst.run}: "
-            f"{shares[1]}, at loss {losses[1]}. A path can be efficient and lead to a worse loss."
+            f"{runs} the most efficient {seems} {best.run}: {shares[0]} of what it dissipated was "
+            f"unavoidable, and it ended at loss {losses[0]}. The least efficient {seems} "
+            f"{worst.run}: {shares[1]}, at loss {losses[1]}. A path can be efficient and lead to a "
+            "worse loss."
         )
+    if not whole:  # two strided dissipations bound no quotient (§4)
+        said += " What was undone between two snapshots is not seen: it may reverse the order."
     if ranked.hardly:
         names = named([audits[i].run for i in ranked.hardly])
         said += f" Not ranked, since their loss hardly fell: {names}."

@@ -45,7 +45,7 @@ SPLIT = (
         "",
         "Housekeeping",
         "nats",
-        "The part of the drift that undoes earlier noise.",
+        "The rest of the drift: it undoes earlier noise, or (at a lag above 1) turned elsewhere.",
         "drift − transport",
     ),
     Quantity(
@@ -81,8 +81,14 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
         f"minibatches, and {with_error(split, 'drift')} are drift, what the expected steps "
         "dissipate"
     )
+    lag = split["transport_lag"]
     if split["transport"] is None:
         said += "; how much of the drift went somewhere can’t be told"
+    elif lag > 1:  # what turned or slowed down within the lag is in neither (§11)
+        said += (
+            f": {with_error(split, 'transport')} of it went the same way over {number(lag)} steps "
+            f"and more, {with_error(split, 'housekeeping')} undid earlier noise or turned elsewhere"
+        )
     else:
         said += (
             f": {with_error(split, 'transport')} of it went somewhere, "
@@ -104,7 +110,9 @@ def brief(summary: Mapping[str, Any]) -> list[str]:
         return []
     said = f"Step by step, {_share(split)} of it is noise, the scatter of minibatches"
     if split["transport"] is not None:
-        said += f", and {with_error(split, 'transport')} nats went somewhere"
+        lag = split["transport_lag"]
+        over = f" over {number(lag)} steps" if lag > 1 else ""
+        said += f", and {with_error(split, 'transport')} nats went somewhere{over}"
     return [said + "."]
 
 

@@ -43,7 +43,7 @@ def drift_front(audits: Sequence[Audit], **options: Any) -> pd.DataFrame:
 
     Returns:
         One row a run and target, columns `COLUMNS`; NaN where ``censored``. ``attrs["clock"]``:
-        that of the times.
+        that of the times; ``attrs["notes"]``: as `ParetoFront.notes`.
 
     Raises:
         InputError: As `pareto`, and for runs without replicas, naming them.
@@ -61,7 +61,7 @@ def drift_front(audits: Sequence[Audit], **options: Any) -> pd.DataFrame:
         mask = pareto_mask(own["time"].to_numpy(float), own["drift"].to_numpy(float))
         rows.loc[own.index, "on_front"] = mask
     found = rows[list(COLUMNS)]
-    found.attrs["clock"] = front.clock
+    found.attrs |= {"clock": front.clock, "notes": list(front.notes)}
     return found
 
 

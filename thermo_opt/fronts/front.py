@@ -100,9 +100,10 @@ class ParetoFront:
     ``D*²/(2QT)`` ≤ 1; ``dissipation_scaled``: Q times (`Target.least_distance`/D*)², which puts
     runs of different starts under one hyperbola; ``on_front``: not dominated in (time,
     dissipation/D*²); ``energy``: joules to the crossing, where the run logged them; ``first_step``,
-    ``stride``, ``every_step``: what of the run was seen: where not every step was, dissipations are
-    lower bounds and efficiencies upper ones. ``targets``: one `Target` each. ``notes``: sentences:
-    at which snapshots the runs were compared, and what isn't seen.
+    ``stride``, ``every_step``: what of the run was seen: where not every step was, all of these but
+    ``least_distance`` are estimates, without a known side, and ``censored`` means not seen to reach
+    it. ``targets``: one `Target` each. ``notes``: sentences: at which snapshots the runs were
+    compared, and what isn't seen.
     """
 
     x: str
@@ -221,10 +222,11 @@ def pareto(
     extremes: give one to compare fronts.
 
     Time and dissipation at the crossing are interpolated along the geodesic between snapshots, and
-    are those of the recorded path: with sparse snapshots, dissipation is a lower bound. Runs are
-    compared at the snapshots that all of them have; those recorded more often are read again at
-    these, which ``notes`` says. Runs of different starts are made comparable by dividing Q by each
-    run's own D*². A run that begins at or below a target is refused: it has nothing to reach.
+    are those of the recorded path: with sparse snapshots both are estimates, without a known side,
+    since the loss may have met the target earlier than is seen. Runs are compared at the snapshots
+    that all of them have; those recorded more often are read again at these, which ``notes`` says.
+    Runs of different starts are made comparable by dividing Q by each run's own D*². A run that
+    begins at or below a target is refused: it has nothing to reach.
 
     Raises InputError for runs whose probes, likelihoods, clocks or units of steps differ (naming
     them), runs that share too few snapshots, runs without the outputs lens or targets, and a target
@@ -356,8 +358,9 @@ def _unseen(tracks: Sequence[Trajectory]) -> list[str]:
         stride = max(track.stride for track in tracks)
         apart = f"{number(stride)} {unit}{'' if stride == 1 else 's'}"
         said.append(
-            f"Not every optimizer step was seen, the snapshots lying {apart} apart: dissipations "
-            "are lower bounds, efficiencies and dominated shares upper bounds."
+            f"Not every optimizer step was seen, the snapshots lying {apart} apart: times, "
+            "dissipations, efficiencies and dominated shares are estimates, and another order is "
+            "possible."
         )
     if begin > 0:
         said.append(

@@ -99,7 +99,8 @@ def pareto(front: Front, ax: Axes | None = None, target_loss: float | None = Non
     ax = given_or_new(ax, 6.8, 4.8)
     rows = front.rows(target.target_loss)
     missed = int(rows["censored"].sum())
-    more = f" ({missed} of {len(rows)} runs never do)" if missed else ""
+    late = "never do" if rows["every_step"].all() else "aren't seen to"
+    more = f" ({missed} of {len(rows)} runs {late})" if missed else ""
     quiet(ax, f"Cost of reaching loss {target.target_loss:.3g}{more}")
     hulls = front.hulls(target.target_loss)
     for index, group in enumerate(front.groups):

@@ -54,17 +54,15 @@ def sentences(front: Front) -> list[str]:
         )
         alone = len(best) == 1
         whole = rows["every_step"].all()
-        share = percent(target.coverage)
-        if not whole:
-            share = f"at most {percent(target.coverage, 'up')}"
+        share = f"{'' if whole else 'about '}{percent(target.coverage)}"
+        late = f"{missed} of {len(rows)} runs {'never' if whole else 'are not seen to'} reach it"
         said.append(
             f"To reach loss {number(target.target_loss)}, "
             f"{'' if whole else 'at the snapshots that are seen, '}"
             f"{'no other run is' if alone else 'no run is'} both faster and "
             f"cheaper than {names}: {'it dominates' if alone else 'together they dominate'} "
             f"{share} of "
-            "what the universal frontier leaves possible"
-            + (f"; {missed} of {len(rows)} runs never reach it." if missed else ".")
+            "what the universal frontier leaves possible" + (f"; {late}." if missed else ".")
         )
     if not all(target.same_start for target in front.targets):
         said.append(
@@ -76,16 +74,19 @@ def sentences(front: Front) -> list[str]:
 
 def costs(row: Mapping[Any, Any]) -> list[str]:
     """Time, dissipation, least distance and efficiency of a table's row as a person reads them:
-    "≥" and "≤" before bounds, ">" where the run ended first."""
+    "≈" before what is read between snapshots several steps apart, ">" where the run ended first.
+
+    A loss may fall faster than on the straight line between two snapshots, or have met the target
+    and left it again: time and dissipation up to the first meeting have no known side then.
+    """
     least = number(row["least_distance"])
+    whole = row["every_step"]
     if row["censored"]:
         ends = [number(row[key], toward="down") for key in ("duration", "dissipation_total")]
-        return [f"> {ends[0]}", f"> {ends[1]}", least, "–"]
-    time, spent, efficiency = (row[key] for key in ("time", "dissipation", "efficiency"))
-    if row["every_step"]:
-        return [number(time), number(spent), least, percent(efficiency)]
-    bounds = [f"≥ {number(spent, toward='down')}", f"≤ {percent(efficiency, 'up')}"]
-    return [number(time), bounds[0], least, bounds[1]]
+        return [f"> {ends[0]}", f"> {ends[1]}", least, "–"] if whole else ["–", "–", least, "–"]
+    about = "" if whole else "≈ "
+    time, spent = (f"{about}{number(row[key])}" for key in ("time", "dissipation"))
+    return [time, spent, least, f"{about}{percent(row['efficiency'])}"]
 
 
 def _figure(front: Front, target: FrontTarget, position: int) -> Figure:

@@ -48,11 +48,15 @@ def decomposition(audits: Sequence[Audited]) -> Figure | None:
             "y": list(range(len(rows))),
             "width": 0.42,
             "customdata": [
-                [escape(audit.run), cost_unit(summary["clock"]), _share(summary, part)]
+                [
+                    escape(audit.run),
+                    f"{with_standing(summary, part)} {cost_unit(summary['clock'])}",
+                    _share(summary, part),
+                ]
                 for _, audit, summary in rows
             ],
             "hovertemplate": "<b>%{customdata[0]}</b><br>%{fullData.name}: "
-            "%{x:.4g} %{customdata[1]} (%{customdata[2]})<extra></extra>",
+            "%{customdata[1]} (%{customdata[2]})<extra></extra>",
             "marker": {
                 "color": [f"@{look(i).colour}:{opacity}" for i, _, _ in rows],
                 "line": {"width": 1, "color": [f"@{look(i).colour}" for i, _, _ in rows]},
@@ -79,12 +83,13 @@ def decomposition(audits: Sequence[Audited]) -> Figure | None:
         }
         for row, (_, audit, summary) in enumerate(rows)
     ]
+    sparse = "" if all(s["every_step"] for _, _, s in rows) else _SPARSE
     return Figure(
         "decomposition",
         f"Where the dissipation went, {seen(audits)}",
         "Irreducible: what a straight path at constant speed would have cost. Detour: the price of "
         "a longer path. "
-        "Pacing: the price of uneven speed. The three add up to the dissipation exactly.",
+        f"Pacing: the price of uneven speed. The three add up to the dissipation exactly.{sparse}",
         "Stacked bars. "
         + "; ".join(
             f"{audit.run}: " + ", ".join(f"{p} {_share(summary, p)}" for p in PARTS)
@@ -255,5 +260,13 @@ _PANEL_TITLE, _LAYER = 30, 22
 """Heights in pixels of a heat map panel's title and of a layer's row."""
 
 
+_SPARSE = (
+    " Where not every step was seen, these are the parts of what was: the dissipation and its "
+    "detour are at least so large."
+)
+
+
 def _share(summary: dict[str, Any], part: str) -> str:
-    return percent(summary[part] / summary["dissipation"]) if summary["dissipation"] else "0\u00a0%"
+    """A part's share of the dissipation; of what was seen of it, where that is a bound."""
+    share = summary[part] / summary["dissipation"] if summary["dissipation"] else 0.0
+    return percent(share) + ("" if summary["every_step"] else " of what is seen")
