@@ -42,10 +42,11 @@ def positive(name: str, value: Any) -> float:
 
 
 def path(name: str, value: Any) -> Path:
-    """``value`` as a path."""
-    if not isinstance(value, str | os.PathLike):
-        raise InputError(f"{name} is {value!r}; give the path of a file or folder")
-    return Path(value)
+    """``value`` as a path; a leading ``~`` is the user's home, as in a shell."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or "\0" in text:
+        raise InputError(f"{name} is {shown(value)}; give the path of a file or folder")
+    return Path(os.path.expanduser(text))
 
 
 def listed(name: str, values: Any, kind: type[T] | tuple[type[T], ...], remedy: str) -> list[T]:

@@ -1,6 +1,9 @@
-"""The one exception users meet: a sentence naming the file or argument and the remedy."""
+"""The one exception users meet: a sentence naming the file or argument and the remedy; and
+warnings that end nothing."""
 
+import sys
 import unicodedata
+import warnings
 
 _JOINERS = "\u200c\u200d"
 """Invisible characters that scripts and emoji need within a word."""
@@ -32,3 +35,13 @@ class InputError(ValueError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, for quoting in another; its type where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
+def warn_only(message: str, stacklevel: int = 1) -> None:
+    """Warn, also in a process that turns warnings into exceptions: there on the error stream, since
+    what is recorded beside a training must not end it."""
+    message = printable(message, keep="\n\t")
+    try:
+        warnings.warn(message, stacklevel=stacklevel + 1)
+    except UserWarning:
+        print(f"UserWarning: {message}", file=sys.stderr)

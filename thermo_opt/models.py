@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -174,11 +175,14 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, after which ``model`` and all random states are exactly as
     before.
 
-    Restores each submodule's train/eval flag, buffers (the objects and their contents), and the
-    random states of Python, NumPy and torch (CPU and CUDA). Cost: one copy of the buffers.
+    Restores each submodule's train/eval flag, buffers (the objects and their contents), the
+    attributes of modules that aren't torch's own (counters, hidden states, lists, generators; not
+    what a forward changes inside other objects), and the random states of Python, NumPy and torch
+    (CPU and CUDA). Cost: one copy of the buffers.
     """
     with (
         _buffers_kept(model),
+        _attributes_kept(model),
         random_states_kept(),
         _evaluation_flags(model.modules()),
         torch.no_grad(),
@@ -203,6 +207,57 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
                 if not _identical(buffer, content):
                     buffer.copy_(content)
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """What a user's modules keep in plain attributes is the same after as before. Torch's own
+    modules (wrappers that set themselves up at their first call) are left alone."""
+    restore: list[Callable[[], Any]] = []
+    for module in model.modules():
+        if type(module).__module__.partition(".")[0] == "torch" or not hasattr(module, "__dict__"):
+            continue
+        members = {name: value for name, value in vars(module).items() if name not in _OWN}
+        restore += [
+            undo for value in members.values() if (undo := _content_kept(value)) is not None
+        ]
+        restore.append(partial(_put_back, vars(module), members, _OWN))
+    try:
+        yield
+    finally:
+        for undo in restore:
+            undo()
+
+
+_OWN = frozenset(vars(nn.Module()))
+"""What every module has, and is put back elsewhere or never changed by a forward."""
+
+
+def _content_kept(value: Any) -> Callable[[], Any] | None:
+    """A function that gives a plain container or a generator of random numbers its content back."""
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, np.random.Generator):
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return partial(value.setstate, value.getstate())
+    if type(value) is list:
+        return partial(value.__setitem__, slice(None), list(value))
+    if type(value) is dict:
+        return partial(_put_back, value, dict(value))
+    return None
+
+
+def _put_back(
+    members: dict[Any, Any], before: Mapping[Any, Any], others: frozenset[str] = frozenset()
+) -> None:
+    for name in members.keys() - before.keys() - others:
+        del members[name]
+    for name, value in before.items():
+        if name not in members or members[name] is not value:
+            members[name] = value
 
 
 @contextmanager

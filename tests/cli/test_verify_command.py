@@ -157,7 +157,7 @@ def test_bad_factories_are_refused(factory, words):
     [
         (["--optimizer", "torch.optim:SGD", "one-step"], "leave out claims"),
         (["--seed", "-1"], "seed"),
-        (["one-step", "--html", "no/such/folder/page.html"], "does not exist"),
+        (["one-step", "--html", "no/such/folder/page.html"], "doesn't exist"),
         (["one-stop"], "did you mean one-step"),
     ],
 )

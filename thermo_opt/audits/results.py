@@ -12,6 +12,7 @@ import pandas as pd
 
 from thermo_opt.lenses.inputs import LensInputs
 from thermo_opt.lenses.results import LENSES, LensAudit, summaries_json
+from thermo_opt.writing import write_whole
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Audit:
         given."""
         text = summaries_json([self])
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_whole(path, text + "\n")
         return text
 
     def to_html(self, path: str | PathLike[str]) -> Path:

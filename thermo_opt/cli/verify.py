@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from thermo_opt.cli.pages import check_page
 from thermo_opt.errors import InputError
+from thermo_opt.writing import write_whole
 
 if TYPE_CHECKING:
     from thermo_opt.theory.verify import Rejection, Score, Verdict
@@ -74,8 +76,7 @@ def verify(
         )
     if seed < 0:
         raise InputError(f"--seed {seed}: a seed must be 0 or larger")
-    if html is not None and not html.parent.is_dir():
-        raise InputError(f"--html {html}: the folder {html.parent} does not exist")
+    check_page(html, "--html")
     torch.set_num_threads(1)  # the problems are tiny: threads would only wait for each other
     verdicts: list[Verdict] = []
     console = Console(stderr=True)
@@ -259,4 +260,4 @@ def _write_page(path: Path, sections: list[Section], summary: str) -> None:
         good=GOOD,
         bad=BAD,
     )
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)

@@ -23,6 +23,7 @@ from thermo_opt.fronts.common import at_common_snapshots
 from thermo_opt.fronts.dominance import attainable_hypervolume, hull, hypervolume, pareto_mask
 from thermo_opt.fronts.trajectory import Trajectory, trajectory_of
 from thermo_opt.lenses.results import SCHEMA_VERSION
+from thermo_opt.writing import write_whole
 
 CLOCK_OF = {
     "steps": "step",
@@ -199,7 +200,7 @@ class ParetoFront:
         of the runs that have no line."""
         text = json.dumps(self.to_dict(left_out), indent=2, allow_nan=False)
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_whole(path, text + "\n")
         return text
 
 

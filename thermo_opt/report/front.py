@@ -14,14 +14,15 @@ import numpy as np
 from thermo_opt.describe.quantities import DURATION_UNITS, cost_unit, number, percent
 from thermo_opt.plots.front import Front, FrontTarget, contours, cost_label, window
 from thermo_opt.plots.palette import look
-from thermo_opt.report.page import render_template, write_page
+from thermo_opt.report.page import render_template
 from thermo_opt.report.spec import Figure, Spec, layout, log_axis, numbers
+from thermo_opt.writing import write_whole
 
 
 def write_front(front: Front, path: str | PathLike[str]) -> Path:
     """Write the front's page to ``path`` (by rename) and return the path; `InputError` when it
     can't be written."""
-    return write_page(render_front(front), path)
+    return write_whole(path, render_front(front))
 
 
 def render_front(front: Front) -> str:

@@ -6,8 +6,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -34,6 +32,7 @@ from thermo_opt.plots.palette import PARTS, look
 from thermo_opt.plots.series import as_list
 from thermo_opt.report.figures import figures
 from thermo_opt.report.spec import Figure
+from thermo_opt.writing import write_whole
 
 
 def write_report(audits: Audited | Iterable[Audited], path: str | PathLike[str]) -> Path:
@@ -43,30 +42,7 @@ def write_report(audits: Audited | Iterable[Audited], path: str | PathLike[str])
     Cost: a fraction of a second; about 5 MB on disk, most of it plotly.js. Raises `InputError` when
     ``path`` can't be written.
     """
-    return write_page(render(as_list(audits)), path)
-
-
-def write_page(text: str, path: str | PathLike[str]) -> Path:
-    """Write a page by rename, and return its path; `InputError` when it can't be written."""
-    target = Path(path)
-    if target.is_dir():
-        raise InputError(f"{target} is a directory: name the HTML file to write.")
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
-        ) as scratch:
-            scratch.write(text)
-        try:
-            os.chmod(scratch.name, 0o666 & ~_umask())
-            os.replace(scratch.name, target)
-        except OSError:
-            os.unlink(scratch.name)
-            raise
-    except OSError as error:
-        raise InputError(
-            f"{target} can't be written ({error.strerror}): choose a folder you can write to."
-        ) from None
-    return target
+    return write_whole(path, render(as_list(audits)))
 
 
 def render(audits: list[Audited]) -> str:
@@ -271,9 +247,3 @@ def _inert(text: str) -> str:
 
 def _template_file(name: str) -> str:
     return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -88,7 +88,8 @@ def predictions(
 
 
 def _rows(tensor: Tensor, start: int, stop: int, device: torch.device) -> Tensor:
-    return tensor[start:stop].to(device)
+    # a copy: the model's forward may work in place
+    return tensor[start:stop].to(device, copy=True)
 
 
 def predict(
@@ -141,9 +142,10 @@ class ProbeObserver:
         batch_size: int = 256,
         autocast: bool = False,
     ) -> None:
-        if not isinstance(probe, tuple) or len(probe) not in (2, 3) or probe[0] is None:
+        if not isinstance(probe, tuple | list) or len(probe) not in (2, 3) or probe[0] is None:
             raise InputError(
-                "probe must be a pair (inputs, targets), or (inputs, targets, weights)"
+                f"probe is of type {type(probe).__name__}; give a pair of tensors (inputs, "
+                "targets), such as one batch of a DataLoader, or (inputs, targets, weights)"
             )
         inputs, targets, weights = (*probe, None)[:3]
         parts = (
@@ -165,8 +167,12 @@ class ProbeObserver:
                 raise InputError(
                     f"probe: {what} are of type {type(tensor).__name__}; give a tensor"
                 )
-        self.probe = make_probe(inputs, targets, weights)
-        self._inputs: Inputs = inputs
+        # a copy: loops fill their own tensors anew
+        kept_inputs, kept_targets, kept_weights = map_tensors(
+            (inputs, targets, weights), lambda tensor: tensor.detach().clone()
+        )
+        self.probe = make_probe(kept_inputs, kept_targets, kept_weights)
+        self._inputs: Inputs = kept_inputs
         self._model, self._likelihood = model, likelihood
         self._kind = None if kind is None else likelihoods.known_kind(kind)
         self._batch_size, self._autocast = arguments.whole("probe_batch_size", batch_size), autocast

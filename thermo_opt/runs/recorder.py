@@ -6,9 +6,10 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 import time
-import warnings
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from thermo_opt import arguments, likelihoods
-from thermo_opt.errors import InputError
+from thermo_opt.errors import InputError, first_line, warn_only
+from thermo_opt.runs import remote
 from thermo_opt.runs.adam_moments import adam_moments
 from thermo_opt.runs.batches import BATCH_FOLDER, batch_path
 from thermo_opt.runs.energy import EnergyMeter
@@ -56,8 +58,10 @@ class Recorder:
     leaving. Files are written by a worker thread, each by rename with fsync, so a killed run is
     readable up to its last whole snapshot. The training is bit for bit the one it would be
     unrecorded. If writing or probing fails midway (full disk), recording stops with one warning and
-    training goes on; exceptions of the training itself pass through untouched. A forked process (a
-    data loader's worker) doesn't record, whatever it calls.
+    training goes on; if ``log``, ``replica``, a minibatch or the energy meter fails, that is left
+    out, with one warning. Exceptions of the training itself pass through untouched. A forked
+    process (a data loader's worker) doesn't record, whatever it calls. Several threads may call
+    `step`. Without ``with``, call `close` at the end.
 
     Args:
         path: folder of the run; created, and refused if it already holds something (unless
@@ -145,8 +149,15 @@ class Recorder:
         log: Callable[..., Any] | None = None,
     ) -> None:
         self.path = arguments.path("path", path)
+        if remote.is_remote(self.path):
+            raise InputError(
+                f"{self.path}: runs are recorded on this machine alone; give a folder, and copy it "
+                "there afterwards"
+            )
+        self.path = self.path.absolute()  # the training may change the working directory
         if not isinstance(model, nn.Module):
             raise InputError(f"model is of type {type(model).__name__}; give a torch.nn.Module")
+        _refuse_shapeless(model)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise InputError(
                 f"optimizer is of type {type(optimizer).__name__}; give a torch.optim.Optimizer"
@@ -224,7 +235,7 @@ class Recorder:
                 self._header["energy"] = {"devices": self._meter.devices}
             except InputError as reason:
                 self._header["energy"] = {"devices": [], "reason": str(reason)}
-                warnings.warn(f"{reason}; recording goes on without", stacklevel=2)
+                warn_only(f"{reason}; recording goes on without", stacklevel=2)
         encoded(self._header)
         self._count = 0
         self._snapshotted = -1
@@ -232,6 +243,8 @@ class Recorder:
         self._entered = False
         self._stopped: str | None = None
         self._warned = False
+        self._left_out: set[str] = set()
+        self._turn = threading.RLock()
         self._process = os.getpid()
         self._lock: FolderLock | None = None
         self._writer: SnapshotWriter | None = None
@@ -296,14 +309,10 @@ class Recorder:
             raise
         self._snapshotted = self._count
         self._writer = SnapshotWriter()
+        self._unclosed = weakref.finalize(self, _close_late, self.path, self._writer, self._process)
         self._start = time.perf_counter()
-        try:
-            self._take_replica(tensors)
-        except Exception as error:  # as in step
-            self._stop(error)
-        if self._meter is not None:
-            self._meter.restart()
-        self._warn()
+        self._take_replica(tensors)
+        self._restart_meter()
         return self
 
     def step(
@@ -337,29 +346,37 @@ class Recorder:
             os.getpid() != self._process
         ):  # a fork has neither the writing thread nor a right to the files
             return
-        self._count += 1
-        if self._stopped is None:
-            try:
-                self._log_row(
-                    {"loss": loss, "lr": lr, "examples": examples, "tokens": tokens}, extra
-                )
-                if self._writer.error is not None:
-                    raise self._writer.error
-                before = self._snapshotted
-                taken = self._snapshot() if self._due(self._count) else None
-                if batch is not None and taken is not None and before == self._count - 1:
-                    if len(batch) != 2 or not isinstance(batch[1], Tensor):
-                        raise InputError("a minibatch is recorded as batch=(inputs, targets)")
-                    tensors = probe_tensors(*batch)
-                    (self.path / BATCH_FOLDER).mkdir(exist_ok=True)
-                    self._writer.put(batch_path(self.path, before), tensors, {"step": str(before)})
-                self._finish_replica(taken)
-                self._take_replica(taken)
-                if self._meter is not None:
-                    self._meter.restart()
-            except Exception as error:  # whatever fails in recording must not end the training
-                self._stop(error)
-        self._warn()
+        row = {"loss": loss, "lr": lr, "examples": examples, "tokens": tokens}
+        with self._turn:
+            self._count += 1
+            if self._stopped is None:
+                try:
+                    self._record(row, extra, batch)
+                except Exception as error:  # whatever fails in recording must not end the training
+                    self._stop(error)
+            self._warn()
+
+    def _record(
+        self, row: dict[str, Any], extra: Mapping[str, Any], batch: tuple[Inputs, Tensor] | None
+    ) -> None:
+        assert self._writer is not None
+        self._log_row(row, extra)
+        if self._writer.error is not None:
+            raise self._writer.error
+        before, due = self._snapshotted, False
+        with self._or_without("every"):
+            due = bool(self._due(self._count))
+        taken = self._snapshot() if due else None
+        if batch is not None and taken is not None and before == self._count - 1:
+            with self._or_without("batch"):
+                if len(batch) != 2 or not isinstance(batch[1], Tensor):
+                    raise InputError("a minibatch is recorded as batch=(inputs, targets)")
+                tensors = probe_tensors(*batch)
+                (self.path / BATCH_FOLDER).mkdir(exist_ok=True)
+                self._writer.put(batch_path(self.path, before), tensors, {"step": str(before)})
+        self._finish_replica(taken)
+        self._take_replica(taken)
+        self._restart_meter()
 
     def close(self, *, final_snapshot: bool = True) -> None:
         """Record the last step if it is missing, and close; done on leaving `with`.
@@ -368,6 +385,12 @@ class Recorder:
             final_snapshot: False leaves the last step's snapshot out, as after an exception.
         """
         if self._writer is None or os.getpid() != self._process:
+            return
+        with self._turn:
+            self._close(final_snapshot)
+
+    def _close(self, final_snapshot: bool) -> None:
+        if self._writer is None:
             return
         try:
             if final_snapshot and self._stopped is None and self._snapshotted != self._count:
@@ -384,6 +407,7 @@ class Recorder:
         except OSError as error:
             self._stop(error)
         self._writer = None
+        self._unclosed.detach()
         self._release()
         self._warn()
 
@@ -450,11 +474,10 @@ class Recorder:
                 metadata["moments"] = json.dumps(meta)
             elif self._count:
                 self._moments = False
-                warnings.warn(
+                warn_only(
                     f"moments=True, but {type(self._optimizer).__name__} keeps no exp_avg and "
-                    f"exp_avg_sq; recording "
-                    "goes on without",
-                    stacklevel=4,
+                    "exp_avg_sq of this model's parameters; recording goes on without",
+                    stacklevel=5,
                 )
         return tensors, metadata
 
@@ -466,10 +489,30 @@ class Recorder:
         self._writer.put(snapshot_path(self.path, self._count), tensors, metadata)
         self._snapshotted = self._count
         if self._show is not None:
-            if "probe/logits" in tensors:
-                self._progress.add(self._count, tensors["probe/logits"])
-            self._show(self._progress.scalars, step=self._count)
+            with self._or_without("log"):
+                if "probe/logits" in tensors:
+                    self._progress.add(self._count, tensors["probe/logits"])
+                self._show(self._progress.scalars, step=self._count)
         return tensors
+
+    @contextlib.contextmanager
+    def _or_without(self, what: str) -> Iterator[None]:
+        """What goes beside the record may fail: it is left out, and the first time said."""
+        try:
+            yield
+        except Exception as error:  # of the user's own functions, of meters, of networks
+            if what not in self._left_out:
+                self._left_out.add(what)
+                warn_only(
+                    f"recording to {self.path} goes on without {what} at step {self._count} "
+                    f"({first_line(error)}); later steps try again, and say no more",
+                    stacklevel=6,
+                )
+
+    def _restart_meter(self) -> None:
+        if self._meter is not None:
+            with self._or_without("energy"):
+                self._meter.restart()
 
     def _retrace(self) -> None:
         """Take up the live scalars of a resumed run from the snapshots it has."""
@@ -485,32 +528,35 @@ class Recorder:
         if self._replicas is None or self._observer is None or self._count % self._replica_every:
             return
         began = time.perf_counter()
-        before = self._observer.of(taken) if taken else self._observer.observe()
-        after = self._replicas.take(self._count, self._observer.observe)
-        self._pending = _named("before", before) | _named("replica", after)
+        with self._or_without("replica"):
+            before = self._observer.of(taken) if taken else self._observer.observe()
+            after = self._replicas.take(self._count, self._observer.observe)
+            self._pending = _named("before", before) | _named("replica", after)
         self._start += time.perf_counter() - began  # the wall clock is the training's
 
     def _finish_replica(self, taken: Mapping[str, Tensor] | None) -> None:
         """Write the last replica with what the step itself did."""
         if self._pending is None or self._observer is None or self._writer is None:
             return
-        now = self._observer.of(taken) if taken else self._observer.observe()
-        before = self._count - 1
-        self._writer.put(
-            replica_path(self.path, before),
-            self._pending | _named("step", now),
-            {"step": str(before)},
-        )
-        self._pending = None
+        pending, self._pending = self._pending, None
+        with self._or_without("replica"):
+            now = self._observer.of(taken) if taken else self._observer.observe()
+            before = self._count - 1
+            tensors = pending | _named("step", now)
+            self._writer.put(replica_path(self.path, before), tensors, {"step": str(before)})
 
     def _log_row(self, row: dict[str, Any], extra: Mapping[str, Any]) -> None:
         assert self._log is not None
         if row["lr"] is None:
             row["lr"] = self._optimizer.param_groups[0].get("lr")
         row["wall"] = round(self._wall_before + time.perf_counter() - self._start, 6)
-        row["energy"] = None if self._meter is None else self._meter.read()
+        if self._meter is not None:
+            with self._or_without("energy"):
+                row["energy"] = self._meter.read()
         diagnostics = getattr(self._optimizer, "last_step", None)
-        self._progress.hear(diagnostics)
+        if self._show is not None:
+            with self._or_without("log"):
+                self._progress.hear(diagnostics)
         own = diagnostics if isinstance(diagnostics, Mapping) else {}
         own = {key: value for key, value in own.items() if _is_scalar(value) and key not in row}
         self._log.write(self._count, own | row, extra)
@@ -527,11 +573,34 @@ class Recorder:
                 if self.path.exists()
                 else "the folder is gone"
             )
-            warnings.warn(
+            warn_only(
                 f"recording to {self.path} stopped at step {self._count} ({self._stopped}); "
-                f"training "
-                f"goes on, and {kept}",
+                f"training goes on, and {kept}",
                 stacklevel=3,
+            )
+
+
+def _close_late(path: Path, writer: SnapshotWriter, process: int) -> None:
+    """Of a Recorder that nobody closed, at its own end or the process's: write what waits."""
+    if os.getpid() == process:
+        writer.close()
+        warn_only(
+            f"the Recorder of {path} was never closed: all that was due is written, the last "
+            "step's snapshot perhaps not; use a with block, or call close()"
+        )
+
+
+def _refuse_shapeless(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise InputError(
+                f"{name!r} of the model has no shape yet (a lazy layer); call the model once on a "
+                "batch before recording"
+            )
+        if tensor.is_meta:
+            raise InputError(
+                f"{name!r} of the model is on the meta device, without values; put the model on "
+                "its device before recording"
             )
 
 

@@ -4,7 +4,6 @@ removed."""
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thermo_opt.errors import InputError
+from thermo_opt.errors import InputError, warn_only
 from thermo_opt.runs.batches import BATCH_FOLDER, read_batches
 from thermo_opt.runs.format import (
     RUN_FILE,
@@ -117,7 +116,7 @@ def _note_session(
         )
         notable = [key for key in changed if key not in _OFTEN_CHANGED]
         if notable:
-            warnings.warn(
+            warn_only(
                 f"{path} goes on with other optimizer settings ({', '.join(notable)}); run.json "
                 f"notes them from step "
                 f"{step}",

@@ -7,7 +7,6 @@ import json
 import os
 import queue
 import threading
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from thermo_opt import arguments
-from thermo_opt.errors import InputError
+from thermo_opt.errors import InputError, warn_only
 from thermo_opt.runs.format import write_tensors
 
 try:
@@ -53,8 +52,9 @@ class SnapshotWriter:
 
     def close(self) -> None:
         """Wait until all is written."""
-        self._queue.put(None)
-        self._thread.join()
+        if threading.current_thread() is not self._thread:
+            self._queue.put(None)
+            self._thread.join()
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -107,7 +107,7 @@ class StepLog:
             wrong = isinstance(found, str | bool) or (key in _COUNTS and found < 0)
         if wrong and key not in self._said:
             self._said.add(key)
-            warnings.warn(
+            warn_only(
                 f"{arguments.text(key)!r} is {arguments.shown(value)}, which can't be logged; it "
                 f"is "
                 "logged as null",

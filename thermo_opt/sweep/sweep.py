@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor
@@ -18,6 +19,7 @@ from thermo_opt.sweep.config import Sweep, Trial
 from thermo_opt.sweep.records import UNFINISHED, exclusive, finished
 from thermo_opt.sweep.training import check, train
 from thermo_opt.workers import in_processes
+from thermo_opt.writing import write_whole
 
 TABLE, PAGE, FIGURE = "table.csv", "pareto.html", "pareto.png"
 """What a sweep leaves beside its runs."""
@@ -129,7 +131,7 @@ def _draw(sweep: Sweep, trials: list[Trial]) -> tuple[ParetoFront, dict[str, str
         name, reason = next(iter(left_out.items()))
         raise InputError(f"no run of the sweep can be drawn; {name}: {reason}")
     front = pareto(tracks, target_loss=sweep.target_loss, x=sweep.x, groups=groups)
-    front.table.drop(columns="path").to_csv(sweep.output / TABLE, index=False)
+    write_whole(sweep.output / TABLE, front.table.drop(columns="path").to_csv(index=False))
     front.to_html(sweep.output / PAGE)
     _save_figure(front, sweep.output / FIGURE)
     return front, left_out
@@ -143,4 +145,6 @@ def _save_figure(front: ParetoFront, path: Path) -> None:
     FigureCanvasAgg(figure)
     for position, target in enumerate(front.targets, start=1):
         front.plot(figure.add_subplot(1, len(front.targets), position), target.target_loss)
-    figure.savefig(path, dpi=150)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150)
+    write_whole(path, drawn.getvalue())
