@@ -121,9 +121,11 @@ def test_what_goes_beside_the_record_may_fail(tmp_path, what):
     recorder = to.Recorder(
         tmp_path / "run", model=model, optimizer=optimizer, probe=(X, Y), replica_every=2, **options
     )
-    with pytest.warns(UserWarning) as said, recorder:
-        for _ in range(6):
-            recorder.step(loss=1.0, batch=3 if what == "batch" else None)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with recorder:
+            for _ in range(6):
+                recorder.step(loss=1.0, batch=3 if what == "batch" else None)
     (only,) = [str(warning.message) for warning in said]
     assert f"goes on without {what} at step" in only
     rows, snapshots = steps_of(tmp_path / "run")
