@@ -263,3 +263,34 @@ def test_outputs_are_written_whole_and_devices_stay_devices(tmp_path):
         audit.to_json(tmp_path / "absent/a.json")
     with pytest.raises(InputError, match="is a directory"):
         audit.to_json(tmp_path)
+
+
+class Settled(torch.optim.Optimizer):
+    """Without a learning rate; its diagnostics are of any kind."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+        self.last_step = {"alignment": torch.ones(3), "kappa": "x", 3: 4.0, "norm": 2.0}
+
+
+def test_settings_and_diagnostics_of_other_kinds(tmp_path):
+    model, _ = made()
+    shown = []
+    torch.set_default_device("meta")  # stands for any that isn't the CPU
+    try:
+        recorder = to.Recorder(
+            tmp_path / "run",
+            model=model,
+            optimizer=Settled(model.parameters()),
+            probe=(X, Y),
+            sketch=4,
+            every=np.int64(2),
+            log=lambda scalars, step: shown.append(step),
+        )
+        with pytest.warns(UserWarning, match="goes on without log"), recorder:
+            recorder.step(loss=1.0)
+    finally:
+        torch.set_default_device(None)
+    assert steps_of(tmp_path / "run") == ([1], [0, 1])
+    assert to.load_run(tmp_path / "run").steps["norm"].tolist() == [2.0]
+    assert shown == [1]

@@ -275,7 +275,7 @@ class ProbeObserver:
             few = rows[:count].detach().double().cpu().numpy()
             stored = str(outputs.dtype).removeprefix("torch.")
             found["probe/floor"] = torch.tensor(
-                rounding_floor(few, computed_dtype(few, stored)), dtype=torch.float64
+                rounding_floor(few, computed_dtype(few, stored)), dtype=torch.float64, device="cpu"
             )
         return found
 

@@ -558,7 +558,11 @@ class Recorder:
             with self._or_without("log"):
                 self._progress.hear(diagnostics)
         own = diagnostics if isinstance(diagnostics, Mapping) else {}
-        own = {key: value for key, value in own.items() if _is_scalar(value) and key not in row}
+        own = {
+            key: value
+            for key, value in own.items()
+            if isinstance(key, str) and _is_scalar(value) and key not in row
+        }
         self._log.write(self._count, own | row, extra)
 
     def _stop(self, error: BaseException) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import TypeAlias
 
 from thermo_opt.errors import InputError
@@ -43,8 +44,9 @@ def schedule(every: Every) -> Callable[[int], bool]:
     """
     if callable(every):
         return every
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+    if isinstance(every, bool) or not isinstance(every, Integral) or every < 1:
         raise InputError(
             f"every is {every!r}; give a positive whole number of steps or a function of the step"
         )
-    return lambda step: step % every == 0
+    interval = int(every)
+    return lambda step: step % interval == 0
