@@ -54,6 +54,21 @@ def test_one_bad_folder_among_many_is_left_out_with_a_sentence(tmp_path, whole, 
     assert [row["run"] for row in json.loads(out)["left_out"]] == ["/no/such/run"]
 
 
+def test_page_and_json_say_at_which_snapshots_and_without_whom(tmp_path, whole, capfd):
+    sparse = thinned(whole, tmp_path / "sparse", {0, 6, 12, 18, 24})
+    paths = [str(whole), str(sparse), "/no/such/run"]
+    page = tmp_path / "page.html"
+    assert main(["compare", *paths, "--lens", "outputs", "--html", str(page), "--json"]) == 0
+    (note,) = json.loads(capfd.readouterr().out)["notes"]
+    assert "every 6 steps from 0 to 24: whole recorded others too" in note
+    text = page.read_text("utf-8")
+    assert f'<p class="lead">{note} Of the 2 runs' in text
+    assert "Left out: /no/such/run: no such folder" in text
+    ends = thinned(whole, tmp_path / "ends", {0, 24})
+    assert main(["compare", str(whole), str(ends), "--lens", "outputs", "--json"]) == 0
+    assert "The runs are not ranked" in json.loads(capfd.readouterr().out)["notes"][0]
+
+
 def test_runs_are_named_by_recorded_settings(tmp_path, whole, capfd):
     other = record(tmp_path / "other", steps=24, seed=1)
     assert main(["compare", str(whole), str(other), "--label", "lr", "--json"]) == 0
@@ -61,6 +76,14 @@ def test_runs_are_named_by_recorded_settings(tmp_path, whole, capfd):
     assert names == {"whole (lr 0.02)", "other (lr 0.02)"}
     assert main(["compare", str(whole), str(other), "--label", "nonsense"]) == 2
     assert "use one of" in capfd.readouterr().err
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path, capfd):
+    places = [record(tmp_path / folder / "run", steps=6) for folder in ("first", "second")]
+    expected = {f"run ({path})" for path in places}
+    for command in ("compare", "pareto"):
+        assert main([command, *map(str, places), "--json"]) == 0
+        assert {row["run"] for row in json.loads(capfd.readouterr().out)["runs"]} == expected
 
 
 def test_outputs_and_parameter_lens_never_contradict_each_other(adam_run, sgd_run):
@@ -84,9 +107,9 @@ def test_runs_alike_are_not_told_apart(tmp_path, whole, capfd):
     """The same run twice: neither is the most efficient, and neither the least."""
     again = shutil.copytree(whole, tmp_path / "again")
     sparse = [thinned(path, tmp_path / f"{path.name}-12", {0, 12, 24}) for path in (whole, again)]
-    for paths in ((whole, again), sparse):
+    for paths, seems in (((whole, again), "is"), (sparse, "looks")):
         assert main(["compare", *map(str, paths), "--clock", "examples"]) == 0
         said = " ".join(capfd.readouterr().out.split())
-        assert "none is more efficient than another" in said
-        assert "most efficient is" not in said
+        assert f"none {seems} more efficient than another" in said
+        assert "most efficient" not in said.replace("more efficient", "")
         assert "Q in nats per example seen; lengths in √nats" in said

@@ -18,11 +18,23 @@ from tests.audits.claims import (
     check_number,
     check_sentences,
     check_summary,
+    near,
     printed,
+)
+from tests.audits.compared_claims import (
+    COMPARISON,
+    FRONT,
+    Compared,
+    Fronted,
+    check_all,
+    check_cells,
+    tables,
 )
 from tests.audits.recorded_every_step import RUNS, Recorded, thinned
 from thermo_opt.cli import main
+from thermo_opt.describe.sentences import headline
 from thermo_opt.describe.split import SPLIT
+from thermo_opt.fronts import read_trajectory
 from thermo_opt.lenses import LENSES, SUMMARY_KEYS
 from thermo_opt.lenses.predictions import ReplayedPredictions
 
@@ -105,6 +117,170 @@ def test_all_that_is_said_of_a_thinned_run_is_true_of_the_whole(
     check_page(page, found["runs"], sentences, whole)
 
 
+DIGITS = [name for name in RUNS if name.startswith("digits")]
+
+
+@pytest.fixture(name="digits", scope="module")
+def _digits(tmp_path_factory) -> dict[str, Recorded]:
+    return {name: RUNS[name](tmp_path_factory.mktemp(name)) for name in DIGITS}
+
+
+@pytest.mark.parametrize("stride", [1, 2, 5, 10, 50])
+def test_all_that_is_said_of_thinned_runs_compared_is_true_of_the_whole_ones(
+    digits, stride, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "4000")
+    places = [
+        run.path if stride == 1 else thinned(run, tmp_path / name, stride)
+        for name, run in digits.items()
+    ]
+    command = ["compare", *map(str, places), "--lens=outputs"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    seen = {summary["run"]: summary for summary in found["runs"]}
+    whole = {name: whole_from(digits[name], seen[name]["first_step"]) for name in digits}
+    runs = Compared(seen, whole)
+    page = tmp_path / "page.html"
+    assert main([*command, f"--html={page}"]) == 0
+    check_comparison(capfd.readouterr().out, page, found, runs)
+
+
+@pytest.mark.parametrize("stride", [5, 50])
+def test_all_that_is_said_of_a_run_beside_itself_thinned_is_true_of_both(
+    recorded, stride, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "4000")
+    sparse = thinned(recorded, tmp_path / "thinned", stride)
+    if sparse is None:
+        pytest.skip("two snapshots so far apart aren't there")
+    options = [f"--{key.replace('_', '-')}={given}" for key, given in recorded.options.items()]
+    command = ["compare", str(recorded.path), str(sparse), *options, "--lens=outputs"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    seen = {summary["run"]: summary for summary in found["runs"]}
+    assert len(seen) == 2
+    page = tmp_path / "page.html"
+    assert main([*command, f"--html={page}"]) == 0
+    whole = {name: whole_from(recorded, summary["first_step"]) for name, summary in seen.items()}
+    check_comparison(capfd.readouterr().out, page, found, Compared(seen, whole))
+
+
+def check_comparison(printed: str, page: Path, found: dict, runs: Compared) -> None:
+    """What `compare` prints and writes: summaries, table, sentences, notes and page."""
+    for name, summary in runs.seen.items():
+        check_summary(summary, runs.whole[name])
+    text = printed.partition("\nReport: ")[0]
+    (table,) = tables(text)
+    keys = {"Q": "dissipation", "ℒ": "length", "D*": "least_distance", "D": "distance"}
+    for cells in table[1:]:
+        row = dict(zip(table[0], cells, strict=True))
+        summary, whole = runs.seen[row["run"]], runs.whole[row["run"]]
+        assert [
+            near(x, whole[k]) for x, k in zip(row["loss"].split(" → "), LOSSES, strict=True)
+        ] == [True] * 2
+        assert row["steps"] == f"{summary['first_step']}–{summary['last_step']}"
+        for name, key in keys.items():
+            if name not in ("D", "D*"):
+                check_number(summary, key, row[name], whole)
+            elif summary[key] is not None:
+                assert near(row[name], whole[key])
+        if summary["efficiency"] is not None:
+            check_number(summary, "efficiency", row["effic."], whole)
+    said, _, spots = text.partition("What the lenses could not see")
+    said = said.rpartition("\n\n" if "\n\n" in said.strip() else "")[0] or said
+    lead = said.strip().split("\n\n")[-1]
+    check_all(lead, COMPARISON, runs)
+    for line in filter(None, map(str.strip, spots.splitlines())):
+        _, _, note = line.partition(": ")
+        note, _, names = note.rpartition(" (")
+        known = runs.seen if names == "all runs)" else names.rstrip(")").split(", ")
+        for name in known:
+            check_note(note, runs.seen[name], runs.whole[name])
+    written = page.read_text("utf-8")
+    (top,) = re.findall(r'<p class="lead">(.*?)</p>', written)
+    assert re.sub("[ \n]+", " ", html.unescape(top)) == re.sub("[ \n]+", " ", lead)
+    cards = re.findall(r'<article .*?<h2 id="run-\d+">(.*?)</h2>(.*?)</article>', written, re.S)
+    assert [name for name, _ in cards] == [summary["run"] for summary in found["runs"]]
+    for name, card in cards:
+        summary, whole = runs.seen[name], runs.whole[name]
+        told = re.findall(r'<p class="(?:headline|more)">(.*?)</p>', card)
+        check_sentences(" ".join(map(html.unescape, told)), summary, whole)
+        (efficiency,) = re.findall(r'<p class="big">(.*?)<small>', card)
+        check_number(summary, "efficiency", html.unescape(efficiency).replace("\u2009", " "), whole)
+    for key, column, cell in CELLS.findall(written):
+        summary = found["runs"][int(column)]
+        check_number(summary, key, html.unescape(cell), runs.whole[summary["run"]])
+
+
+@pytest.mark.parametrize("stride", [1, 2, 5, 10, 50])
+def test_all_that_is_said_of_the_front_of_thinned_runs_is_true_of_the_whole_ones(
+    digits, stride, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "4000")
+    places = [
+        run.path if stride == 1 else thinned(run, tmp_path / name, stride)
+        for name, run in digits.items()
+    ]
+    command = ["pareto", *map(str, places)]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    first = found["runs"][0]["first_step"]
+    lines = {
+        name: read_trajectory(run.run, steps=[s.step for s in run.run.snapshots if s.step >= first])
+        for name, run in digits.items()
+    }
+    front = Fronted(found["runs"], lines)
+    page = tmp_path / "page.html"
+    assert main([*command, f"--html={page}"]) == 0
+    text = capfd.readouterr().out.partition("\nPage: ")[0]
+    (table,) = tables(text)
+    target = found["targets"][0]["target_loss"]
+    rows = {row["run"]: row for row in found["runs"]}
+    written = page.read_text("utf-8")
+    for run, _, *cells in table[1:]:
+        check_cells(cells[:4], rows[run], target, lines[run])
+        assert ("★" in cells[4:]) == rows[run]["on_front"]
+        row = re.search(rf'<tr><th scope="row">{run}(?: ★)?</th>(.*?)</tr>', written)
+        assert row is not None
+        on_page = [html.unescape(cell) for cell in re.findall("<td>(.*?)</td>", row[1])]
+        check_cells(on_page[2:6], rows[run], target, lines[run])
+    lead = text.strip().split("\n\n")[-1]
+    check_all(lead, FRONT, front)
+    (top,) = re.findall(r'<p class="lead">(.*?)</p>', written)
+    assert re.sub("[ \n]+", " ", html.unescape(top)) == re.sub("[ \n]+", " ", lead)
+
+
+@pytest.mark.parametrize(
+    ("stride", "said", "instead"),
+    [
+        (1, "went into detours", "went into uneven pacing"),
+        (1, r"\d+\u00a0% was unavoidable", "50\u00a0% was unavoidable"),
+        (10, "at least", "exactly"),
+        (10, "every 10 steps", "every 5 steps"),
+        (10, "at most", "at least"),
+        (10, r"at least [\d.]+ nats", "at least 0.9 nats"),
+        (10, r"at most \d+", "at most 9.9"),
+        (50, "From step 20 on, this", "This"),
+    ],
+)
+def test_a_false_sentence_would_be_caught(digits, stride, said, instead, tmp_path):
+    """The judge of these tests: another word or number, or a bound turned round, fails them."""
+    run = digits["digits-adam"]
+    path = run.path if stride == 1 else thinned(run, tmp_path / "thinned", stride)
+    audit = to.audit(path, lens="outputs")
+    whole = whole_from(run, audit.summary["first_step"])
+    true = headline(audit.summary)
+    check_sentences(true, audit.summary, whole)
+    false, count = re.subn(said, instead, true, count=1)
+    assert count == 1
+    with pytest.raises(AssertionError):
+        check_sentences(false, audit.summary, whole)
+
+
+LOSSES = ("loss_start", "loss_end")
+CELLS = re.compile(r'<td data-key="(\w+)" data-column="(\d+)" data-value="[^"]*">(.*?)</td>')
+
+
 def check_rows(rows: list[list[str]], by_lens: dict, whole: Whole) -> None:
     """The terminal's table: a column a lens, each number with the sign of what it is."""
     names = rows[0]
@@ -128,9 +304,7 @@ def check_page(page: Path, summaries: list[dict], sentences: str, whole: Whole) 
     assert " ".join(map(html.unescape, card)) == sentences
     (efficiency,) = re.findall(r'<p class="big">(.*?)<small>', text)
     check_number(first, "efficiency", html.unescape(efficiency).replace("\u2009", " "), whole)
-    cells = re.findall(
-        r'<td data-key="(\w+)" data-column="(\d+)" data-value="[^"]*">(.*?)</td>', text
-    )
+    cells = CELLS.findall(text)
     assert {key for key, _, _ in cells} < set(SUMMARY_KEYS)
     for key, column, cell in cells:
         check_number(summaries[int(column)], key, html.unescape(cell), whole)

@@ -162,6 +162,13 @@ def test_the_closest_look_at_alignment_is_told_with_how_much_it_saw() -> None:
     assert f"In the {len(glimpse.steps)} intervals looked at, 31 % to 39 %" in said
 
 
+def test_a_ranking_of_sparse_records_is_what_seems() -> None:
+    audits = [make_audit(name, noise=noise, every=5) for name, noise in (("a", 0.1), ("b", 2))]
+    said = str(comparison(audits))
+    assert "most efficient seems to be a: at most" in said
+    assert said.endswith("it may reverse the order.")
+
+
 def test_a_ranking_shows_the_losses() -> None:
     audits = [make_audit("smooth", noise=0.1), make_audit("rough", noise=2)]
     said = comparison(audits)
@@ -177,6 +184,16 @@ def test_a_run_that_went_nowhere_is_never_crowned() -> None:
     ranked = ranking(audits)
     assert (ranked.order, ranked.hardly) == ([1, 2], [0])
     assert "Not ranked, since their loss hardly fell: a." in str(comparison(audits))
+
+
+def test_a_run_that_never_moved_keeps_no_others_from_being_ranked() -> None:
+    audits = [make_audit(name, noise=noise) for name, noise in (("a", 0.1), ("b", 1), ("c", 2))]
+    still = audits[0].lenses["outputs"].summary
+    still |= {"loss_end": still["loss_start"], "efficiency": None, "dissipation": 0.0}
+    ranked = ranking(audits)
+    assert (ranked.order, ranked.hardly, ranked.obstacle) == ([1, 2], [0], None)
+    audits[1].lenses["outputs"].summary["efficiency"] = None
+    assert "the efficiency of b is unknown" in str(ranking(audits).obstacle)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +233,7 @@ def test_every_numeric_summary_key_is_described() -> None:
         "step_unit",
         "every_step",
         "sketch",
+        "rounding",
         "split",
         "counterfactual",
     } == set(SUMMARY_KEYS)

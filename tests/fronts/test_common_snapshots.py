@@ -112,6 +112,47 @@ def test_runs_of_other_units_are_refused_by_name(pair):
         to.pareto([to.audit(path) for path in pair[1:]] + [to.audit(run)])
 
 
+def test_the_command_leaves_out_what_is_not_like_most(pair, tmp_path, write_run, descent, capsys):
+    """Another probe, epochs for steps, another likelihood: each costs its own run only."""
+    z, y = descent(5)
+    other_probe = write_run(tmp_path / "elsewhere", z[:, :8], y[:8])
+    yes_or_no = np.eye(4)[y]
+    labels = write_run(tmp_path / "labels", z, yes_or_no, likelihood="bernoulli")
+    page = tmp_path / "front.html"
+    command = ["pareto", *map(str, [other_probe, pair[0], pair[2], labels])]
+    assert main([*command, "--target-loss", "1.0", "--json", "--html", str(page)]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert [row["run"] for row in found["runs"]] == ["whole", "short"]
+    left_out = {entry["run"]: entry["reason"] for entry in found["left_out"]}
+    assert set(left_out) == {str(other_probe), str(labels)}
+    assert "probe" in left_out[str(other_probe)]
+    assert f"left out: {labels}: its probe" in err
+    assert page.read_text("utf-8").count("Left out: ") == 2
+    assert main(["pareto", str(other_probe), str(pair[0])]) == 2  # no majority
+    assert "differ in their probe" in capsys.readouterr().err
+
+
+def test_the_command_leaves_out_who_was_not_seen_with_the_others(
+    pair, tmp_path, write_run, descent, capsys
+):
+    """A run that begins when others had met the target, and one with other snapshots than all."""
+    z, y = descent(3, noise=0.3)
+    late = write_run(tmp_path / "late", z, y)
+    for file in (late / "snapshots").iterdir():
+        if int(file.stem) < 12:
+            file.unlink()
+    odd = write_run(tmp_path / "odd", z[::8], y, every=7)
+    command = ["pareto", *map(str, [late, odd, *pair]), "--target-loss", "1.2", "--json"]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["run"] for row in found["runs"]] == ["whole", "sparse", "short"]
+    assert found["runs"][0]["first_step"] == 0
+    left_out = {entry["run"]: entry["reason"] for entry in found["left_out"]}
+    assert "first snapshot is step 12, when" in left_out[str(late)]
+    assert "shares fewer than 3 snapshots" in left_out[str(odd)]
+
+
 def test_the_command_leaves_out_what_it_can_not_read_and_groups_by_settings(pair, capsys):
     arguments = ["pareto", *map(str, pair), "/no/such/run", "--target-loss", "1.0"]
     assert main([*arguments, "--group-by", "lr", "--label", "optimizer", "--json"]) == 0

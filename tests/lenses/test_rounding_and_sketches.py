@@ -51,12 +51,32 @@ def test_a_straight_path_in_half_precision_does_not_read_as_diffusion(tmp_path, 
         assert any(f"computed in {name}" in note for note in seen.summary["notes"])
 
 
+@pytest.mark.parametrize("far", [0.1, 0.5])
+def test_dissipation_that_is_partly_rounding_is_told_as_about_so_much(tmp_path, far):
+    z, y = geodesic(200, far), torch.arange(60) % 10
+    exact = to.audit(folder(tmp_path / "exact", z, y)).summary
+    seen = to.audit(folder(tmp_path / "rounded", z.to(torch.bfloat16), y)).summary
+    feigned = 1 - exact["dissipation"] / seen["dissipation"]
+    assert seen["rounding"] == pytest.approx(feigned, rel=0.3)
+    assert exact["rounding"] < 1e-6
+    assert standing(seen, "dissipation") == standing(seen, "efficiency") == "estimate"
+    assert standing(seen, "distance") == standing(seen, "least_distance") == "exact"
+    assert standing(exact, "dissipation") == "exact"
+    assert "nats, rounding included, that this run" in sentences.headline(seen)
+    assert "about" in sentences.explanation(seen)[1]
+    assert any("of the dissipation is rounding" in note for note in seen["notes"])
+    sparse = to.audit(tmp_path / "rounded", stride=2).summary
+    assert standing(sparse, "dissipation") == "estimate"  # a bound of what was computed only
+    assert "in rounded values of its predictions" in sentences.headline(sparse)
+    assert "at least" not in sentences.headline(sparse)
+
+
 def test_motion_above_the_floor_is_told_in_any_precision(tmp_path):
     z, y = geodesic(30, 1.0), torch.arange(60) % 10
     seen = to.audit(folder(tmp_path / "run", z.to(torch.bfloat16), y))
     assert seen.headline.hurst == pytest.approx(1, abs=0.05)
     assert seen.summary["alignment_lower"] is not None
-    assert not any("computed in" in note for note in seen.summary["notes"])
+    assert not any("alignment is not told there" in note for note in seen.summary["notes"])
 
 
 @pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian", "heteroscedastic"])

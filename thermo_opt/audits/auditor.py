@@ -164,7 +164,7 @@ def _audit(inputs: LensInputs, wanted: Sequence[str], required: bool) -> Audit:
                 raise InputError(
                     f"{run.path}: the {name} lens can't look at this run: {reason}"
                 ) from None
-            missing[name] = str(reason)
+            missing[name] = str(reason).removeprefix(f"{run.path}: ")
     if not lenses:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
         raise InputError(f"{run.path}: no lens can look at this run ({reasons})")

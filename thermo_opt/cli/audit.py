@@ -27,6 +27,7 @@ from thermo_opt.cli.options import (
     Sigma2,
     Steps,
     Stride,
+    told_apart,
     with_settings,
 )
 from thermo_opt.cli.pages import check_page
@@ -103,7 +104,9 @@ def compare(
     paths = _shared(runs, options, cluster)
     with on_cluster(cluster, existing([*paths, options["probe"]])):
         audits, left_out = _audits(paths, {"format": format, "key": key}, options)
-    named = [a.named(with_settings(a.run, a.settings, label or [])) for a in audits]
+    names = [with_settings(a.run, a.settings, label or []) for a in audits]
+    distinct = told_apart(names, [a.path for a in audits])
+    named = [a.named(name) for a, name in zip(audits, distinct, strict=True)]
     print_compared(named, json, html, left_out)
 
 
@@ -197,11 +200,15 @@ def print_compared(
     terminal.warn_left_out(left_out)
     if not json:
         terminal.print_comparison(compared.audits, compared.table)
-    _finish(compared.audits, json, html, left_out)
+    _finish(compared.audits, json, html, left_out, compared.notes)
 
 
 def _finish(
-    audits: list[Audit], json: bool, html: Path | None, left_out: Sequence[LeftOut] = ()
+    audits: list[Audit],
+    json: bool,
+    html: Path | None,
+    left_out: Sequence[LeftOut] = (),
+    notes: Sequence[str] = (),
 ) -> None:
     from thermo_opt.cli import terminal
     from thermo_opt.lenses import summaries_json
@@ -209,8 +216,8 @@ def _finish(
     if html is not None:
         from thermo_opt.report import write_report
 
-        written = write_report(audits, html)
+        written = write_report(audits, html, left_out, notes)
         if not json:
             terminal.say(f"\nReport: {written.resolve()}")
     if json:
-        terminal.print_json(summaries_json(audits, left_out))
+        terminal.print_json(summaries_json(audits, left_out, notes))

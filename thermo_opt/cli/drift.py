@@ -44,13 +44,13 @@ def show_drift(
     terminal.warn_left_out(left_out)
     if json:
         rows = [jsonable(row) for row in table.to_dict("records")]
-        found = {
+        whole = {
             "schema_version": SCHEMA_VERSION,
             "x": x,
             "notes": table.attrs["notes"],
             "runs": rows,
             "left_out": [{"run": run, "reason": reason} for run, reason in left_out],
         }
-        terminal.print_json(encoder.dumps(found, indent=2, allow_nan=False))
+        terminal.print_json(encoder.dumps(whole, indent=2, allow_nan=False))
         return
     terminal.print_drift(table)

@@ -112,6 +112,14 @@ def with_settings(run: str, settings: Mapping[str, Any], keys: Sequence[str]) ->
     return f"{run} ({said})" if keys else run
 
 
+def told_apart(names: Sequence[str], paths: Sequence[str | Path]) -> list[str]:
+    """Names of runs, with the paths of those that share one."""
+    return [
+        f"{name} ({path})" if names.count(name) > 1 else name
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
 def setting(run: str, settings: Mapping[str, Any], key: str) -> str:
     """A run's recorded setting as text; InputError naming those it has."""
     if key not in settings:

@@ -20,6 +20,7 @@ from thermo_opt.cli.options import (
     Likelihood,
     Sigma2,
     setting,
+    told_apart,
     with_settings,
 )
 from thermo_opt.cli.pages import check_page
@@ -85,7 +86,7 @@ def pareto(
     """Draw what runs took, in time and dissipation, to reach a loss, beside the frontier that none
     can cross. A run that can't be read is left out with a sentence."""
     from thermo_opt.cli import terminal
-    from thermo_opt.fronts import CLOCK_OF
+    from thermo_opt.fronts import CLOCK_OF, like_most, seen_in_time, sharing_snapshots
     from thermo_opt.fronts import pareto as speed_cost_front
 
     check_page(html, "--html")
@@ -112,6 +113,12 @@ def pareto(
         tracks, left_out = read_trajectories(
             places, CLOCK_OF[x], reading, replay, jobs, bars("reading runs", len(runs))
         )
+    tracks, unlike = like_most(tracks)
+    for target in target_loss or ():
+        tracks, late = seen_in_time(tracks, target)
+        unlike += late
+    tracks, apart = sharing_snapshots(tracks)
+    left_out += [(str(track.path), reason) for track, reason in [*unlike, *apart]]
     given = dict(zip(map(str, places), map(str, runs), strict=True))
     tracks = [replace(t, path=given.get(str(t.path), t.path)) for t in tracks]
     left_out = [(given[name], reason) for name, reason in left_out]
@@ -121,11 +128,13 @@ def pareto(
             ", ".join(f"{key} {setting(track.run, track.settings, key)}" for key in group_by)
             for track in tracks
         ]
-    named = [replace(t, run=with_settings(t.run, t.settings, label or [])) for t in tracks]
+    names = [with_settings(t.run, t.settings, label or []) for t in tracks]
+    distinct = told_apart(names, [t.path for t in tracks])
+    named = [replace(t, run=name) for t, name in zip(tracks, distinct, strict=True)]
     front = speed_cost_front(named, target_loss=target_loss, x=x, groups=groups)
     terminal.warn_left_out(left_out)
     if html is not None:
-        front.to_html(html)
+        front.to_html(html, left_out)
     if json:
         terminal.print_json(front.to_json(left_out=left_out))
         return

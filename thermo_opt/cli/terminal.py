@@ -28,10 +28,9 @@ from thermo_opt.describe.quantities import (
     Quantity,
     cost_unit,
     number,
-    percent,
     unit,
 )
-from thermo_opt.describe.standing import standing, toward_of, with_standing
+from thermo_opt.describe.standing import share_with_standing, with_standing
 from thermo_opt.errors import printable
 from thermo_opt.lenses.results import Audited
 
@@ -277,9 +276,8 @@ def _filled(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> Table:
 
 
 def _cell(row: Mapping[str, Any], key: str) -> str:
-    if key == "efficiency" and row[key] is not None:
-        said = standing(row, key)
-        return ("≤ " if said == "at most" else "") + percent(row[key], toward_of(said))
+    if key == "efficiency":
+        return share_with_standing(row, key)
     return with_standing(row, key) if key in ("dissipation", "length") else number(row[key])
 
 

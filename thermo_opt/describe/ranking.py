@@ -99,12 +99,6 @@ def ranking(audits: Sequence[Audited]) -> Ranking:
                 "seen less often looks more efficient."
             )
         )
-    efficiency = [s["efficiency"] for s in summaries]
-    if any(value is None for value in efficiency):
-        names = named(
-            [audit.run for audit, value in zip(audits, efficiency, strict=True) if value is None]
-        )
-        return Ranking(obstacle=f"The runs are not ranked: the efficiency of {names} is unknown.")
     fall = [
         None
         if s["loss_start"] is None or s["loss_end"] is None
@@ -125,5 +119,9 @@ def ranking(audits: Sequence[Audited]) -> Ranking:
             if trained
             else "The runs are not ranked: their losses did not fall.",
         )
+    efficiency = [s["efficiency"] for s in summaries]
+    if any(efficiency[i] is None for i in trained):
+        names = named([audits[i].run for i in trained if efficiency[i] is None])
+        return Ranking(obstacle=f"The runs are not ranked: the efficiency of {names} is unknown.")
     order = sorted(trained, key=lambda i: -float(efficiency[i] or 0.0))
     return Ranking(order, hardly)

@@ -8,6 +8,7 @@ from typing import Any
 from thermo_opt.describe import counterfactual, split
 from thermo_opt.describe.quantities import cost_unit, number, percent
 from thermo_opt.describe.ranking import named, ranking
+from thermo_opt.describe.standing import rounded, standing, toward_of
 from thermo_opt.lenses.results import ALIGNMENT_KEYS, Audited
 
 Summary = Mapping[str, Any]
@@ -81,15 +82,17 @@ def headline(summary: Summary) -> str:
         if (summary["first_step"] > 0)
         else "This"
     )
-    about = "about " if summary.get("sketch") is not None else ""
+    sketched = summary.get("sketch") is not None
+    about = "about " if sketched or rounded(summary) else ""
     amount = f"{about}{number(total)} {cost_unit(summary['clock'])}"
     if total == 0:
         where = "never moved" if summary["every_step"] else "were the same in all snapshots"
         return f"{since} run dissipated nothing that is seen: its predictions {where}."
     if about and not summary["every_step"]:
         return (
-            f"{since} run dissipated {amount}, seen {seen_every(summary)} in sketches of its "
-            "predictions; what was undone between two snapshots is not seen."
+            f"{since} run dissipated {amount}, seen {seen_every(summary)} in "
+            f"{'sketches' if sketched else 'rounded values'} of its predictions; what was undone "
+            "between two snapshots is not seen."
         )
     if not summary["every_step"]:
         least = f"{number(total, toward='down')} {cost_unit(summary['clock'])}"
@@ -106,9 +109,12 @@ def headline(summary: Summary) -> str:
             f"{since} run dissipated {amount}; how much of it was unavoidable is not known through "
             "this lens."
         )
+    if rounded(summary):
+        amount += ", rounding included,"
     went = f"{shares[1]} went into detours and {shares[2]} into uneven pacing."
     if summary["first_step"] > 0:
-        return f"{since} run dissipated {amount}: {shares[0]} of it was unavoidable; {went}"
+        said = f"{since} run dissipated {amount.removesuffix(',')}"
+        return f"{said}: {shares[0]} of it was unavoidable; {went}"
     return f"Of the {amount} that this run dissipated, {shares[0]} was unavoidable; {went}"
 
 
@@ -130,7 +136,7 @@ def explanation(summary: Summary) -> list[str]:
         least = least_distance**2 / (2 * duration)
         share = least / total
         paid = percent(share) if summary["every_step"] else f"at most {percent(share, 'up')}"
-        if summary.get("sketch") is not None:
+        if summary.get("sketch") is not None or rounded(summary):
             paid = f"about {percent(share)}"
         said.append(
             "To reach the same loss in that time, no optimizer and no network can pay less than "
@@ -219,12 +225,11 @@ def comparison(audits: Sequence[Audited]) -> str | None:
         return None
     best, worst = (audits[ranked.order[k]] for k in (0, -1))
     whole = best.summary["every_step"]
-    shares = [
-        percent(audit.summary["efficiency"])
-        if whole
-        else f"at most {percent(audit.summary['efficiency'], 'up')}"
-        for audit in (best, worst)
-    ]
+    words = {"exact": "", "at most": "at most ", "estimate": "about "}
+    shares = []
+    for audit in (best, worst):
+        side = standing(audit.summary, "efficiency")
+        shares.append(words[side] + percent(audit.summary["efficiency"], toward_of(side)))
     runs = f"Of the {len(ranked.order)} runs, seen {seen_every(best.summary)},"
     losses = [number(audit.summary["loss_end"]) for audit in (best, worst)]
     if shares[0] == shares[1]:
@@ -241,7 +246,8 @@ def comparison(audits: Sequence[Audited]) -> str | None:
             "worse loss."
         )
     if not whole:  # two strided dissipations bound no quotient (§4)
-        said += " What was undone between two snapshots is not seen: it may reverse the order."
+        may = "tell them apart" if shares[0] == shares[1] else "reverse the order"
+        said += f" What was undone between two snapshots is not seen: it may {may}."
     if ranked.hardly:
         names = named([audits[i].run for i in ranked.hardly])
         said += f" Not ranked, since their loss hardly fell: {names}."
@@ -298,7 +304,9 @@ def _adam(summary: Summary) -> str:
 
 
 def _range(low: float, high: float) -> str:
-    """A bracket in words; one number where both ends read alike."""
+    """A bracket in words; one number where both ends are one or read alike."""
+    if low == high:
+        return percent(low)
     first, last = percent(low, "down"), percent(high, "up")
     return first if first == last else f"{first} to {last}"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from thermo_opt.describe.quantities import Toward, number
+from thermo_opt.describe.quantities import Toward, number, percent
+from thermo_opt.lenses.rounding import TOLD
 
 STANDING: dict[str, dict[str, tuple[str, str]]] = {
     "outputs": {
@@ -80,6 +81,17 @@ efficiency: unknown."""
 EXACT_OF_SKETCHES = {"duration", "loss_start", "loss_end", "least_distance"}
 """What sketched predictions (§13) leave as it is; all else becomes an estimate."""
 
+_ROUNDED = {
+    "dissipation",
+    "length",
+    "detour",
+    "pacing",
+    "straightness",
+    "steadiness",
+    "efficiency",
+}
+"""What rounding of the outputs changes: sums over steps, however small each of them is (§4)."""
+
 _SIGNS = {"at least": "≥ ", "at most": "≤ ", "estimate": "≈ "}
 
 
@@ -91,9 +103,24 @@ def standing(summary: Mapping[str, Any], key: str) -> str:
     full, sparse = STANDING[str(summary["lens"])].get(key, ("exact", "exact"))
     if summary.get("sketch") is not None and key not in EXACT_OF_SKETCHES:
         return "estimate"
+    if key in _ROUNDED and rounded(summary):
+        return "estimate"
     if full in ("at least", "at most") and summary["duration"] is None:
         return "estimate"  # the parameter lens looked at some intervals, spread over the run
     return full if summary["every_step"] else sparse
+
+
+def rounded(summary: Mapping[str, Any]) -> bool:
+    """Whether so much of a run's dissipation is rounding that printed digits change."""
+    return (summary.get("rounding") or 0.0) >= TOLD
+
+
+def share_with_standing(summary: Mapping[str, Any], key: str) -> str:
+    """A share of a summary as a percentage, with ≥, ≤ or ≈ before a bound or an estimate."""
+    if summary.get(key) is None:
+        return "–"
+    said = standing(summary, key)
+    return _SIGNS.get(said, "") + percent(summary[key], toward_of(said))
 
 
 def with_standing(summary: Mapping[str, Any], key: str) -> str:
@@ -101,7 +128,9 @@ def with_standing(summary: Mapping[str, Any], key: str) -> str:
     ends of a bracket are named as such already."""
     named = key.endswith(("_lower", "_upper", "_rest"))
     said = standing(summary, key)
-    toward = toward_of(said) or ("up" if key.endswith("_upper") else "down" if named else None)
+    toward = toward_of(said)
+    if named and not key.startswith("adam_"):  # Adam's are ranges of estimates, no brackets (§9)
+        toward = "up" if key.endswith("_upper") else "down"
     return ("" if named else _SIGNS.get(said, "")) + number(summary.get(key), toward=toward)
 
 

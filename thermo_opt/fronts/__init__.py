@@ -4,6 +4,8 @@ nothing beats."""
 from typing import Any
 
 from thermo_opt.deprecated import warn_renamed
+from thermo_opt.fronts.alike import like_most, seen_in_time
+from thermo_opt.fronts.common import sharing_snapshots
 from thermo_opt.fronts.drift import drift_front
 from thermo_opt.fronts.front import CLOCK_OF, ParetoFront, Target, pareto
 from thermo_opt.fronts.trajectory import Trajectory, read_trajectory, trajectory_of
@@ -14,8 +16,11 @@ __all__ = [
     "Target",
     "Trajectory",
     "drift_front",
+    "like_most",
     "pareto",
     "read_trajectory",
+    "seen_in_time",
+    "sharing_snapshots",
     "trajectory_of",
 ]
 

@@ -19,6 +19,7 @@ from thermo_opt.arguments import jsonable
 from thermo_opt.audits.results import Audit
 from thermo_opt.describe.quantities import number
 from thermo_opt.errors import InputError
+from thermo_opt.fronts.alike import refuse_unlike, same
 from thermo_opt.fronts.common import at_common_snapshots
 from thermo_opt.fronts.dominance import attainable_hypervolume, hull, hypervolume, pareto_mask
 from thermo_opt.fronts.trajectory import Trajectory, trajectory_of
@@ -157,12 +158,12 @@ class ParetoFront:
 
         return (front.energy if energy else front.pareto)(self, ax, target_loss)
 
-    def to_html(self, path: str | PathLike[str]) -> Path:
+    def to_html(self, path: str | PathLike[str], left_out: Sequence[tuple[str, str]] = ()) -> Path:
         """Write a one-file page with a figure a target and the table (opens offline) and return its
-        path."""
+        path; ``left_out``: (run, reason) of the runs that have no line."""
         from thermo_opt.report.front import write_front
 
-        return write_front(self, path)
+        return write_front(self, path, left_out)
 
     def to_dict(self, left_out: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
         """Plain values: ``schema_version, x, clock, hypervolume, coverage, notes, targets``,
@@ -250,7 +251,7 @@ def pareto(
         audit.clock if isinstance(audit, Trajectory) else str(audit.summary["clock"])
         for audit in audits
     ]
-    _same("clock", [audit.run for audit in audits], own, "audit them all on one clock")
+    same("clock", [audit.run for audit in audits], own, "audit them all on one clock")
     tracks = [
         audit if isinstance(audit, Trajectory) else trajectory_of(audit, clock) for audit in audits
     ]
@@ -259,7 +260,7 @@ def pareto(
         raise InputError(
             f"these tracks were read on clock {tracks[0].clock!r}: read them with clock={clock!r}"
         )
-    _comparable(tracks)
+    refuse_unlike(tracks)
     tracks, notes = at_common_snapshots(tracks)
     notes += _unseen(tracks)
     if groups is not None and len(groups) != len(tracks):
@@ -335,23 +336,6 @@ def _front(
     return target, rows
 
 
-def _comparable(tracks: Sequence[Trajectory]) -> None:
-    names = [track.run for track in tracks]
-    _same(
-        "probe",
-        names,
-        [track.probe or "none" for track in tracks],
-        "record or replay them on one probe",
-    )
-    _same("unit of steps", names, [track.step_unit for track in tracks], "compare them apart")
-    kinds = [
-        track.start.likelihood
-        + (f" (σ² = {track.start.sigma2:g})" if track.start.log_p_y is None else "")
-        for track in tracks
-    ]
-    _same("likelihood", names, kinds, "losses of different likelihoods can't be compared")
-
-
 def _unseen(tracks: Sequence[Trajectory]) -> list[str]:
     """What the snapshots of these runs don't show, in sentences."""
     said, unit, begin = [], tracks[0].step_unit, int(tracks[0].steps[0])
@@ -369,23 +353,6 @@ def _unseen(tracks: Sequence[Trajectory]) -> list[str]:
             "number here."
         )
     return said
-
-
-def _same(what: str, names: Sequence[str], values: Sequence[str], remedy: str) -> None:
-    """Refuse runs that differ in something, naming those that aren't like the majority."""
-    if len(set(values)) < 2:
-        return
-    usual = max(
-        set(values), key=lambda value: (list(values).count(value), -list(values).index(value))
-    )
-    other = [
-        f"{name} ({value[:16]})"
-        for name, value in zip(names, values, strict=True)
-        if value != usual
-    ]
-    rest = next(name for name, value in zip(names, values, strict=True) if value == usual)
-    listed = ", ".join(other[:5]) + (f" and {len(other) - 5} more" if len(other) > 5 else "")
-    raise InputError(f"{listed} and {rest} ({usual[:16]}) differ in their {what}: {remedy}")
 
 
 def _targets(

@@ -43,6 +43,7 @@ class Measurements:
         rest: (a, d, χ²) of the probe without these examples, each (K,).
         extra: Further columns.
         floor: The rounding floor a₀ of an interval (§4).
+        rounding: Share of the dissipation that rounding feigns, None where unknown.
         split: Noise apart from drift (§11).
         sketch: Random sums that stand for each prediction's outputs; None where they are whole.
     """
@@ -71,6 +72,7 @@ class Measurements:
     rest: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
     extra: dict[str, np.ndarray] = field(default_factory=dict)
     floor: float = 0.0
+    rounding: float | None = None
     split: Split | None = None
     sketch: int | None = None
 

@@ -20,7 +20,7 @@ from thermo_opt.lenses.predictions import (
     array_of,
     targets_of,
 )
-from thermo_opt.lenses.rounding import floors, rounding_notes
+from thermo_opt.lenses.rounding import feigned, floors, rounding_notes
 from thermo_opt.manifold.initial import InitialPredictions
 from thermo_opt.manifold.precision import ABOVE
 from thermo_opt.manifold.sketch import relative_error
@@ -100,7 +100,9 @@ def measure(inputs: LensInputs) -> Measurements:
         if note := likelihoods.axis_note(source.likelihood, source.shape(indices[0]), targets):
             notes.append(note)
     floor, dtype = floors(source, indices)
-    notes += rounding_notes(a, floor, dtype)
+    tau = inputs.tau(audited)
+    rounding = feigned(a, floor, tau)
+    notes += rounding_notes(a, floor, dtype, rounding)
     d = np.where(a >= ABOVE * floor, _directed(found.a, found.d), np.nan)
     distance = float(np.sqrt(square))
     split = None
@@ -134,7 +136,7 @@ def measure(inputs: LensInputs) -> Measurements:
     return Measurements(
         step=audited[:-1],
         step_end=audited[1:],
-        tau=inputs.tau(audited),
+        tau=tau,
         a=a,
         d=d,
         delta_lower=np.zeros_like(a),
@@ -148,6 +150,7 @@ def measure(inputs: LensInputs) -> Measurements:
         landmarks=landmarks(found, audited),
         start=start,
         floor=float(np.median(floor)) if len(floor) else 0.0,
+        rounding=rounding,
         split=split,
         a_alignment=_allowed(a, d, chi2) if first.sketched else None,
         held_by=held_by.tolist(),

@@ -36,6 +36,7 @@ SUMMARY_KEYS = (
     "stride",
     "every_step",
     "sketch",
+    "rounding",
     "steps",
     "duration",
     "loss_start",
@@ -197,17 +198,22 @@ class Audited(Protocol):
         """What the record says of how the run was trained: learning rate, batch size and more."""
 
 
-def summaries_json(audits: Iterable[Audited], left_out: Sequence[tuple[str, str]] = ()) -> str:
+def summaries_json(
+    audits: Iterable[Audited],
+    left_out: Sequence[tuple[str, str]] = (),
+    notes: Sequence[str] = (),
+) -> str:
     """Several audits as strict JSON: non-finite numbers become null.
 
     Args:
         audits: The audits.
         left_out: (run, reason) of the runs that could not be audited.
+        notes: Sentences on how the runs were made comparable, or why they are not ranked.
 
     Returns:
         ``{"schema_version", "runs": [summary, ...], "missing": [{"run", "lens", "reason"}, ...],
-        "left_out": [{"run", "reason"}, ...]}``: one summary per run and lens; ``missing`` says
-        which lenses could not look at which run, and why.
+        "left_out": [{"run", "reason"}, ...], "notes"}``: one summary per run and lens; ``missing``
+        says which lenses could not look at which run, and why.
     """
     audits = list(audits)
     return json.dumps(
@@ -221,6 +227,7 @@ def summaries_json(audits: Iterable[Audited], left_out: Sequence[tuple[str, str]
                     for lens, reason in audit.missing.items()
                 ],
                 "left_out": [{"run": run, "reason": reason} for run, reason in left_out],
+                "notes": list(notes),
             }
         ),
         indent=2,

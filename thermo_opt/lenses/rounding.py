@@ -13,6 +13,8 @@ from thermo_opt.manifold.precision import ABOVE, computed_dtype, rounding_floor
 
 _ELEMENTS = 1 << 21
 """Outputs of classes whose rounding is looked at, in whole rows: it hardly differs among rows."""
+TOLD = 0.005
+"""Share of rounding in a dissipation from which on it changes the digits that are printed."""
 _LOOKED_AT = 9
 """Snapshots whose floor is computed; between them it is interpolated."""
 
@@ -39,14 +41,34 @@ def floors(source: Predictions, indices: Sequence[int]) -> tuple[np.ndarray, str
     return np.interp(np.arange(len(indices) - 1), chosen, values), dtype
 
 
-def rounding_notes(a: np.ndarray, floor: np.ndarray, dtype: str) -> list[str]:
-    """A sentence where intervals lie at the floor."""
+def feigned(a: np.ndarray, floor: np.ndarray, tau: np.ndarray) -> float | None:
+    """The share of a path's dissipation that rounding feigns, Σ a₀/2τ over Q; None where nothing
+    moved or the floor is unknown."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        spent, feigns = np.sum(a / tau), np.sum(floor / tau)
+    if not (np.isfinite(spent + feigns) and spent > 0):
+        return None
+    return float(min(feigns / spent, 1.0))
+
+
+def rounding_notes(a: np.ndarray, floor: np.ndarray, dtype: str, share: float | None) -> list[str]:
+    """A sentence where intervals lie at the floor, or much of the dissipation is rounding."""
     below = int((a < ABOVE * floor).sum())
-    if not below or not np.any(a > 0):
+    much = share is not None and share >= TOLD
+    if not (below or much) or not np.any(a > 0):
         return []
-    return [
+    said = (
         f"the outputs were computed in {dtype}: rounding feigns a squared length of "
-        f"{float(np.median(floor)):.2g} nats per step, and of {len(a)} intervals {below} "
-        f"{'lies' if below == 1 else 'lie'} within {ABOVE:g} times that: alignment is not told "
-        "there, and lengths are partly rounding"
-    ]
+        f"{float(np.median(floor)):.2g} nats per step"
+    )
+    if below:
+        said += (
+            f", and of {len(a)} intervals {below} {'lies' if below == 1 else 'lie'} within "
+            f"{ABOVE:g} times that: alignment is not told there"
+        )
+    if much and share is not None:
+        said += (
+            f"; about {100 * share:.2g}\u00a0% of the dissipation is rounding, and with it of the "
+            "detours"
+        )
+    return [said]

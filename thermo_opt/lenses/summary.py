@@ -96,6 +96,7 @@ def summarise(
         notes.append(measured.split.reason)
     summary = common | {
         "sketch": measured.sketch,
+        "rounding": measured.rounding,
         "duration": whole(parts.duration),
         "dissipation": summed(parts.dissipation),
         "length": summed(parts.length),

@@ -87,9 +87,13 @@ def log_axis(ax: Axes, which: Literal["x", "y"]) -> None:
         axis.set_ticks(ticks, [number(tick, 1) for tick in ticks])
 
 
-def key_beside(ax: Axes, handles: Sequence[Artist] | None = None) -> None:
-    """The key of what is drawn, to the right of the data."""
+def key_beside(
+    ax: Axes, handles: Sequence[Artist] | None = None, *, last_first: bool = False
+) -> None:
+    """The key of what is drawn, to the right of the data; ``last_first``: what was drawn last, on
+    top of the others, is named first."""
     entries = ax.get_legend_handles_labels()[0] if handles is None else list(handles)
+    entries = entries[::-1] if last_first else entries
     ax.legend(
         handles=entries,
         loc="upper left",

@@ -10,7 +10,8 @@ import pandas as pd
 
 from thermo_opt.lenses.results import Audited
 from thermo_opt.plots.axes import KEY, given_or_new, plain, quiet, say_nothing_known
-from thermo_opt.plots.palette import OKABE_ITO, look
+from thermo_opt.plots.crowd import crowd
+from thermo_opt.plots.palette import OKABE_ITO
 from thermo_opt.plots.series import as_list
 
 if TYPE_CHECKING:
@@ -56,23 +57,14 @@ def held_out(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> Axe
     fresh examples as far as its own, less where it is memorised."""
     audits = as_list(audits)
     ax = given_or_new(ax)
-    drawn = False
-    for i, audit in enumerate(audits):
-        steps = looked_at(audit)
-        if steps is None:
-            continue
-        drawn = True
-        style = look(i)
-        ax.plot(
-            steps["step"],
-            steps["nats_held"] / steps["nats"],
-            style.linestyle,
-            color=style.hex,
-            marker=style.marker,
-            markersize=4,
-            label=plain(audit.run),
-        )
-    if not drawn:
+    runs = crowd(audits)
+    for i in runs.order:
+        steps = looked_at(audits[i])
+        if steps is not None:
+            line = runs.line(i, plain(audits[i].run))
+            line |= {"marker": runs.looks[i].marker, "markersize": 4}
+            ax.plot(steps["step"], steps["nats_held"] / steps["nats"], **line)
+    if not ax.lines:
         say_nothing_known(ax, "The counterfactual lens did not look at these runs.")
         return ax
     quiet(ax, "Held-out share of each step’s motion")

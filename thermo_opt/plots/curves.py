@@ -23,7 +23,7 @@ from thermo_opt.plots.axes import (
     say_nothing_known,
     stacked,
 )
-from thermo_opt.plots.palette import look
+from thermo_opt.plots.crowd import crowd
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,15 +44,16 @@ def loss_and_dissipation(
     ax = given_or_new(ax, height=5.0)
     upper, lower = stacked(ax, f"Loss and dissipation, {seen(audits)}")
     losses = []
-    for i, audit in enumerate(audits):
-        style = look(i)
-        step, loss, _ = series.loss_curve(audit)
+    drawn = crowd(audits)
+    for i in drawn.order:
+        look = drawn.line(i, plain(audits[i].run))
+        step, loss, _ = series.loss_curve(audits[i])
         if len(step):
-            upper.plot(step, loss, style.linestyle, color=style.hex, label=plain(audit.run))
+            upper.plot(step, loss, **look)
             losses.append(loss)
-        step, spent = series.cumulative_dissipation(audit.headline)
+        step, spent = series.cumulative_dissipation(audits[i].headline)
         if len(step):
-            lower.plot(step, spent, style.linestyle, color=style.hex)
+            lower.plot(step, spent, **look)
     if series.spans_decades(losses):
         log_axis(upper, "y")
     if not lower.lines:
@@ -70,7 +71,7 @@ def loss_and_dissipation(
     lower.set_ylabel(f"Q so far ({units(audits)})")
     lower.set_xlabel("training step")
     if key and len(audits) > 1:
-        key_beside(upper)
+        key_beside(upper, last_first=drawn.behind > 0)
     return ax
 
 
@@ -82,9 +83,10 @@ def alignment(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> Ax
     """
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+    audits = series.as_list(audits)
     drawn = [
         (i, audit, found)
-        for i, audit in enumerate(series.as_list(audits))
+        for i, audit in enumerate(audits)
         if (found := series.alignment_series(audit)) is not None
     ]
     shown = drawn[: series.MAX_PANELS]
@@ -96,8 +98,9 @@ def alignment(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> Ax
     over = list(dict.fromkeys(window_words(found) for _, _, found in shown))
     said = f", {over[0]}" if len(over) == 1 else ""
     panels = in_rows(ax, len(shown), f"Share along the natural gradient{said}{more}")
+    looks = crowd(audits).looks
     for panel, (i, audit, found) in zip(panels, shown, strict=True):
-        style = look(i)
+        style = looks[i]
         for sign, (low, high) in ((1, found.downhill.T), (-1, found.uphill.T)):
             if not np.nanmax(high, initial=0.0) > 0 and not np.nanmax(low, initial=0.0) > 0:
                 continue
@@ -140,32 +143,26 @@ def coarse_graining(
     axes (theory §4); ``key``: name the runs and their exponents H beside it."""
     audits = series.as_list(audits)
     ax = given_or_new(ax, height=5.0)
-    tables = [(i, audit, series.coarse_curves(audit.headline)) for i, audit in enumerate(audits)]
-    tables = [(i, audit, table) for i, audit, table in tables if len(table) > 1]
+    drawn = crowd(audits)
+    tables = [(i, series.coarse_curves(audits[i].headline)) for i in drawn.order]
+    tables = [(i, table) for i, table in tables if len(table) > 1]
     if not tables:
         say_nothing_known(ax, "Coarse-graining needs three snapshots and a scale in nats.")
         return ax
     upper, lower = stacked(ax, "Coarse-graining")
-    for i, audit, table in tables:
-        style = look(i)
-        name = exponent_words(audit)
+    for i, table in tables:
+        look = drawn.line(i, exponent_words(audits[i]))
+        if not drawn.looks[i].recedes:
+            look |= {"marker": drawn.looks[i].marker, "markersize": 4}
         for panel, column in ((upper, "length"), (lower, "dissipation")):
-            panel.plot(
-                table["stride_steps"],
-                table[column],
-                style.linestyle,
-                color=style.hex,
-                marker=style.marker,
-                markersize=4,
-                label=name,
-            )
+            panel.plot(table["stride_steps"], table[column], **look)
     for panel in (upper, lower):
         log_axes(panel)
     upper.set_ylabel("length ℒ (√nats)")
     lower.set_ylabel(f"Q ({units(audits)})")
     lower.set_xlabel("sampling stride (optimizer steps)")
     if key:
-        key_beside(upper)
+        key_beside(upper, last_first=drawn.behind > 0)
     return ax
 
 
@@ -183,20 +180,21 @@ def predicted_vs_realised(
     audits = series.as_list(audits)
     ax = given_or_new(ax)
     span = np.array([np.inf, -np.inf])
-    for i, audit in enumerate(audits):
-        found = series.realised(audit)
+    drawn = crowd(audits)
+    for i in drawn.order:
+        found = series.realised(audits[i])
         if found is None:
             continue
         _, predicted, measured = found
-        style = look(i)
+        style = drawn.looks[i]
         ax.scatter(
             predicted,
             measured,
             s=18,
             color=style.hex,
             marker=style.marker,
-            alpha=0.75,
-            label=plain(audit.run),
+            alpha=0.35 if style.recedes else 0.75,
+            label=drawn.label(i, plain(audits[i].run)) or "_",
         )
         both = np.concatenate([predicted, measured])
         span = np.array([min(span[0], both.min()), max(span[1], both.max())])
@@ -209,5 +207,5 @@ def predicted_vs_realised(
     ax.set_xlabel("predicted ½a (nats)")
     ax.set_ylabel("realised KL (nats)")
     if key:
-        key_beside(ax)
+        key_beside(ax, last_first=drawn.behind > 0)
     return ax

@@ -79,8 +79,8 @@ class Front(Protocol):
     def hulls(self, target_loss: float) -> dict[str, np.ndarray]:
         """Corners of each group's hull."""
 
-    def to_json(self) -> str:
-        """The front as strict JSON."""
+    def to_json(self, *, left_out: Sequence[tuple[str, str]] = ()) -> str:
+        """The front as strict JSON, with (run, reason) of the runs that have no line."""
 
 
 def pareto(front: Front, ax: Axes | None = None, target_loss: float | None = None) -> Axes:

@@ -14,8 +14,9 @@ from thermo_opt.describe.standing import with_standing
 from thermo_opt.lenses.results import Audited
 from thermo_opt.plots import series
 from thermo_opt.plots.axes import NAME, given_or_new, key_beside, plain, quiet, say_nothing_known
+from thermo_opt.plots.crowd import crowd
 from thermo_opt.plots.curves import units
-from thermo_opt.plots.palette import PARTS, look
+from thermo_opt.plots.palette import PARTS
 from thermo_opt.plots.series import shortened
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def decomposition_bars(audits: Audited | Iterable[Audited], ax: Axes | None = No
     if not rows:
         say_nothing_known(ax, "No lens knows how these runs' dissipation divides.")
         return ax
+    looks = crowd(audits).looks
     for row, (i, audit, summary) in enumerate(rows):
         left = 0.0
         for part, opacity in PARTS.items():
@@ -46,8 +48,8 @@ def decomposition_bars(audits: Audited | Iterable[Audited], ax: Axes | None = No
                 summary[part],
                 0.42,
                 left=left,
-                color=to_rgba(look(i).hex, opacity),
-                edgecolor=look(i).hex,
+                color=to_rgba(looks[i].hex, opacity),
+                edgecolor=looks[i].hex,
             )
             left += summary[part]
         amount = f"{with_standing(summary, 'dissipation')} {cost_unit(summary['clock'])}"
@@ -81,18 +83,17 @@ def trajectory_map(
     if found is None:
         say_nothing_known(ax, "No recorded predictions to map.")
         return ax
-    for run in found.trajectories:
-        style = look(run.index)
-        ax.plot(
-            *run.xy.T,
-            style.linestyle,
-            color=style.hex,
-            marker=".",
-            markersize=4,
-            label=plain(audits[run.index].run),
-        )
-        ax.plot(*run.xy[0], style.marker, color=style.hex, markerfacecolor="none", markersize=8)
-        ax.plot(*run.xy[-1], style.marker, color=style.hex, markersize=8)
+    drawn = crowd(audits)
+    paths = {run.index: run for run in found.trajectories}
+    for i in (i for i in drawn.order if i in paths):
+        style, xy = drawn.looks[i], paths[i].xy
+        line = drawn.line(i, plain(audits[i].run))
+        if not style.recedes:
+            line |= {"marker": ".", "markersize": 4}
+        ax.plot(*xy.T, **line)
+        size = 4 if style.recedes else 8
+        ax.plot(*xy[0], style.marker, color=style.hex, markerfacecolor="none", markersize=size)
+        ax.plot(*xy[-1], style.marker, color=style.hex, markersize=size)
     quiet(ax, f"Paths of the predictions ({percent(found.explained)} of the spread)")
     ax.set_aspect("equal", adjustable="datalim")
     others = len(found.left_out)
@@ -100,7 +101,7 @@ def trajectory_map(
     ax.set_xlabel(f"first intensive component{more}")
     ax.set_ylabel("second intensive component")
     if key and len(audits) > 1:
-        key_beside(ax)
+        key_beside(ax, last_first=drawn.behind > 0)
     return ax
 
 

@@ -11,7 +11,7 @@ from thermo_opt.lenses.results import Audited
 from thermo_opt.plots import curves, maps, series, split
 from thermo_opt.plots.axes import KEY
 from thermo_opt.plots.counterfactual import held_out, looked_at
-from thermo_opt.plots.palette import look
+from thermo_opt.plots.crowd import crowd
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,12 +105,14 @@ def _key_below(figure: Figure, audits: list[Audited]) -> None:
     from matplotlib.lines import Line2D
 
     handles = []
-    for i, audit in enumerate(audits):
-        style = look(i)
-        handle = Line2D([], [], color=style.hex, marker=style.marker, markersize=4)
-        handle.set_linestyle(style.linestyle)
-        handle.set_label(curves.exponent_words(audit))
-        handles.append(handle)
+    drawn = crowd(audits)
+    for i in reversed(drawn.order) if drawn.behind else drawn.order:
+        style = drawn.looks[i]
+        if words := drawn.label(i, curves.exponent_words(audits[i])):
+            handle = Line2D([], [], color=style.hex, marker=style.marker, markersize=4)
+            handle.set_linestyle(style.linestyle)
+            handle.set_label(words)
+            handles.append(handle)
     longest = max(len(str(handle.get_label())) for handle in handles)
     fitting = int(_WIDTH / (_HANDLE + _LETTER * longest))
     columns = max(1, min(_KEY_COLUMNS, len(handles), fitting))

@@ -38,7 +38,13 @@ class Look:
 
     @property
     def hex(self) -> str:
-        return OKABE_ITO[self.colour]
+        """The colour itself."""
+        return OKABE_ITO.get(self.colour, _GREY)
+
+    @property
+    def recedes(self) -> bool:
+        """Whether this run is one of too many to tell apart, and drawn behind the others."""
+        return self.colour == BEHIND.colour
 
 
 _DASHES: tuple[tuple[str, LineStyle], ...] = (
@@ -55,6 +61,11 @@ _MARKERS = (
     ("cross", "P"),
     ("star", "*"),
 )
+
+
+_GREY = "#8b9097"
+BEHIND = Look("muted", "solid", "-", "circle", "o")
+"""How runs look that are too many to tell apart: grey, in the page by the name of its own grey."""
 
 
 def look(index: int) -> Look:

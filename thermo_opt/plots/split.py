@@ -21,7 +21,8 @@ from thermo_opt.plots.axes import (
     quiet,
     say_nothing_known,
 )
-from thermo_opt.plots.palette import OKABE_ITO, look
+from thermo_opt.plots.crowd import crowd
+from thermo_opt.plots.palette import OKABE_ITO
 from thermo_opt.plots.series import as_list, shortened
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def split_bars(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> A
         say_nothing_known(ax, "No run recorded replicas, which tell noise from drift.")
         return ax
     seen: dict[str, None] = {}
+    looks = crowd(audits).looks
     for row, (i, audit, split) in enumerate(rows):
         left = 0.0
         for part, (value, error) in parts(split).items():
@@ -70,8 +72,8 @@ def split_bars(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> A
                 width,
                 0.42,
                 left=left,
-                color=to_rgba(look(i).hex, OPACITY[part]),
-                edgecolor=look(i).hex,
+                color=to_rgba(looks[i].hex, OPACITY[part]),
+                edgecolor=looks[i].hex,
             )
             left += width
             ax.errorbar(left, row, xerr=error, color="0.25", linewidth=1, capsize=2)
@@ -120,11 +122,13 @@ def critical_batch(audits: Audited | Iterable[Audited], ax: Axes | None = None) 
     audits = as_list(audits)
     ax = given_or_new(ax)
     drawn = False
-    for i, audit in enumerate(audits):
+    runs = crowd(audits)
+    for i in runs.order:
+        audit, style = audits[i], runs.looks[i]
         split = split_of(audit)
         if split is None or split.critical.empty:
             continue
-        style, table = look(i), split.critical
+        table = split.critical
         middle, value, error = estimates(table, "critical_batch")
         below = table[table["critical_batch"].isna() & (table["critical_batch_lower"] > 0)]
         if not len(middle) and below.empty:
@@ -138,7 +142,8 @@ def critical_batch(audits: Audited | Iterable[Audited], ax: Axes | None = None) 
             marker=style.marker,
             markersize=5,
             linestyle=style.linestyle,
-            label=plain(audit.run),
+            alpha=0.4 if style.recedes else 1.0,
+            label=runs.label(i, plain(audit.run)) or "_",
         )
         if not below.empty:
             ax.errorbar(

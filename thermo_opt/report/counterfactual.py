@@ -8,28 +8,30 @@ import numpy as np
 
 from thermo_opt.lenses.results import Audited
 from thermo_opt.plots.counterfactual import SERIES, looked_at
-from thermo_opt.plots.palette import look
-from thermo_opt.report.spec import Figure, Spec, axis, layout, line
+from thermo_opt.plots.crowd import crowd
+from thermo_opt.report.spec import Figure, Spec, axis, behind, layout, line
 
 
 def counterfactual(audits: Sequence[Audited]) -> Figure | None:
     """Above: loss bought per nat on the probe; below: the held-out share of each step's motion."""
     data: list[Spec] = []
     dashes = dict(zip(SERIES, ("solid", "dash", "dot"), strict=True))
-    for i, audit in enumerate(audits):
+    drawn = crowd(audits)
+    for i in drawn.order:
+        audit, style = audits[i], drawn.looks[i]
         steps = looked_at(audit)
         if steps is None:
             continue
-        style = look(i)
         at = steps["step"].to_numpy(float)
         nats = steps["nats"].to_numpy(float)
         for key, (name, _, _) in SERIES.items():
             bought = steps[f"{key}_held"].to_numpy(float) / nats
-            trace = line(i, audit, at, bought, f"{name}: " + "%{y:.3g} nats of loss per nat")
+            trace = line(style, i, audit, at, bought, f"{name}: " + "%{y:.3g} nats of loss per nat")
             trace["line"] = {"color": f"@{style.colour}", "width": 2, "dash": dashes[key]}
-            data.append(trace)
+            data.append(behind(trace, style))
         share = steps["nats_held"].to_numpy(float) / nats
-        data.append(line(i, audit, at, share, "held-out share %{y:.3g}") | {"yaxis": "y2"})
+        trace = line(style, i, audit, at, share, "held-out share %{y:.3g}")
+        data.append(behind(trace, style) | {"yaxis": "y2"})
     if not data:
         return None
     highest = max(float(np.nanmax([y for y in t["y"] if y is not None])) for t in data[3::4])
@@ -39,7 +41,7 @@ def counterfactual(audits: Sequence[Audited]) -> Figure | None:
         "Above: fall of the loss on the probe per nat of KL on the step’s own minibatch: own steps "
         "(solid), steps of the natural gradient (dashed) and of K-FAC (dotted) of the same nats "
         "from the same states. Below: KL on the probe over KL on the minibatch; what it lacks of 1 "
-        "is memorised.",
+        f"is memorised.{drawn.sentence(audits)}",
         "Line charts against the training step, one colour a run.",
         data,
         layout(

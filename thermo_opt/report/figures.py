@@ -12,14 +12,16 @@ from thermo_opt.describe.quantities import cost_unit, percent
 from thermo_opt.describe.sentences import LENS_WORDS, seen
 from thermo_opt.lenses.results import Audited
 from thermo_opt.plots import series
+from thermo_opt.plots.crowd import crowd
 from thermo_opt.plots.curves import window_words
-from thermo_opt.plots.palette import look
+from thermo_opt.plots.palette import Look
 from thermo_opt.report.counterfactual import counterfactual
 from thermo_opt.report.maps import decomposition, dissipation_heatmap, trajectory_map
 from thermo_opt.report.spec import (
     Figure,
     Spec,
     axis,
+    behind,
     label,
     layout,
     line,
@@ -51,18 +53,20 @@ def loss_and_dissipation(audits: Sequence[Audited]) -> Figure | None:
     data: list[Spec] = []
     sources = set()
     losses = []
-    for i, audit in enumerate(audits):
+    drawn = crowd(audits)
+    for i in drawn.order:
+        audit, style = audits[i], drawn.looks[i]
         step, loss, source = series.loss_curve(audit)
         if len(step):
             sources.add(source)
             losses.append(loss)
-            data.append(line(i, audit, step, loss, "loss %{y:.4g} nats"))
+            trace = line(style, i, audit, step, loss, "loss %{y:.4g} nats")
+            data.append(behind(trace, style))
         step, spent = series.cumulative_dissipation(audit.headline)
         if len(step):
-            unit = cost_unit(audit.summary["clock"])
-            data.append(
-                line(i, audit, step, spent, "dissipated so far %{y:.4g} " + unit) | {"yaxis": "y2"}
-            )
+            words = "dissipated so far %{y:.4g} " + cost_unit(audit.summary["clock"])
+            trace = line(style, i, audit, step, spent, words)
+            data.append(behind(trace, style) | {"yaxis": "y2"})
     if not data:
         return None
     name, place = "loss (nats / example)", [0.55, 1]
@@ -82,9 +86,9 @@ def loss_and_dissipation(audits: Sequence[Audited]) -> Figure | None:
         f"Loss and dissipation along the training, {seen(audits)}",
         f"Above: the loss, {measured}. Below: the dissipation spent up to each step. A steep "
         "stretch below, "
-        "under a flat one above, is cost that bought little."
+        f"under a flat one above, is cost that bought little.{drawn.sentence(audits)}"
         if measured
-        else "The dissipation spent up to each step.",
+        else f"The dissipation spent up to each step.{drawn.sentence(audits)}",
         "Line charts of the loss and of the cumulative dissipation against the training step, one "
         "line a run.",
         data,
@@ -107,6 +111,7 @@ def alignment(audits: Sequence[Audited]) -> Figure | None:
     height = 250 if len(shown) == 1 else 96 if len(shown) <= 8 else 60
     total = (height + _NAME) * len(shown)
     data: list[Spec] = []
+    looks = crowd(audits).looks
     over = list(dict.fromkeys(window_words(found) for _, _, found in shown))
     frame = layout(annotations=[])
     ends = np.concatenate([[0.0]] + [_drawn_ends(found) for _, _, found in shown])
@@ -115,7 +120,7 @@ def alignment(audits: Sequence[Audited]) -> Figure | None:
         panel = "" if n == 0 else str(n + 1)
         for sign, word, share in ((1, "downhill", found.downhill), (-1, "uphill", found.uphill)):
             if np.nanmax(share, initial=0.0) > 0:
-                data += _band(i, audit, found.step, sign * share, word, f"y{panel}")
+                data += _band(looks[i], i, audit, found.step, sign * share, word, f"y{panel}")
         ceiling = 1 - n * (height + _NAME) / total
         frame[f"yaxis{panel}"] = axis(
             "share",
@@ -156,11 +161,17 @@ def _drawn_ends(found: series.AlignmentSeries) -> np.ndarray:
 
 
 def _band(
-    index: int, audit: Audited, step: np.ndarray, share: np.ndarray, word: str, panel: str
+    style: Look,
+    index: int,
+    audit: Audited,
+    step: np.ndarray,
+    share: np.ndarray,
+    word: str,
+    panel: str,
 ) -> list[Spec]:
     """A line along the lower ends and, piece by piece where the upper ends are known, a band."""
     low, high = share.T
-    trace = line(index, audit, step, low, f"%{{customdata}} {word}")
+    trace = line(style, index, audit, step, low, f"%{{customdata}} {word}")
     trace["customdata"] = [
         f"at least {percent(abs(a), 'down')}"
         if np.isnan(b)
@@ -176,15 +187,14 @@ def _band(
             y += [*numbers(high[piece]), *numbers(low[piece][::-1]), None]
     if not x:
         return [trace | {"yaxis": panel}]
-    colour = look(index).colour
     band = {
         "type": "scatter",
         "mode": "lines",
         "x": x[:-1],
         "y": y[:-1],
         "fill": "toself",
-        "fillcolor": f"@{colour}:0.25",
-        "line": {"width": 0, "color": f"@{colour}"},
+        "fillcolor": f"@{style.colour}:0.25",
+        "line": {"width": 0, "color": f"@{style.colour}"},
         "hoverinfo": "skip",
         "name": escape(audit.run),
         "meta": {"run": index},
@@ -198,7 +208,9 @@ def coarse_graining(audits: Sequence[Audited]) -> Figure | None:
     data: list[Spec] = []
     exponents = []
     tables = []
-    for i, audit in enumerate(audits):
+    drawn = crowd(audits)
+    for i in drawn.order:
+        audit, style = audits[i], drawn.looks[i]
         table = series.coarse_curves(audit.headline)
         if len(table) < 2:
             continue
@@ -208,8 +220,8 @@ def coarse_graining(audits: Sequence[Audited]) -> Figure | None:
             ("length", "y", "length %{y:.4g} √nats"),
             ("dissipation", "y2", "dissipation %{y:.4g} " + cost_unit(audit.summary["clock"])),
         ):
-            style = look(i)
             trace = line(
+                style,
                 i,
                 audit,
                 steps,
@@ -217,29 +229,32 @@ def coarse_graining(audits: Sequence[Audited]) -> Figure | None:
                 words,
                 where="every %{x:.4g} steps",
             )
-            trace |= {"mode": "lines+markers", "yaxis": panel}
-            trace["marker"] = {"color": f"@{style.colour}", "symbol": style.symbol, "size": 6}
-            data.append(trace)
+            trace |= {"yaxis": panel}
+            if not style.recedes:
+                trace["mode"] = "lines+markers"
+                trace["marker"] = {"color": f"@{style.colour}", "symbol": style.symbol, "size": 6}
+            data.append(behind(trace, style))
         if audit.headline.hurst is not None:
             exponents.append(f"{audit.run} {audit.headline.hurst:.2f}")
     if not data:
         return None
-    drawn = {
+    values = {
         key: np.concatenate([table[key] for table in tables])
         for key in ("stride_steps", "length", "dissipation")
     }
+    cost = f"dissipation Q ({units(audits)})"
     frame = layout(
-        xaxis=log_axis("sampling stride (optimizer steps)", drawn["stride_steps"], anchor="y2"),
-        yaxis=log_axis("length ℒ (√nats)", drawn["length"], domain=[0.55, 1]),
-        yaxis2=log_axis(f"dissipation Q ({units(audits)})", drawn["dissipation"], domain=[0, 0.45]),
+        xaxis=log_axis("sampling stride (optimizer steps)", values["stride_steps"], anchor="y2"),
+        yaxis=log_axis("length ℒ (√nats)", values["length"], domain=[0.55, 1]),
+        yaxis2=log_axis(cost, values["dissipation"], domain=[0, 0.45]),
     )
     said = ""
     if exponents:
-        values = [h for a in audits if (h := a.headline.hurst) is not None]
+        known = [h for a in audits if (h := a.headline.hurst) is not None]
         listed = (
             ", ".join(exponents)
             if len(exponents) <= _LISTED
-            else f"from {min(values):.2f} to {max(values):.2f}"
+            else f"from {min(known):.2f} to {max(known):.2f}"
         )
         said = f" Exponent H (1: steady drift, ½: minibatch noise): {listed}."
     return Figure(
@@ -249,7 +264,7 @@ def coarse_graining(audits: Sequence[Audited]) -> Figure | None:
         "fall as snapshots get "
         "sparser, so a run recorded sparsely gives lower bounds; curves still rising at the left "
         "end mean there is "
-        f"more to see.{said}",
+        f"more to see.{said}{drawn.sentence(audits)}",
         "Log-log charts of length and dissipation against the sampling stride, one line a run.",
         data,
         frame,
@@ -261,15 +276,17 @@ def predicted_vs_realised(audits: Sequence[Audited]) -> Figure | None:
     """½a against the realised KL of each step, log axes, with the line on which they agree."""
     data: list[Spec] = []
     span = np.array([np.inf, -np.inf])
-    for i, audit in enumerate(audits):
+    drawn = crowd(audits)
+    for i in drawn.order:
+        audit, style = audits[i], drawn.looks[i]
         found = series.realised(audit)
         if found is None:
             continue
         step, predicted, measured = found
         both = np.concatenate([predicted, measured])
         span = np.array([min(span[0], both.min()), max(span[1], both.max())])
-        style = look(i)
         trace = line(
+            style,
             i,
             audit,
             predicted,
@@ -284,7 +301,7 @@ def predicted_vs_realised(audits: Sequence[Audited]) -> Figure | None:
             "size": 7,
             "opacity": 0.75,
         }
-        data.append(trace)
+        data.append(behind(trace, style))
     if not data:
         return None
     diagonal = {
@@ -304,7 +321,7 @@ def predicted_vs_realised(audits: Sequence[Audited]) -> Figure | None:
         f"Predicted and realised dissipation, {seen(audits)}",
         "Each point is an audited interval: the metric’s prediction against the Kullback–Leibler "
         "divergence really "
-        "measured. On the dashed line they agree.",
+        f"measured. On the dashed line they agree.{drawn.sentence(audits)}",
         "Scatter chart of predicted dissipation against realised divergence, one point an "
         "interval.",
         [diagonal, *data],

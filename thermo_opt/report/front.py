@@ -3,7 +3,7 @@ that opens offline."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from os import PathLike
 from pathlib import Path
@@ -19,20 +19,23 @@ from thermo_opt.report.spec import Figure, Spec, layout, log_axis, numbers
 from thermo_opt.writing import write_whole
 
 
-def write_front(front: Front, path: str | PathLike[str]) -> Path:
+def write_front(
+    front: Front, path: str | PathLike[str], left_out: Sequence[tuple[str, str]] = ()
+) -> Path:
     """Write the front's page to ``path`` (by rename) and return the path; `InputError` when it
-    can't be written."""
-    return write_whole(path, render_front(front))
+    can't be written. ``left_out``: (run, reason) of the runs that have no line."""
+    return write_whole(path, render_front(front, left_out))
 
 
-def render_front(front: Front) -> str:
+def render_front(front: Front, left_out: Sequence[tuple[str, str]] = ()) -> str:
     """The page as a string; everything that came from a run is escaped."""
     drawn = [_figure(front, target, index) for index, target in enumerate(front.targets)]
     looks = [{"name": group, "index": i, "look": look(i)} for i, group in enumerate(front.groups)]
     return render_template(
         "front.html.j2",
         drawn,
-        front.to_json(),
+        front.to_json(left_out=left_out),
+        left_out=left_out,
         title=f"Speed and cost of {len(front.table) // len(front.targets)} training runs",
         lead=" ".join(sentences(front)),
         groups=looks,

@@ -14,12 +14,14 @@ from thermo_opt.describe.sentences import seen
 from thermo_opt.describe.standing import with_standing
 from thermo_opt.lenses.results import Audited
 from thermo_opt.plots import series
+from thermo_opt.plots.crowd import crowd
 from thermo_opt.plots.maps import intervals_words
-from thermo_opt.plots.palette import PARTS, look
+from thermo_opt.plots.palette import PARTS
 from thermo_opt.report.spec import (
     Figure,
     Spec,
     axis,
+    behind,
     label,
     layout,
     line,
@@ -39,6 +41,7 @@ def decomposition(audits: Sequence[Audited]) -> Figure | None:
     ]
     if not rows:
         return None
+    looks = crowd(audits).looks
     data: list[Spec] = [
         {
             "type": "bar",
@@ -58,8 +61,8 @@ def decomposition(audits: Sequence[Audited]) -> Figure | None:
             "hovertemplate": "<b>%{customdata[0]}</b><br>%{fullData.name}: "
             "%{customdata[1]} (%{customdata[2]})<extra></extra>",
             "marker": {
-                "color": [f"@{look(i).colour}:{opacity}" for i, _, _ in rows],
-                "line": {"width": 1, "color": [f"@{look(i).colour}" for i, _, _ in rows]},
+                "color": [f"@{looks[i].colour}:{opacity}" for i, _, _ in rows],
+                "line": {"width": 1, "color": [f"@{looks[i].colour}" for i, _, _ in rows]},
             },
         }
         for part, opacity in PARTS.items()
@@ -113,11 +116,15 @@ def trajectory_map(audits: Sequence[Audited]) -> Figure | None:
     if found is None:
         return None
     data: list[Spec] = []
-    for path in found.trajectories:
-        style = look(path.index)
+    drawn = crowd(audits)
+    paths = {path.index: path for path in found.trajectories}
+    for path in (paths[i] for i in drawn.order if i in paths):
+        style = drawn.looks[path.index]
         shape = [style.symbol + "-open"] + ["circle"] * (len(path.step) - 2) + [style.symbol]
-        size = [11] + [4] * (len(path.step) - 2) + [11]
+        between, end = (0, 6) if style.recedes else (4, 11)
+        size = [end] + [between] * (len(path.step) - 2) + [end]
         trace = line(
+            style,
             path.index,
             audits[path.index],
             path.xy[:, 0],
@@ -138,7 +145,7 @@ def trajectory_map(audits: Sequence[Audited]) -> Figure | None:
                 "line": {"width": 2, "color": f"@{style.colour}"},
             },
         }
-        data.append(trace)
+        data.append(behind(trace, style))
     frame = layout(
         xaxis=axis("first intensive component"),
         yaxis=axis("second intensive component", scaleanchor="x", scaleratio=1),
@@ -154,7 +161,8 @@ def trajectory_map(audits: Sequence[Audited]) -> Figure | None:
         "Each point is a recorded set of predictions; points far apart are easy to tell apart "
         "(intensive principal "
         "components). Open markers: start. Large filled markers: end. "
-        f"The plane shows {percent(found.explained)} of the spread.{left_out}",
+        f"The plane shows {percent(found.explained)} of the spread."
+        f"{left_out}{drawn.sentence(audits)}",
         "Map of each run's path through the space of predictions, in two dimensions.",
         data,
         frame,

@@ -21,44 +21,56 @@ from thermo_opt.describe.quantities import (
     QUANTITIES,
     Quantity,
     number,
-    percent,
     unit,
 )
 from thermo_opt.describe.ranking import ranking
-from thermo_opt.describe.standing import with_standing
+from thermo_opt.describe.standing import share_with_standing, with_standing
 from thermo_opt.errors import InputError
 from thermo_opt.lenses.results import Audited, summaries_json
-from thermo_opt.plots.palette import PARTS, look
+from thermo_opt.plots.crowd import crowd
+from thermo_opt.plots.palette import PARTS
 from thermo_opt.plots.series import as_list
 from thermo_opt.report.figures import figures
 from thermo_opt.report.spec import Figure
 from thermo_opt.writing import write_whole
 
 
-def write_report(audits: Audited | Iterable[Audited], path: str | PathLike[str]) -> Path:
+def write_report(
+    audits: Audited | Iterable[Audited],
+    path: str | PathLike[str],
+    left_out: Sequence[tuple[str, str]] = (),
+    notes: Sequence[str] = (),
+) -> Path:
     """Write the audits' report to ``path`` (by rename: a reader never sees half a page) and return
-    the path.
+    the path. ``left_out`` and ``notes`` as in `summaries_json`.
 
     Cost: a fraction of a second; about 5 MB on disk, most of it plotly.js. Raises `InputError` when
     ``path`` can't be written.
     """
-    return write_whole(path, render(as_list(audits)))
+    return write_whole(path, render(as_list(audits), left_out, notes))
 
 
-def render(audits: list[Audited]) -> str:
+def render(
+    audits: list[Audited],
+    left_out: Sequence[tuple[str, str]] = (),
+    notes: Sequence[str] = (),
+) -> str:
     """The page as a string. Everything that came from a run is escaped; only the page's own scripts
     may execute."""
     if not audits:
         raise InputError("a report needs at least one audit.")
+    obstacle = ranking(audits).obstacle
+    notes = [*notes, *([obstacle] if obstacle is not None and obstacle not in notes else [])]
     return render_template(
         "page.html.j2",
         figures(audits),
-        summaries_json(audits),
+        summaries_json(audits, left_out, notes),
         title=(
             "Thermodynamic audit of "
             f"{audits[0].run if len(audits) == 1 else f'{len(audits)} training runs'}"
         ),
-        comparison=words.comparison(audits) or ranking(audits).obstacle,
+        comparison=" ".join(filter(None, [*notes, words.comparison(audits)])),
+        left_out=left_out,
         cards=_cards(audits),
         parts={part.capitalize(): 100 * opacity for part, opacity in PARTS.items()},
         columns=[
@@ -107,7 +119,7 @@ def render_template(name: str, drawn: Sequence[Figure], numbers_json: str, **con
 
 def _cards(audits: list[Audited]) -> list[dict[str, Any]]:
     """One card a run, in the order given."""
-    cards = []
+    cards, looks = [], crowd(audits).looks
     for index, audit in enumerate(audits):
         summary = words.closest(audit)
         efficiency = summary["efficiency"]
@@ -122,7 +134,7 @@ def _cards(audits: list[Audited]) -> list[dict[str, Any]]:
             {
                 "index": index,
                 "run": audit.run,
-                "look": look(index),
+                "look": looks[index],
                 "context": ", ".join(
                     filter(
                         None,
@@ -133,13 +145,7 @@ def _cards(audits: list[Audited]) -> list[dict[str, Any]]:
                         ],
                     )
                 ),
-                "efficiency": "–"
-                if efficiency is None
-                else (
-                    percent(efficiency)
-                    if summary["every_step"]
-                    else f"≤\u2009{percent(efficiency, 'up')}"
-                ),
+                "efficiency": share_with_standing(summary, "efficiency").replace(" ", "\u2009"),
                 "efficiency_words": "efficiency unknown" if efficiency is None else "efficient",
                 "shares": shares,
                 "headline": words.headline(summary),

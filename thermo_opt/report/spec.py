@@ -16,7 +16,7 @@ import numpy as np
 
 from thermo_opt.describe.quantities import cost_unit, number
 from thermo_opt.lenses.results import Audited
-from thermo_opt.plots.palette import look
+from thermo_opt.plots.palette import Look
 from thermo_opt.plots.series import log_ticks, shortened
 
 Spec = dict[str, Any]
@@ -42,11 +42,16 @@ def units(audits: Sequence[Audited]) -> str:
 
 
 def line(
-    index: int, audit: Audited, x: np.ndarray, y: np.ndarray, words: str, where: str = "step %{x}"
+    style: Look,
+    index: int,
+    audit: Audited,
+    x: np.ndarray,
+    y: np.ndarray,
+    words: str,
+    where: str = "step %{x}",
 ) -> Spec:
     """A run's line; ``where`` and ``words`` are what it says under the pointer, below the run's
     name."""
-    style = look(index)
     body = "<br>".join(part for part in (where, words) if part)
     return {
         "type": "scatter",
@@ -58,6 +63,16 @@ def line(
         "line": {"color": f"@{style.colour}", "width": 2, "dash": style.dash},
         "hovertemplate": f"<b>%{{fullData.name}}</b><br>{body}<extra></extra>",
     }
+
+
+def behind(trace: Spec, style: Look) -> Spec:
+    """A run's trace, thin and faint where it is one of too many to tell apart."""
+    if not style.recedes:
+        return trace
+    trace["line"] = trace["line"] | {"width": 1, "color": f"@{style.colour}:0.4"}
+    if "marker" in trace:
+        trace["marker"] = trace["marker"] | {"opacity": 0.4}
+    return trace
 
 
 def axis(title: str, **options: Any) -> Spec:

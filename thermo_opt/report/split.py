@@ -9,9 +9,19 @@ import numpy as np
 
 from thermo_opt.describe.quantities import number
 from thermo_opt.lenses.results import Audited
-from thermo_opt.plots.palette import look
+from thermo_opt.plots.crowd import crowd
 from thermo_opt.plots.split import OPACITY, batch_size, estimates, parts, split_of
-from thermo_opt.report.spec import Figure, Spec, axis, label, layout, line, log_axis, numbers
+from thermo_opt.report.spec import (
+    Figure,
+    Spec,
+    axis,
+    behind,
+    label,
+    layout,
+    line,
+    log_axis,
+    numbers,
+)
 
 
 def split_bars(audits: Sequence[Audited]) -> Figure | None:
@@ -20,6 +30,7 @@ def split_bars(audits: Sequence[Audited]) -> Figure | None:
     if not rows:
         return None
     data: list[Spec] = []
+    looks = crowd(audits).looks
     for part in OPACITY:
         own = [
             (row, i, a, parts(s)[part]) for row, (i, a, s) in enumerate(rows) if part in parts(s)
@@ -41,8 +52,8 @@ def split_bars(audits: Sequence[Audited]) -> Figure | None:
                 "hovertemplate": "<b>%{customdata[0]}</b><br>%{fullData.name}: %{customdata[1]} "
                 "± %{customdata[2]} nats<extra></extra>",
                 "marker": {
-                    "color": [f"@{look(i).colour}:{OPACITY[part]}" for _, i, _, _ in own],
-                    "line": {"width": 1, "color": [f"@{look(i).colour}" for _, i, _, _ in own]},
+                    "color": [f"@{looks[i].colour}:{OPACITY[part]}" for _, i, _, _ in own],
+                    "line": {"width": 1, "color": [f"@{looks[i].colour}" for _, i, _, _ in own]},
                 },
             }
         )
@@ -90,15 +101,16 @@ def critical_batch(audits: Sequence[Audited]) -> Figure | None:
     """B* along the runs, with the batch sizes used."""
     data: list[Spec] = []
     values: list[np.ndarray] = []
-    for i, audit in enumerate(audits):
+    drawn = crowd(audits)
+    for i in drawn.order:
+        audit, style = audits[i], drawn.looks[i]
         split = split_of(audit)
         if split is None or split.critical.empty:
             continue
         middle, value, error = estimates(split.critical, "critical_batch")
         if not len(middle):
             continue
-        style = look(i)
-        trace = line(i, audit, middle, value, "B* %{y:.3g} ± %{customdata:.2g}")
+        trace = line(style, i, audit, middle, value, "B* %{y:.3g} ± %{customdata:.2g}")
         trace |= {"mode": "lines+markers", "customdata": numbers(error)}
         trace["marker"] = {"color": f"@{style.colour}", "symbol": style.symbol, "size": 7}
         trace["error_y"] = {
@@ -109,12 +121,12 @@ def critical_batch(audits: Sequence[Audited]) -> Figure | None:
             "color": f"@{style.colour}",
             "thickness": 1,
         }
-        data.append(trace)
+        data.append(behind(trace, style))
         values += [value, value + error]
         used = batch_size(audit)
         if used:
             ends = np.array([split.critical["step"].min(), split.critical["step_end"].max()])
-            flat = line(i, audit, ends, np.full(2, used), "batch size %{y}", where="")
+            flat = line(style, i, audit, ends, np.full(2, used), "batch size %{y}", where="")
             flat["line"] = flat["line"] | {"width": 1, "dash": "dot"}
             data.append(flat)
             values.append(np.array([used]))
@@ -125,7 +137,7 @@ def critical_batch(audits: Sequence[Audited]) -> Figure | None:
         "Critical batch size",
         "Where noise would cost as much as drift. A run far below it (dotted: the batch size "
         "used) would need fewer steps with larger batches at hardly more examples; one far above "
-        "it spends examples for few steps.",
+        f"it spends examples for few steps.{drawn.sentence(audits)}",
         "Line chart of the critical batch size against the training step, one line a run.",
         data,
         layout(
