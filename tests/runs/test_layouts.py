@@ -109,6 +109,19 @@ def test_steps_come_from_a_count_in_the_file(tmp_path):
     assert "iter_num" in run.info.step_source
 
 
+def test_files_that_changed_places_are_said(tmp_path):
+    def save(k, step, m, o):
+        torch.save({"model": m.state_dict(), "global_step": step}, tmp_path / f"step-{step}.pt")
+
+    train(save, count=4)
+    assert not any("swapped" in remark for remark in load_run(tmp_path).remarks)
+    a, b = sorted(tmp_path.glob("*.pt"))[:2]
+    first = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(first)
+    assert any(r"(global_step) don't grow" in remark for remark in load_run(tmp_path).remarks)
+
+
 def test_objects_beside_the_weights_are_skipped(tmp_path):
     def save(k, step, m, o):
         content = {

@@ -265,6 +265,16 @@ def test_damage_is_named(copy):
         load_run(copy)
 
 
+def test_checkpoints_that_changed_places_are_refused(copy):
+    first, second = sorted(copy.glob("checkpoint-*"))[:2]
+    between = copy / "between"
+    first.rename(between)
+    second.rename(first)
+    between.rename(second)
+    with pytest.raises(InputError, match="is named as step 2, but its"):
+        load_run(copy)
+
+
 @pytest.mark.parametrize("format", ["huggingface", None])
 def test_one_checkpoint_folder_is_not_a_run(copy, format):
     with pytest.raises(InputError, match="folder that holds it"):

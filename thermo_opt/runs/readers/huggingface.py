@@ -16,7 +16,7 @@ import pandas as pd
 
 from thermo_opt.errors import InputError
 from thermo_opt.runs.adapters import CONFIG
-from thermo_opt.runs.border import read_json, whole
+from thermo_opt.runs.border import read_json, regular, whole
 from thermo_opt.runs.readers import contents, folders
 from thermo_opt.runs.readers.architecture import architectures, in_memory, trainer_orders
 from thermo_opt.runs.readers.common import Checkpoint, Found, Order, Shape, Weights, open_run
@@ -68,6 +68,13 @@ def read(path: Path, key: str | None = None) -> Run:
             else "give a Trainer's output folder"
         )
         raise InputError(f"{path} has no checkpoint-<step> folders with weights; {hint}")
+    for step, folder in found.items():
+        said = _step_in(folder / "trainer_state.json")
+        if said not in (None, step):
+            raise InputError(
+                f"{folder} is named as step {step}, but its trainer_state.json says {said}; give "
+                "it the name of its step back"
+            )
     config_path = next(
         (file for folder in found.values() if (file := folder / "config.json").exists()), None
     )
@@ -106,6 +113,22 @@ def read(path: Path, key: str | None = None) -> Run:
         step_unit="step",
         step_source="the number in each checkpoint's name",
     )
+
+
+def _step_in(state: Path) -> int | None:
+    """The step that a checkpoint's state says, by the beginning of its file: the log that follows
+    there grows with every checkpoint."""
+    if not state.exists():
+        return None
+    regular(state)
+    with open(state, "rb") as file:
+        head = file.read(_STATE_HEAD).partition(b'"log_history"')[0]
+    found = re.search(rb'"global_step":\s*(\d{1,15})\b', head)
+    return int(found[1]) if found else None
+
+
+_STATE_HEAD = 1 << 14
+"""Bytes that hold all of a trainer's state before its log, whose keys are sorted."""
 
 
 def _checkpoint(folder: Path, config_path: Path | None, key: str | None) -> Checkpoint:

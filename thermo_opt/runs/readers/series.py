@@ -81,6 +81,11 @@ def series(
                 f"{unnamed[0].path}: there is no step number in its name; rename it like "
                 f"step-100{unnamed[0].path.suffix}"
             )
+        if counts is not None and len({count for count, _ in counts}) == len(counts):
+            remarks.append(
+                f"the counts in its files ({counts[-1][1]}) don't grow with the numbers in their "
+                "names, which were followed: were files renamed or swapped?"
+            )
         unit = names.unit or "step"
         source = (
             "the number after the word in each name" if names.unit else "the number in each name"
