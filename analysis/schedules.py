@@ -2,6 +2,7 @@
 cosine, linear decay, and refinement from gradient norms.
 
     python -m analysis schedules [--seeds 5]
+    python -m analysis schedules --speeds     # which speed is best evened: all, drift or transport
 
 Three tasks (`analysis.minibatch`) × SGD, Adam and NGD-T at batch size 32, 160 steps. The learning
 rate (NGD-T: the budget) of a constant schedule is the best of four by held-out loss over two seeds.
@@ -12,6 +13,12 @@ seeds. *Refined* is the schedule of Defazio et al. 2023 from the constant run's 
 |g|⁻² (of Adam and NGD-T 1/|g|₁), median-filtered over a tenth of the run, η_k ∝ w_k Σ_{p>k} w_p.
 Noise and drift are told by replicas at every fourth step. Seeds of tuning are not those reported.
 Writes schedules.csv.
+
+``--speeds``: at the knobs of schedules.csv (SGD at 0.2, far from instability), constant runs of the
+seeds are recorded, and schedules at an even speed of all motion, of its drift and of its transport
+(theory §11, per step, means over the runs in their stretches; what can't be told from zero counts
+as its standard error) are each tried on as many other seeds, at equal Σ lr. Writes
+schedule_speeds.csv.
 """
 
 from __future__ import annotations
@@ -26,13 +33,14 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy.ndimage import median_filter
 from torch import nn
 
 import thermo_opt as to
 from analysis.minibatch import MinibatchTask, minibatch_tasks
-from analysis.timing import report
+from analysis.timing import RESULTS, report
 
 STEPS, BATCH, EVERY = 160, 32, 4
 SCALES = (0.5, 1.0, 2.0)
@@ -195,6 +203,45 @@ def measured(task: MinibatchTask, method: Method, seeds: int, folder: Path) -> l
     return rows
 
 
+SPEEDS = {"all": ("noise", "drift"), "drift": ("drift",), "transport": ("transport",)}
+"""Speeds that are evened, and the parts of the dissipation that they are the roots of."""
+_CALM = 0.2
+"""SGD's learning rate where speeds are compared."""
+
+
+def compared_speeds(
+    task: MinibatchTask, method: Method, knob: float, seeds: int, folder: Path
+) -> list[dict[str, Any]]:
+    """Rows of one task and method: the constant runs', and what each even speed changed."""
+
+    def recorded(name: str, factors: Factors, first: int) -> list[Trained]:
+        found = range(first, first + seeds)
+        return [train(task, method, knob, factors, s, folder / f"{name} {s}") for s in found]
+
+    flat = np.ones(STEPS)
+    own = recorded("constant", flat, 0)
+    curves = []
+    for run in own:
+        split = None if run.audit is None else run.audit.lenses["outputs"].split
+        if split is not None:
+            curves.append(split.curve)
+    spans = (curves[0]["step_end"] - curves[0]["step"]).to_numpy(int)
+    base = _row(task, method, knob, "constant", 1.0, own)
+    rows = [base]
+    for name, parts in SPEEDS.items():
+        table = np.array([sum(curve[part].to_numpy(float) for part in parts) for curve in curves])
+        mean = table.mean(axis=0)
+        error = table.std(axis=0, ddof=1) / len(table) ** 0.5
+        speed = np.repeat(np.sqrt(np.maximum(mean, error)), spans)
+        way = np.concatenate([[0.0], np.cumsum(speed)])
+        time = np.arange(STEPS + 1.0)
+        shape = np.diff(np.interp(np.linspace(0, way[-1], STEPS + 1), way, time))
+        row = _row(task, method, knob, f"even, {name}", 1.0, recorded(name, shape, seeds))
+        row |= {f"{key} over constant": row[key] / base[key] for key in ("Q", "drift")}
+        rows.append(row)
+    return rows
+
+
 def _whole(run: Trained) -> float:
     assert run.audit is not None
     return float(run.audit.summary["dissipation"])
@@ -235,9 +282,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Train, print the table, write the CSV."""
     parser = argparse.ArgumentParser(prog="analysis schedules", description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--speeds", action="store_true", help="compare speeds to even out")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", UserWarning)
+    if given.speeds:
+        speeds(given.seeds)
+        return
     rows = []
     for task in minibatch_tasks():
         for method in METHODS:
@@ -245,6 +296,19 @@ def main(arguments: list[str] | None = None) -> None:
                 rows += measured(task, method, given.seeds, Path(folder))
             print(f"{task.name}, {method.name}: done", flush=True)
     print(report("Schedules on minibatch runs", rows, "schedules"))
+
+
+def speeds(seeds: int) -> None:
+    """Compare the speeds, print the table, write its CSV."""
+    tuned = pd.read_csv(RESULTS / "schedules.csv").groupby(["task", "method"])["knob"].first()
+    rows = []
+    for task in minibatch_tasks():
+        for method in METHODS:
+            knob = _CALM if method.name == "SGD" else float(tuned[task.name, method.name])
+            with tempfile.TemporaryDirectory() as folder:
+                rows += compared_speeds(task, method, knob, seeds, Path(folder))
+            print(f"{task.name}, {method.name}: done", flush=True)
+    print(report("Which speed to even out", rows, "schedule_speeds"))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,7 @@ def test_minibatch_runs_are_advised_on_batch_and_momentum_and_it_comes_true(
     assert list(found) == ["schedule", "batch size", "momentum", "recording"]
     batch = found["batch size"]
     assert "At batch size 32 instead of 16" in batch["words"]
+    assert " ± " in batch["words"].split(" fewer steps")[0]
     assert batch["of"] == "steps"
     star = to.critical_batch(audit).overall.value
     assert batch["predicted_saving"] == pytest.approx(1 - (1 + star / 32) / (1 + star / 16))
@@ -143,6 +145,66 @@ def test_momentum_and_full_batches_leave_nothing_to_say(tmp_path: Path) -> None:
     assert "replicas" in bare["momentum"].words
 
 
+def _whole_batches(path: Path, lr: float, even: to.EvenSchedule | None = None) -> to.Audit:
+    """Full-batch descent with replicas; ``even``: its rates by a scheduler that is called last."""
+    torch.manual_seed(0)
+    x = torch.randn(60, 6)
+    y = (x @ torch.randn(6, 3)).argmax(1)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    first = lr if even is None else float(even.learning_rates[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=first)
+    factor = (lambda _: 1.0) if even is None else even.lr_lambda()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    with to.Recorder(
+        path,
+        model=model,
+        optimizer=optimizer,
+        probe=(x, y),
+        batch_size=60,
+        replica=closure,
+        replica_every=4,
+    ) as recorder:
+        for _ in range(60):
+            loss = closure()
+            optimizer.step()
+            recorder.step(loss=loss)
+            scheduler.step()
+    return to.audit(path, lens="outputs")
+
+
+def test_a_run_that_follows_its_advice_has_nothing_more_to_gain(tmp_path: Path) -> None:
+    constant = _whole_batches(tmp_path / "constant", 0.5)
+    schedule = to.even_schedule(constant)
+    assert f"{schedule.learning_rates.max():.3g} instead of 0.5" in advise(constant)[0].words
+    even = _whole_batches(tmp_path / "even", 0.5, schedule)
+    spent = even.summary["dissipation"]
+    assert spent == pytest.approx(schedule.predicted_dissipation, rel=0.03)
+    found = {one.about: one for one in advise(even)}
+    assert "already moved at an even speed" in found["schedule"].words
+    assert "full batches have no noise" in found["batch size"].words
+    assert not found["batch size"].words.endswith("..")
+    assert f"{even.run}:" not in found["batch size"].words
+    assert "hardly any noise" in found["momentum"].words
+
+
+def test_of_a_run_whose_loss_rose_nothing_is_predicted(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _whole_batches(tmp_path / "diverged", 1e5)
+    assert cli.main(["advise", str(tmp_path / "diverged"), "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)["advice"]
+    for entry in told[:3]:
+        assert entry["words"].startswith(f"Nothing is predicted of the {entry['about']}: the loss")
+        assert entry["predicted_saving"] is None
+
+
 def test_fronts_on_drift(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     _noisy(tmp_path / "small", 16)
     _noisy(tmp_path / "large", 200)
@@ -164,4 +226,30 @@ def test_fronts_on_drift(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     notes = drift_front(audits, target_loss=1.0).attrs["notes"]
     assert "every 4 steps" in notes[0]
     assert "are estimates" in notes[1]
-    assert cli.main(["pareto", *runs, "--drift", "--html", str(tmp_path / "x.html")]) == 2
+    assert cli.main(["pareto", *runs, "--drift", "--jobs", "2"]) == 2
+
+
+def test_the_page_of_a_front_on_drift_holds_what_the_json_holds(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _noisy(tmp_path / "small", 16)
+    _noisy(tmp_path / "large", 200)
+    page = tmp_path / "drift.html"
+    options = ["--drift", "--target-loss", "1.0", "--target-loss", "0.9", "--html", str(page)]
+    options += ["--group-by", "batch_size", "--label", "lr", "--json"]
+    assert cli.main(["pareto", *(str(tmp_path / n) for n in ("small", "large")), *options]) == 0
+    told = json.loads(capfd.readouterr().out)
+    text = page.read_text()
+    embedded, figures = (
+        json.loads(re.search(f'id="thermo-opt-{name}">(.*?)</script>', text, re.S)[1])
+        for name in ("summaries", "figures")
+    )
+    assert embedded == told
+    rows = [row for row in told["runs"] if row["target_loss"] == 1.0]
+    assert [row["group"] for row in rows] == ["batch_size 16", "batch_size 200"]
+    assert rows[0]["run"] == "small (lr 0.3)"
+    assert all(0 < row["noise_error"] < row["noise"] for row in rows)
+    marks = [t for t in figures[0]["data"] if t.get("mode") == "markers"]
+    for part, kept in (("drift", marks[::2]), ("noise", marks[1::2])):
+        assert [t["y"] for t in kept] == [[row[part]] for row in rows]
+    assert [f["key"] for f in figures] == ["front-0", "front-1"]

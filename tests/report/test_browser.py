@@ -11,13 +11,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.synthetic_audits import make_audit
 from thermo_opt.audits import Audit
 from thermo_opt.lenses import SUMMARY_KEYS, summaries_json
-from thermo_opt.report import write_report
+from thermo_opt.report import write_drift_front, write_report
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -247,6 +248,31 @@ def test_structure_for_readers_who_do_not_see_it(desktop: Opened) -> None:
     assert page.locator("[role=region][tabindex='0'][aria-label]").count() == 1
     for axis in ("#alignment .ytitle", "#alignment .xtitle", "#coarse-graining .y2title"):
         assert (page.locator(axis).text_content() or "").strip()
+
+
+def test_a_front_on_drift_on_a_phone_and_a_desk(browser: Browser, tmp_path: Path) -> None:
+    rows = [
+        ("adam", "Adam", 120.0, 0.02, 0.05),
+        ("sgd", "SGD", 300.0, 0.4, 0.03),
+        (HOSTILE, "Adam", 90.0, 0.08, 0.0),
+    ]
+    table = pd.DataFrame(rows, columns=["run", "group", "time", "noise", "drift"])
+    table = table.assign(
+        target_loss=0.5, censored=False, on_front=True, noise_error=0.01, drift_error=0.01
+    )
+    table.attrs |= {"x": "steps", "clock": "step", "notes": []}
+    page = write_drift_front(table, tmp_path / "drift.html")
+    for width in (360, 1280):
+        opened = Opened(browser, page, viewport={"width": width, "height": 800})
+        assert opened.said == []
+        found = opened.page.evaluate(
+            """() => ({wide: document.documentElement.scrollWidth,
+                 points: document.querySelectorAll("#front-0 .scatterlayer .point").length,
+                 text: document.querySelector("figcaption").innerText})"""
+        )
+        assert found["wide"] <= width
+        assert found["points"] == 2 + 3  # a drift of zero has no place on a logarithmic axis
+        assert "Not drawn: 1" in found["text"]
 
 
 def _until(page: Page, expression: str, value: bool) -> None:

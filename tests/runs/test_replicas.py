@@ -152,6 +152,64 @@ def test_linear_gaussian_descent_has_the_noise_of_its_closed_form(tmp_path):
     assert split["noise"] + split["drift"] == pytest.approx(q, rel=0.1)
 
 
+def test_a_schedule_does_not_pass_for_noise(tmp_path):
+    """Full batches have none, whether the scheduler is called before or after the recorder."""
+    x, y = data()
+    for order in ("before", "after"):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+
+        def step(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        with to.Recorder(
+            tmp_path / order, model=model, optimizer=optimizer, probe=(x, y),
+            replica=step, replica_every=1, batch_size=64,
+        ) as recorder:  # fmt: skip
+            for _ in range(10):
+                loss = step()
+                optimizer.step()
+                if order == "before":
+                    scheduler.step()
+                recorder.step(loss=loss)
+                if order == "after":
+                    scheduler.step()
+        assert not optimizer._optimizer_step_pre_hooks
+        run = to.load_run(tmp_path / order)
+        assert run.steps["lr"].tolist() == pytest.approx([0.5 * 0.8**k for k in range(10)])
+        split = to.audit(run, lens="outputs").summary["split"]
+        assert split["replicas"] == 10
+        assert split["noise"] < 1e-4 * split["drift"]  # without its ratio, 0.02 of it
+
+
+def test_replicas_at_rates_that_no_one_number_relates_are_not_kept(tmp_path):
+    x, y = data()
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(
+        [{"params": [model.weight], "lr": 0.0}, {"params": [model.bias], "lr": 0.1}]
+    )
+
+    def step():
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+
+    with to.Recorder(
+        tmp_path / "run", model=model, optimizer=optimizer, probe=(x, y),
+        replica=step, replica_every=1,
+    ) as recorder:  # fmt: skip
+        for k in range(4):
+            step()
+            optimizer.step()
+            recorder.step()
+            optimizer.param_groups[0]["lr"] = 0.1 * (k + 1)  # from nothing; then alone; then alone
+    assert [replica.step for replica in read_replicas(tmp_path / "run")] == [0]
+
+
 def test_a_replica_that_fails_ends_the_recording_alone(tmp_path):
     x, y = data()
     model = Net()

@@ -181,7 +181,7 @@ def _split(audit: Audit) -> Split:
             f"{audit.run}: with momentum the drift of a step holds earlier minibatches, and no "
             "critical batch size can be read from it: record a run without momentum"
         )
-    if split.noise == 0:
+    if not split.scatters:
         raise InputError(
             f"{audit.run}: its replicas made the same steps: full batches have no noise to read a "
             "critical batch size from"

@@ -67,9 +67,9 @@ class EvenSchedule:
 
     @property
     def worthwhile(self) -> bool:
-        """Whether the predicted saving is more than 2 % and than its standard error, and can be
+        """Whether the predicted saving is more than 2 % and than two standard errors, and can be
         trusted."""
-        return not self.near_instability and self.saving > max(_NOTHING, self.saving_error)
+        return not self.near_instability and self.saving > max(_NOTHING, 2 * self.saving_error)
 
     def lr_lambda(self) -> Callable[[int], float]:
         """The factor on the first learning rate at each step, for
@@ -147,7 +147,8 @@ def even_schedule(audit: Audit) -> EvenSchedule:
     error = 0.0
     if noisy and len(a) > 1:
         error = noise.over_run(0.5 * a, np.arange(len(a)), len(a)).error * predicted / q
-    return EvenSchedule(np.diff(even), q, float(predicted), float(error), noisy, _overshoot(lens))
+    over = _overshoot(lens) if noisy else None
+    return EvenSchedule(np.diff(even), q, float(predicted), float(error), noisy, over)
 
 
 def _overshoot(lens: LensAudit) -> float | None:

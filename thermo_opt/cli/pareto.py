@@ -97,9 +97,9 @@ def pareto(
     replay = {"model": model, "probe": probe} if model is not None or probe is not None else None
     reading = {"format": format, "key": key, "likelihood": likelihood, "sigma2": sigma2}
     if drift:
-        if html is not None or group_by or label:
-            raise InputError("--drift prints a table: leave out --html, --group-by and --label")
-        show_drift(runs, x, target_loss, reading, replay, json)
+        if cluster is not None or jobs != 1:
+            raise InputError("--drift audits in this process: leave out --jobs and --cluster")
+        show_drift(runs, x, target_loss, reading, replay, group_by or [], label or [], html, json)
         return
     jobs = jobs if cluster is None else -1
     places = list(runs)

@@ -175,19 +175,25 @@ def print_comparison(audits: Sequence[Audited], table: pd.DataFrame) -> None:
 
 def print_drift(table: pd.DataFrame) -> None:
     """A front on drift: one table a target, the fastest first, stars on the front."""
+    from thermo_opt.report.drift import drift_sentences, part_words
+
     console = Console(highlight=False)
     for target, rows in table.groupby("target_loss", sort=False):
         console.print(plain(f"To reach loss {number(target)}, noise apart", style="bold"))
         shown = _table()
         shown.add_column("run", overflow="fold", min_width=_NAME)
-        for name in (f"T, {DURATION_UNITS[table.attrs['clock']]}", "noise", "drift", "Q", ""):
+        shown.add_column("group", overflow="fold")
+        for name in (f"T, {DURATION_UNITS[table.attrs['clock']]}", "drift", "noise", ""):
             shown.add_column(name, justify="right", no_wrap=True)
         for row in rows.sort_values("time", kind="stable", na_position="last").to_dict("records"):
-            cells = (number(row[key]) for key in ("time", "noise", "drift", "dissipation"))
-            shown.add_row(plain(row["run"]), *cells, "★" if row["on_front"] else "")
+            cells = [number(row["time"]), part_words(row, "drift"), part_words(row, "noise")]
+            star = "★" if row["on_front"] else ""
+            shown.add_row(plain(row["run"]), plain(row["group"]), *cells, star)
         console.print(shown)
-    said = "Noise and drift in nats on the clock step; no universal frontier bounds drift alone."
-    for sentence in [said, *table.attrs["notes"]]:
+    said = (
+        "Nats on the clock step, with one standard error; no universal frontier bounds the drift."
+    )
+    for sentence in [*drift_sentences(table), said]:
         console.print(plain(sentence))
 
 

@@ -23,7 +23,9 @@ COLUMNS = (
     "step",
     "time",
     "noise",
+    "noise_error",
     "drift",
+    "drift_error",
     "dissipation",
     "on_front",
 )
@@ -42,8 +44,10 @@ def drift_front(audits: Sequence[Audit], **options: Any) -> pd.DataFrame:
         **options: Those of `pareto`: ``target_loss``, ``x``, ``groups``.
 
     Returns:
-        One row a run and target, columns `COLUMNS`; NaN where ``censored``. ``attrs["clock"]``:
-        that of the times; ``attrs["notes"]``: as `ParetoFront.notes`.
+        One row a run and target, columns `COLUMNS`; NaN where ``censored``; errors are standard
+        errors, NaN where too few replicas give none. ``attrs["x"]`` and ``attrs["clock"]``: what
+        time is, and its clock; ``attrs["notes"]``: as `ParetoFront.notes`.
+        `thermo_opt.plots.drift_front` and `thermo_opt.report.write_drift_front` draw it.
 
     Raises:
         InputError: As `pareto`, and for runs without replicas, naming them.
@@ -51,17 +55,18 @@ def drift_front(audits: Sequence[Audit], **options: Any) -> pd.DataFrame:
     splits = [_split(audit) for audit in audits]
     front = pareto(audits, **options)
     table = front.table
-    rows = table.assign(noise=np.nan, drift=np.nan)
+    parts = ["noise", "noise_error", "drift", "drift_error"]
+    rows = table.assign(**dict.fromkeys(parts, np.nan))
     for position, (_, row) in enumerate(table.iterrows()):
         split = splits[position % len(splits)]  # the runs in order, target after target
         if not row["censored"]:
-            parts = _until(audits[position % len(splits)], split, float(row["step"]))
-            rows.loc[rows.index[position], ["noise", "drift"]] = parts
+            spent = _until(audits[position % len(splits)], split, float(row["step"]))
+            rows.loc[rows.index[position], parts] = spent
     for _, own in rows.groupby("target_loss", sort=False):
         mask = pareto_mask(own["time"].to_numpy(float), own["drift"].to_numpy(float))
         rows.loc[own.index, "on_front"] = mask
     found = rows[list(COLUMNS)]
-    found.attrs |= {"clock": front.clock, "notes": list(front.notes)}
+    found.attrs |= {"x": front.x, "clock": front.clock, "notes": list(front.notes)}
     return found
 
 
@@ -73,14 +78,17 @@ def _split(audit: Audit) -> Split:
     return split
 
 
-def _until(audit: Audit, split: Split, step: float) -> tuple[float, float]:
-    """Noise and drift up to a step: noise from its means over stretches, drift as the rest of the
-    dissipation where every step was recorded."""
+def _until(audit: Audit, split: Split, step: float) -> tuple[float, float, float, float]:
+    """Noise and drift up to a step, each with its standard error: noise from its means over
+    stretches, drift as the rest of the dissipation where every step was recorded."""
     start, end = (split.curve[k].to_numpy(float) for k in ("step", "step_end"))
     span = np.clip(step - start, 0.0, end - start)
     noise, drift = (float(span @ split.curve[k].to_numpy(float)) for k in ("noise", "drift"))
+    errors = (split.curve[f"{k}_error"].to_numpy(float) for k in ("noise", "drift"))
+    noise_error, drift_error = (float(np.sqrt(((e * span)[span > 0] ** 2).sum())) for e in errors)
     lens = audit.lenses["outputs"]
     if lens.summary["every_step"]:
         spent = np.concatenate([[0.0], np.cumsum(lens.steps["a"].to_numpy(float) / 2)])
-        drift = float(np.interp(step, np.arange(len(spent)) + start[0], spent)) - noise
-    return noise, drift
+        at = np.concatenate([lens.steps["step"].to_numpy(float)[:1], lens.steps["step_end"]])
+        drift, drift_error = float(np.interp(step, at, spent)) - noise, noise_error
+    return noise, noise_error, drift, drift_error

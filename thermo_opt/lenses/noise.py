@@ -27,6 +27,9 @@ _USUAL = 0.9
 _MUCH = 3.0
 """Times by which the error of long lags must be smaller for them to be preferred to the balance,
 which is free of their bias."""
+_NONE = 1e-3
+"""Share of noise in what noise and drift dissipate below which replicas made the same steps: a
+schedule between a replica and its step, and rounding, feign as much."""
 _LEAST_REPLICAS = 3
 """Replicas in a stretch, at least."""
 
@@ -78,10 +81,20 @@ class Split:
     curve: pd.DataFrame = field(repr=False, compare=False)
     critical: pd.DataFrame = field(repr=False, compare=False)
 
+    @property
+    def scatters(self) -> bool:
+        """Whether replicas made other steps than the run's own: no full batches."""
+        return scatters(self.noise or 0.0, self.drift or 0.0)
+
     def to_dict(self) -> dict[str, Any]:
         """As a plain dictionary, without the curves."""
         tables = ("curve", "critical")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in tables}
+
+
+def scatters(noise: float, drift: float) -> bool:
+    """Whether noise stands out from none beside this drift."""
+    return noise > _NONE * (noise + max(drift, 0.0))
 
 
 @dataclass(frozen=True)
@@ -139,8 +152,9 @@ def measure_split(
     unknown = Estimate(np.nan, np.nan)
     way = moved.total if moved is not None else unknown
     rest = _housekeeping(drift, way, moved) if resolved else unknown
-    scale = float(batch_size or np.nan) if memory <= 1 else np.nan
-    batch = noise.ratio(apart, drift, scale) if drift.significant and apart.value > 0 else unknown
+    scattered = scatters(apart.value, drift.value)
+    scale = float(batch_size or np.nan) if memory <= 1 and scattered else np.nan
+    batch = noise.ratio(apart, drift, scale) if drift.significant and scattered else unknown
     curve = _curve(sampled, moved, total)
     return Split(
         noise=_number(apart.value),
@@ -155,7 +169,7 @@ def measure_split(
         critical_batch=_number(batch.value),
         critical_batch_error=_number(batch.error),
         replicas=len(found),
-        reason=_reason(found, moved, batch_size, memory, apart.value > 0),
+        reason=_reason(found, moved, batch_size, memory, scattered),
         memory=memory,
         curve=curve,
         critical=critical_table(curve, scale),
@@ -302,7 +316,7 @@ def _noise_and_drift(source: RecordedPredictions, replica: Replica) -> tuple[flo
         coordinates(source.recorded_point(parts[name], str(replica.path)), source.likelihood)
         for name in ("before", "step", "replica")
     )
-    return noise.noise_and_drift(step - before, other - before)
+    return noise.noise_and_drift(step - before, replica.lr_ratio * (other - before))
 
 
 def _number(value: float) -> float | None:

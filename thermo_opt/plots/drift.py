@@ -16,16 +16,15 @@ if TYPE_CHECKING:
 
 def drift_front(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Time and drift to a loss, filled, and the noise on the way, open, joined by a line; black:
-    the runs that no other beats. ``table``: what `thermo_opt.fronts.drift_front` gives; its first
-    target is drawn."""
+    the runs that no other beats. Estimates at or below zero are not drawn. ``table``: what
+    `thermo_opt.fronts.drift_front` gives; its first target is drawn."""
     ax = given_or_new(ax, 6.8, 4.8)
     target = table["target_loss"].iloc[0]
-    rows = table[(table["target_loss"] == target) & ~table["censored"]]
+    rows = table[(table["target_loss"] == target) & ~table["censored"] & (table["drift"] > 0)]
     for index, (group, own) in enumerate(rows.groupby("group", sort=False)):
         style = look(index)
-        drift, noise = own["drift"].clip(lower=1e-12), own["noise"]
-        ax.plot(own["time"], drift, style.marker, color=style.hex, label=plain(str(group)))
-        seen = own[noise > 0]
+        ax.plot(own["time"], own["drift"], style.marker, color=style.hex, label=plain(str(group)))
+        seen = own[own["noise"] > 0]
         ax.plot(seen["time"], seen["noise"], style.marker, color=style.hex, fillstyle="none")
         for row in seen.to_dict("records"):
             ends = [row["drift"], row["noise"]]

@@ -35,11 +35,12 @@ from thermo_opt.runs.format import (
     write_tensors,
 )
 from thermo_opt.runs.header import described, encoded
+from thermo_opt.runs.learning_rates import Rates, UsedRates, ratio
 from thermo_opt.runs.probe import Inputs, probe_tensors
 from thermo_opt.runs.probing import ProbeObserver
 from thermo_opt.runs.progress import Progress
 from thermo_opt.runs.readers import own
-from thermo_opt.runs.replicas import REPLICA_FOLDER, ReplicaSteps, replica_path
+from thermo_opt.runs.replicas import LR_RATIO, REPLICA_FOLDER, ReplicaSteps, replica_path
 from thermo_opt.runs.resume import resume as resume_run
 from thermo_opt.runs.run import CLOCKS, Likelihood
 from thermo_opt.runs.snapshot_schedule import Every, schedule
@@ -92,8 +93,8 @@ class Recorder:
             predictions; at most 4,096.
         replica: a closure as for ``optimizer.step``, on an independent minibatch: at some steps a
             replica of the step is taken with it from the same state, to tell noise from drift
-            (§11). Everything is put back afterwards. With it, call `step` after the learning-rate
-            scheduler's.
+            (§11). Everything is put back afterwards. A scheduler may be called before or after
+            `step`.
         replica_every: steps between replicas.
         clock: the clock an audit uses by default ("step").
         factory: ``package.module:factory`` that builds the architecture, so that an audit can
@@ -250,6 +251,8 @@ class Recorder:
         self._writer: SnapshotWriter | None = None
         self._log: StepLog | None = None
         self._pending: dict[str, Tensor] | None = None
+        self._rates: UsedRates | None = None
+        self._replica_rates: Rates = ()
 
     @property
     def steps_done(self) -> int:
@@ -332,7 +335,7 @@ class Recorder:
 
         Args:
             loss: of the minibatch, before the step, nats.
-            lr: default, the first parameter group's.
+            lr: default, the first parameter group's; with replicas, what it was as the step began.
             examples: examples seen in this step.
             tokens: tokens seen in this step.
             batch: the (inputs, targets) that this step was computed from, for the counterfactual
@@ -360,6 +363,9 @@ class Recorder:
         self, row: dict[str, Any], extra: Mapping[str, Any], batch: tuple[Inputs, Tensor] | None
     ) -> None:
         assert self._writer is not None
+        used = None if self._rates is None else self._rates.taken()
+        if row["lr"] is None and used:
+            row["lr"] = used[0]
         self._log_row(row, extra)
         if self._writer.error is not None:
             raise self._writer.error
@@ -374,7 +380,7 @@ class Recorder:
                 tensors = probe_tensors(*batch)
                 (self.path / BATCH_FOLDER).mkdir(exist_ok=True)
                 self._writer.put(batch_path(self.path, before), tensors, {"step": str(before)})
-        self._finish_replica(taken)
+        self._finish_replica(taken, used)
         self._take_replica(taken)
         self._restart_meter()
 
@@ -449,6 +455,9 @@ class Recorder:
         return continued
 
     def _release(self) -> None:
+        if self._rates is not None:
+            self._rates.stop()
+            self._rates = None
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -529,21 +538,31 @@ class Recorder:
             return
         began = time.perf_counter()
         with self._or_without("replica"):
+            if self._rates is None:
+                self._rates = UsedRates(self._optimizer)
+            self._replica_rates = self._rates.present
             before = self._observer.of(taken) if taken else self._observer.observe()
             after = self._replicas.take(self._count, self._observer.observe)
+            self._rates.forget()  # the replica's own step
             self._pending = _named("before", before) | _named("replica", after)
         self._start += time.perf_counter() - began  # the wall clock is the training's
 
-    def _finish_replica(self, taken: Mapping[str, Tensor] | None) -> None:
-        """Write the last replica with what the step itself did."""
+    def _finish_replica(self, taken: Mapping[str, Tensor] | None, used: Rates | None) -> None:
+        """Write the last replica with what the step itself did, and how much longer a step at the
+        step's own learning rates is (``used``; None where unseen); none where no one number
+        says."""
         if self._pending is None or self._observer is None or self._writer is None:
             return
         pending, self._pending = self._pending, None
         with self._or_without("replica"):
+            longer = 1.0 if used is None else ratio(used, self._replica_rates)
+            if longer is None:
+                return
             now = self._observer.of(taken) if taken else self._observer.observe()
             before = self._count - 1
             tensors = pending | _named("step", now)
-            self._writer.put(replica_path(self.path, before), tensors, {"step": str(before)})
+            metadata = {"step": str(before), LR_RATIO: repr(longer)}
+            self._writer.put(replica_path(self.path, before), tensors, metadata)
 
     def _log_row(self, row: dict[str, Any], extra: Mapping[str, Any]) -> None:
         assert self._log is not None

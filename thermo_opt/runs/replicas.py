@@ -24,6 +24,9 @@ from thermo_opt.runs.tensors import SafetensorsFile
 
 REPLICA_FOLDER = "replicas"
 PARTS = ("before", "step", "replica")
+LR_RATIO = "lr_ratio"
+"""Entry of a file's metadata: the step's learning rate over the replica's, where a scheduler was
+called in between."""
 
 
 def replica_path(run: Path, step: int) -> Path:
@@ -37,6 +40,19 @@ class Replica:
 
     step: int
     path: Path
+
+    @property
+    def lr_ratio(self) -> float:
+        """The step's learning rate over the replica's, by which the replica's displacement is
+        multiplied."""
+        text = SafetensorsFile(self.path).metadata.get(LR_RATIO, "1")
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not 0 <= value < float("inf"):
+            raise InputError(f"{self.path}: its {LR_RATIO} is {text!r}, no number; remove the file")
+        return value
 
     def load(self) -> dict[str, dict[str, Tensor]]:
         """The predictions ``before``, after the ``step`` and after the ``replica``, each by the
