@@ -19,8 +19,10 @@ from tests.synthetic_audits import make_audit
 from thermo_opt import plots
 from thermo_opt.audits import Audit
 from thermo_opt.plots import series
+from thermo_opt.plots.crowd import crowd
 from thermo_opt.plots.palette import look
 from thermo_opt.plots.series import log_ticks, thin
+from thermo_opt.report.figures import figures
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +122,43 @@ def test_no_key_covers_data_and_titles_say_the_stride() -> None:
         assert len(keys) == 1
         for ax, key in keys:
             assert key.get_window_extent().x0 >= ax.get_window_extent().x1
+
+
+def test_of_many_runs_the_best_the_median_and_the_worst_stand_out() -> None:
+    audits = [make_audit(f"run-{i}", seed=i, noise=1 + i % 7, snapshots=9) for i in range(41)]
+    ends = sorted(audits, key=lambda audit: audit.summary["loss_end"])
+    upper, lower = plots.loss_and_dissipation(audits).child_axes
+    key = upper.get_legend()
+    assert key is not None
+    assert [text.get_text() for text in key.get_texts()] == [
+        f"{ends[0].run}: lowest loss at the end",
+        f"{ends[20].run}: median loss at the end",
+        f"{ends[40].run}: highest loss at the end",
+        "38 other runs",
+    ]
+    for panel in (upper, lower):
+        assert len(panel.lines) == 41
+        faint = [line.get_alpha() is not None for line in panel.lines]
+        assert faint == [True] * 38 + [False] * 3  # these lie on top
+    assert [line.get_ydata()[-1] for line in upper.lines[38:]] == [
+        ends[k].summary["loss_end"] for k in (40, 20, 0)
+    ]
+    drawn = next(f for f in figures(audits) if f.key == "loss-and-dissipation")
+    assert [t["line"]["width"] for t in drawn.data] == [1] * 76 + [2] * 6
+    assert f"Blue: {ends[0].run} (lowest loss at the end); " in drawn.caption
+    assert drawn.caption.endswith("grey: the other 38 runs.")
+    few = plots.loss_and_dissipation(audits[:12]).child_axes[0]
+    assert not any(line.get_alpha() for line in few.lines)
+
+
+def test_many_runs_without_a_known_loss_are_all_alike() -> None:
+    audits = [make_audit(f"run-{i}", outputs=False, state=True) for i in range(13)]
+    for audit in audits:
+        audit.curve.drop(columns="loss", inplace=True)
+    found = crowd(audits)
+    assert found.behind == 13
+    assert [found.label(i, audit.run) for i, audit in enumerate(audits)] == ["13 runs"] + [""] * 12
+    assert found.sentence(audits) == ""
 
 
 @pytest.mark.parametrize("runs", [1, 40])

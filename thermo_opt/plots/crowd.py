@@ -63,8 +63,11 @@ class Crowd:
         """Which runs stand out, for a caption; empty where none does."""
         if not self.standing_out:
             return ""
-        named = ", ".join(f"{audits[i].run} ({why})" for i, why in self.standing_out.items())
-        return f" In colour: {named}; grey: the other {self.behind} runs."
+        named = "; ".join(
+            f"{self.looks[i].colour}: {audits[i].run} ({why})"
+            for i, why in self.standing_out.items()
+        )
+        return f" {named[0].upper()}{named[1:]}; grey: the other {self.behind} runs."
 
 
 def crowd(audits: Sequence[Audited]) -> Crowd:

@@ -254,7 +254,7 @@ def coarse_graining(audits: Sequence[Audited]) -> Figure | None:
         listed = (
             ", ".join(exponents)
             if len(exponents) <= _LISTED
-            else f"from {min(known):.2f} to {max(known):.2f}"
+            else " to ".join(dict.fromkeys(f"{end:.2f}" for end in (min(known), max(known))))
         )
         said = f" Exponent H (1: steady drift, ½: minibatch noise): {listed}."
     return Figure(

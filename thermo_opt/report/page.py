@@ -60,7 +60,7 @@ def render(
     if not audits:
         raise InputError("a report needs at least one audit.")
     obstacle = ranking(audits).obstacle
-    notes = [*notes, *([obstacle] if obstacle is not None and obstacle not in notes else [])]
+    lead = [*notes, None if obstacle in notes else obstacle, words.comparison(audits)]
     return render_template(
         "page.html.j2",
         figures(audits),
@@ -69,7 +69,7 @@ def render(
             "Thermodynamic audit of "
             f"{audits[0].run if len(audits) == 1 else f'{len(audits)} training runs'}"
         ),
-        comparison=" ".join(filter(None, [*notes, words.comparison(audits)])),
+        comparison=" ".join(filter(None, lead)),
         left_out=left_out,
         cards=_cards(audits),
         parts={part.capitalize(): 100 * opacity for part, opacity in PARTS.items()},
