@@ -1,7 +1,9 @@
 """Runs are compared at the snapshots they share, and not at all where they share too few."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -9,6 +11,10 @@ import thermo_opt as to
 from tests.lenses.conftest import architecture, record
 from thermo_opt.audits.comparison import comparison
 from thermo_opt.cli import main
+from thermo_opt.cli.pareto import print_front
+from thermo_opt.cli.terminal import print_audit
+from thermo_opt.plots import loss_and_dissipation
+from thermo_opt.report.page import render
 
 
 def thinned(path, target, keep):
@@ -84,6 +90,32 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path, capfd):
     for command in ("compare", "pareto"):
         assert main([command, *map(str, places), "--json"]) == 0
         assert {row["run"] for row in json.loads(capfd.readouterr().out)["runs"]} == expected
+
+
+def test_time_in_epochs_is_called_so_everywhere(whole, capsys):
+    """An epoch is no step: what is spent per epoch is in other nats, and no alignment is told."""
+    run = to.load_run(whole)
+    run.info = replace(run.info, step_unit="epoch")
+    audit = to.audit(run, lens="outputs")
+    print_audit(audit)
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"dissipated at least [\d.]+ nats per epoch, seen every epoch;", said)
+    assert re.search(r"costs [\d.]+ nats per epoch\.", said)
+    for row in ("Clock epoch", "Stride epochs 1", "Duration T epochs 24", "Q nats per epoch"):
+        assert row in said
+    assert "certified only from below" not in said
+    page = render([audit])
+    assert "<span>Q, nats per epoch</span>" in page
+    assert "<span>Q, nats</span>" not in page
+    assert '"training step' not in page
+    assert "epoch %{x}" in page
+    _, lower = loss_and_dissipation(audit).child_axes
+    assert lower.get_xlabel() == "epoch"
+    assert lower.get_ylabel() == "Q so far (nats per epoch)"
+    front = to.pareto([audit])
+    print_front(front)
+    assert "T, epochs" in capsys.readouterr().out
+    assert front.to_dict()["step_unit"] == "epoch"
 
 
 def test_outputs_and_parameter_lens_never_contradict_each_other(adam_run, sgd_run):

@@ -24,6 +24,7 @@ from thermo_opt.describe.sentences import (
 )
 from thermo_opt.describe.standing import STANDING, standing, with_standing
 from thermo_opt.lenses import LENSES, SUMMARY_KEYS
+from thermo_opt.manifold.initial import InitialPredictions
 
 
 def _summary(**known: Any) -> dict[str, Any]:
@@ -194,6 +195,16 @@ def test_a_run_that_never_moved_keeps_no_others_from_being_ranked() -> None:
     assert (ranked.order, ranked.hardly, ranked.obstacle) == ([1, 2], [0], None)
     audits[1].lenses["outputs"].summary["efficiency"] = None
     assert "the efficiency of b is unknown" in str(ranking(audits).obstacle)
+
+
+def test_runs_that_each_estimated_a_variance_are_not_ranked() -> None:
+    audits = [make_audit(name, noise=noise) for name, noise in (("a", 0.1), ("b", 1))]
+    for variance, ranked in ((0.1, True), (0.2, False)):
+        for audit, sigma2 in zip(audits, (0.1, variance), strict=True):
+            start = InitialPredictions("gaussian", 30, residual=1.0, sigma2=sigma2)
+            audit.lenses["outputs"] = replace(audit.lenses["outputs"], start=start)
+        assert (comparison(audits) is not None) == ranked
+    assert "--sigma2" in str(ranking(audits).obstacle)
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_numbers_equal_the_json(desktop: Opened, audits: list[Audit]) -> None:
              [c.dataset.key, Number(c.dataset.column), c.dataset.value, c.innerText])"""
     )
     words = {"run", "lens", "notes", "step_unit", "every_step", "sketch", "held_by"}
-    words |= {"split", "counterfactual"}
+    words |= {"split", "counterfactual", "rounding"}
     apart = {"displacement_alignment", "alignment_lower_rest"}  # said in sentences
     assert {cell[0] for cell in cells} == set(SUMMARY_KEYS) - words - apart
     for key, column, value, text in cells:

@@ -221,8 +221,8 @@ def _print_target(console: Any, front: ParetoFront, target: Target) -> None:
     table.add_column("run", overflow="fold", min_width=16)
     table.add_column("group", overflow="fold")
     for name in (
-        f"T, {DURATION_UNITS[front.clock]}",
-        f"Q, {cost_unit(front.clock)}",
+        f"T, {DURATION_UNITS[front.counted_in]}",
+        f"Q, {cost_unit(front.counted_in)}",
         "D*",
         "effic.",
         "",

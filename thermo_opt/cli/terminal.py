@@ -28,6 +28,7 @@ from thermo_opt.describe.quantities import (
     Quantity,
     cost_unit,
     number,
+    time_of,
     unit,
 )
 from thermo_opt.describe.standing import share_with_standing, with_standing
@@ -127,7 +128,7 @@ def print_audit(audit: Audited) -> None:
         if quantity.key == "lens":
             continue
         if any(summary[quantity.key] is not None for summary in audit.summaries):
-            clock = audit.summary["clock"]
+            clock = time_of(audit.summary)
             notation = " ".join(
                 part for part in (quantity.symbol, unit(quantity.unit, clock)) if part
             )
@@ -158,7 +159,7 @@ def print_comparison(audits: Sequence[Audited], table: pd.DataFrame) -> None:
     for lens, rows in table.groupby("lens", sort=False):
         units = ""
         if lens != "optimizer-state":
-            costs = dict.fromkeys(cost_unit(clock) for clock in rows["clock"])
+            costs = dict.fromkeys(cost_unit(time_of(row)) for row in rows.to_dict("records"))
             units = f" (Q in {' or '.join(costs)}; lengths in √nats)"
         console.print(plain(f"{lens} lens: {words.LENS_WORDS[str(lens)]}{units}", style="bold"))
         console.print(

@@ -3,6 +3,7 @@ the terminal."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any, Literal
@@ -11,6 +12,7 @@ Toward = Literal["down", "up"]
 
 CLOCK_UNITS = {
     "step": "step",
+    "epoch": "epoch",
     "flow": "unit of learning rate",
     "wall": "s",
     "examples": "example seen",
@@ -18,6 +20,7 @@ CLOCK_UNITS = {
 }
 DURATION_UNITS = {
     "step": "steps",
+    "epoch": "epochs",
     "flow": "learning rate × steps",
     "wall": "s",
     "examples": "examples seen",
@@ -242,9 +245,22 @@ DEFINED = tuple(q for q in QUANTITIES if q.formula)
 """The quantities that a reader needs defined."""
 
 
+def time_of(summary: Mapping[str, Any]) -> str:
+    """What an audit's time is counted in: its clock, or epochs where its snapshots are numbered
+    so, since an epoch is no optimizer step."""
+    return counted_in(summary["clock"], summary["step_unit"])
+
+
+def counted_in(clock: str, step_unit: str) -> str:
+    """As `time_of`, of a clock and what a run's step numbers count."""
+    return step_unit if clock == "step" else clock
+
+
 def unit(quantity_unit: str, clock: str) -> str:
     """The unit as printed: cost in nats on the step clock, nats per clock unit on any other;
-    lengths in √nats."""
+    lengths in √nats. ``clock``: as `time_of`."""
+    if quantity_unit == "steps" and clock == "epoch":
+        return "epochs"
     if quantity_unit == "clock":
         return DURATION_UNITS.get(clock, clock)
     if quantity_unit == "cost":
@@ -253,7 +269,7 @@ def unit(quantity_unit: str, clock: str) -> str:
 
 
 def cost_unit(clock: str) -> str:
-    """Unit of Q on this clock."""
+    """Unit of Q on this clock (`time_of`)."""
     return "nats" if clock == "step" else f"nats per {CLOCK_UNITS.get(clock, clock)}"
 
 

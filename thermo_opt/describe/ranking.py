@@ -64,6 +64,13 @@ def on_one_probe(audits: Sequence[Audited]) -> list[int]:
     return [i for i, probe in enumerate(probes) if probe == usual]
 
 
+def _likelihood(audit: Audited) -> tuple[str, float] | None:
+    """The output family, with its variance, that a run's losses are of; None where unknown."""
+    lens = audit.lenses.get("outputs")
+    start = None if lens is None else lens.start
+    return None if start is None else (start.likelihood, start.sigma2)
+
+
 def ranking(audits: Sequence[Audited]) -> Ranking:
     """The runs by efficiency, if they may be compared: on one probe, seen through one lens, at the
     same snapshots, on one clock, with a known efficiency and a loss that fell (§4)."""
@@ -79,6 +86,14 @@ def ranking(audits: Sequence[Audited]) -> Ranking:
             [together[i] for i in found.hardly],
             [i for i in range(len(audits)) if i not in together],
             found.obstacle,
+        )
+    if len({_likelihood(audit) for audit in audits}) > 1:
+        return Ranking(
+            obstacle=(
+                "The runs are not ranked: their likelihoods differ, or each estimated a σ² of its "
+                "own, so that their losses and dissipations are in different units: give one "
+                "(--sigma2)."
+            )
         )
     summaries = [audit.summary for audit in audits]
     if len({s["lens"] for s in summaries}) > 1 or summaries[0]["lens"] == "optimizer-state":

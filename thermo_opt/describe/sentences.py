@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from thermo_opt.describe import counterfactual, split
-from thermo_opt.describe.quantities import cost_unit, number, percent
+from thermo_opt.describe.quantities import cost_unit, number, percent, time_of
 from thermo_opt.describe.ranking import named, ranking
 from thermo_opt.describe.standing import rounded, standing, toward_of
 from thermo_opt.lenses.results import ALIGNMENT_KEYS, Audited
@@ -84,7 +84,7 @@ def headline(summary: Summary) -> str:
     )
     sketched = summary.get("sketch") is not None
     about = "about " if sketched or rounded(summary) else ""
-    amount = f"{about}{number(total)} {cost_unit(summary['clock'])}"
+    amount = f"{about}{number(total)} {cost_unit(time_of(summary))}"
     if total == 0:
         where = "never moved" if summary["every_step"] else "were the same in all snapshots"
         return f"{since} run dissipated nothing that is seen: its predictions {where}."
@@ -95,7 +95,7 @@ def headline(summary: Summary) -> str:
             "between two snapshots is not seen."
         )
     if not summary["every_step"]:
-        least = f"{number(total, toward='down')} {cost_unit(summary['clock'])}"
+        least = f"{number(total, toward='down')} {cost_unit(time_of(summary))}"
         said = f"{since} run dissipated at least {least}, seen {seen_every(summary)}"
         if summary["efficiency"] is None:
             return f"{said}; how much of it was unavoidable is not known."
@@ -122,7 +122,7 @@ def explanation(summary: Summary) -> list[str]:
     """Up to six more sentences: the straight path's cost, the least possible one, noise apart from
     progress, and the alignment."""
     said = []
-    unit = cost_unit(summary["clock"])
+    unit = cost_unit(time_of(summary))
     total, irreducible = summary["dissipation"], summary["irreducible"]
     if irreducible is not None and total:
         said.append(
@@ -151,7 +151,7 @@ def explanation(summary: Summary) -> list[str]:
 def brief(summary: Summary) -> list[str]:
     """The same in one or two short sentences, for a run among others."""
     said = []
-    unit = cost_unit(summary["clock"])
+    unit = cost_unit(time_of(summary))
     total, irreducible = summary["dissipation"], summary["irreducible"]
     least_distance, duration = summary["least_distance"], summary["duration"]
     if irreducible is not None and total:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from thermo_opt.describe.quantities import Toward, number, percent
+from thermo_opt.describe.quantities import Toward, number, percent, time_of
 from thermo_opt.lenses.rounding import TOLD
 
 STANDING: dict[str, dict[str, tuple[str, str]]] = {
@@ -126,6 +126,8 @@ def share_with_standing(summary: Mapping[str, Any], key: str) -> str:
 def with_standing(summary: Mapping[str, Any], key: str) -> str:
     """A summary's number as a person reads it, with ≥, ≤ or ≈ before a bound or an estimate; the
     ends of a bracket are named as such already."""
+    if key == "clock":
+        return time_of(summary)
     named = key.endswith(("_lower", "_upper", "_rest"))
     said = standing(summary, key)
     toward = toward_of(said)

@@ -25,6 +25,8 @@ _FEATURES: tuple[tuple[str, Callable[[Trajectory], str], str], ...] = (
     ),
 )
 """What, how it is read, and the remedy where runs differ in it."""
+_LETTERS = 24
+"""Of a fingerprint or a likelihood that are shown."""
 
 
 def refuse_unlike(tracks: Sequence[Trajectory]) -> None:
@@ -42,7 +44,8 @@ def like_most(
     for what, of, remedy in _FEATURES:
         usual = _usual([of(track) for track in kept])
         for track in [track for track in kept if of(track) != usual]:
-            reason = f"its {what} is {of(track)[:16]}, that of most runs {usual[:16]}: {remedy}"
+            own, most = of(track)[:_LETTERS], usual[:_LETTERS]
+            reason = f"its {what} is {own}, that of most runs {most}: {remedy}"
             others.append((track, reason))
         kept = [track for track in kept if of(track) == usual]
     return (kept, others) if len(kept) > 1 else (list(tracks), [])
@@ -80,13 +83,13 @@ def same(what: str, names: Sequence[str], values: Sequence[str], remedy: str) ->
         return
     usual = _usual(values)
     other = [
-        f"{name} ({value[:16]})"
+        f"{name} ({value[:_LETTERS]})"
         for name, value in zip(names, values, strict=True)
         if value != usual
     ]
     rest = next(name for name, value in zip(names, values, strict=True) if value == usual)
     listed = ", ".join(other[:5]) + (f" and {len(other) - 5} more" if len(other) > 5 else "")
-    raise InputError(f"{listed} and {rest} ({usual[:16]}) differ in their {what}: {remedy}")
+    raise InputError(f"{listed} and {rest} ({usual[:_LETTERS]}) differ in their {what}: {remedy}")
 
 
 def _usual(values: Sequence[str]) -> str:

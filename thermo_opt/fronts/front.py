@@ -17,7 +17,7 @@ import pandas as pd
 from thermo_opt import arguments
 from thermo_opt.arguments import jsonable
 from thermo_opt.audits.results import Audit
-from thermo_opt.describe.quantities import number
+from thermo_opt.describe.quantities import counted_in, number
 from thermo_opt.errors import InputError
 from thermo_opt.fronts.alike import refuse_unlike, same
 from thermo_opt.fronts.common import at_common_snapshots
@@ -104,8 +104,8 @@ class ParetoFront:
     dissipation/D*²); ``energy``: joules to the crossing, where the run logged them; ``first_step``,
     ``stride``, ``every_step``: what of the run was seen: where not every step was, all of these but
     ``least_distance`` are estimates, without a known side, and ``censored`` means not seen to reach
-    it. ``targets``: one `Target` each. ``notes``: sentences: at which snapshots the runs were
-    compared, and what isn't seen.
+    it. ``step_unit``: what step numbers count. ``targets``: one `Target` each. ``notes``:
+    sentences: at which snapshots the runs were compared, and what isn't seen.
     """
 
     x: str
@@ -113,6 +113,12 @@ class ParetoFront:
     targets: tuple[Target, ...]
     table: pd.DataFrame
     notes: tuple[str, ...] = ()
+    step_unit: str = "step"
+
+    @property
+    def counted_in(self) -> str:
+        """What ``time`` is counted in: the clock, or epochs where snapshots are numbered so."""
+        return counted_in(self.clock, self.step_unit)
 
     @property
     def hypervolume(self) -> float:
@@ -184,6 +190,7 @@ class ParetoFront:
             "schema_version": SCHEMA_VERSION,
             "x": self.x,
             "clock": self.clock,
+            "step_unit": self.step_unit,
             "hypervolume": self.hypervolume,
             "coverage": self.coverage,
             "notes": list(self.notes),
@@ -276,7 +283,8 @@ def pareto(
     found = [_front(tracks, labels, target, corner) for target in targets]
     table = pd.concat([rows for _, rows in found], ignore_index=True)
     name = next(word for word, own_clock in CLOCK_OF.items() if own_clock == clock)
-    return ParetoFront(name, clock, tuple(target for target, _ in found), table, tuple(notes))
+    fronts = tuple(target for target, _ in found)
+    return ParetoFront(name, clock, fronts, table, tuple(notes), tracks[0].step_unit)
 
 
 def _front(

@@ -90,7 +90,8 @@ def measure(inputs: LensInputs) -> Measurements:
         if first.soft is not None:
             notes.append("the least distance is a lower bound: targets are soft")
     a, chi2 = np.array(found.a), np.array(found.chi2)
-    if end_loss is not None and bool(np.all(np.diff(audited) == 1)):
+    every_step = inputs.run.info.step_unit == "step" and bool(np.all(np.diff(audited) == 1))
+    if end_loss is not None and every_step:
         notes.append(
             "alignment is certified only from below (Δ ≤ χ²): the parameter lens brackets it from "
             "both sides"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from thermo_opt.describe.quantities import cost_unit
+from thermo_opt.describe.quantities import cost_unit, time_of
 from thermo_opt.describe.sentences import seen
 from thermo_opt.lenses.results import Audited
 from thermo_opt.plots import series
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def units(audits: list[Audited]) -> str:
     """Unit of Q for these audits; both, when their clocks differ."""
-    return " or ".join(sorted({cost_unit(audit.summary["clock"]) for audit in audits}))
+    return " or ".join(sorted({cost_unit(time_of(audit.summary)) for audit in audits}))
 
 
 def loss_and_dissipation(
@@ -69,7 +69,7 @@ def loss_and_dissipation(
         lower.set_yticks([])
     upper.set_ylabel("loss (nats)")
     lower.set_ylabel(f"Q so far ({units(audits)})")
-    lower.set_xlabel("training step")
+    lower.set_xlabel(series.along(audits))
     if key and len(audits) > 1:
         key_beside(upper, last_first=drawn.behind > 0)
     return ax
@@ -121,7 +121,7 @@ def alignment(audits: Audited | Iterable[Audited], ax: Axes | None = None) -> Ax
     panels[0].set_ylim(max(bottom, -1.0), min(top, 1.0))
     panels[0].yaxis.set_major_locator(MaxNLocator(3 if len(shown) < 8 else 2))
     panels[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    panels[-1].set_xlabel("training step")
+    panels[-1].set_xlabel(series.along(audits))
     return ax
 
 
@@ -160,7 +160,7 @@ def coarse_graining(
         log_axes(panel)
     upper.set_ylabel("length ℒ (√nats)")
     lower.set_ylabel(f"Q ({units(audits)})")
-    lower.set_xlabel("sampling stride (optimizer steps)")
+    lower.set_xlabel(f"sampling stride ({series.along(audits)}s)")
     if key:
         key_beside(upper, last_first=drawn.behind > 0)
     return ax

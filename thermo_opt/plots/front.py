@@ -55,6 +55,10 @@ class Front(Protocol):
         """The clock on which time and dissipation were measured."""
 
     @property
+    def counted_in(self) -> str:
+        """What time is counted in: the clock, or epochs."""
+
+    @property
     def targets(self) -> Sequence[FrontTarget]:
         """One per target loss."""
 
@@ -155,7 +159,7 @@ def pareto(front: Front, ax: Axes | None = None, target_loss: float | None = Non
         ax.annotate(
             percent(efficiency), (time[label], line[label]), fontsize="x-small", color="0.45"
         )
-    ax.set_xlabel(f"time to reach it ({DURATION_UNITS[front.clock]})")
+    ax.set_xlabel(f"time to reach it ({DURATION_UNITS[front.counted_in]})")
     ax.set_ylabel(cost_label(front, target))
     key_beside(ax)
     return ax
@@ -192,7 +196,7 @@ def energy(front: Front, ax: Axes | None = None, target_loss: float | None = Non
             label=plain(group),
         )
     log_axes(ax)
-    ax.set_xlabel(f"dissipation Q ({cost_unit(front.clock)})")
+    ax.set_xlabel(f"dissipation Q ({cost_unit(front.counted_in)})")
     ax.set_ylabel("energy (J)")
     key_beside(ax)
     return ax
@@ -201,7 +205,7 @@ def energy(front: Front, ax: Axes | None = None, target_loss: float | None = Non
 def cost_label(front: Front, target: FrontTarget) -> str:
     """The vertical axis in words."""
     scaled = "" if target.same_start else f", scaled to D* = {number(target.least_distance)}"
-    return f"dissipation Q ({cost_unit(front.clock)}){scaled}"
+    return f"dissipation Q ({cost_unit(front.counted_in)}){scaled}"
 
 
 def window(front: Front, target: FrontTarget) -> tuple[tuple[float, float], tuple[float, float]]:

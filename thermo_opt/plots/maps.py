@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from thermo_opt.describe.quantities import cost_unit, percent
+from thermo_opt.describe.quantities import cost_unit, percent, time_of
 from thermo_opt.describe.sentences import seen
 from thermo_opt.describe.standing import with_standing
 from thermo_opt.lenses.results import Audited
@@ -52,7 +52,7 @@ def decomposition_bars(audits: Audited | Iterable[Audited], ax: Axes | None = No
                 edgecolor=looks[i].hex,
             )
             left += summary[part]
-        amount = f"{with_standing(summary, 'dissipation')} {cost_unit(summary['clock'])}"
+        amount = f"{with_standing(summary, 'dissipation')} {cost_unit(time_of(summary))}"
         text = f"{shortened(audit.run, NAME)}  {amount}"
         ax.text(0, row - 0.27, text, va="bottom", ha="left", fontsize="small", parse_math=False)
     quiet(ax, f"Where the dissipation went, {seen(audits)}")
@@ -124,7 +124,7 @@ def dissipation_heatmap(audit: Audited, ax: Axes | None = None) -> Axes:
     )
     ax.set_yticks(rows, found.layers, fontsize="small", parse_math=False)
     ax.invert_yaxis()
-    ax.set_xlabel("training step")
+    ax.set_xlabel(series.along([audit]))
     ax.set_title(
         f"Which layers dissipated: {plain(audit.run)}, {intervals_words(audit)}",
         loc="left",

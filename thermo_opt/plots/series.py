@@ -36,6 +36,12 @@ MAX_LAYERS = 32
 one row."""
 
 
+def along(audits: Sequence[Audited]) -> str:
+    """What the axis along the training counts: steps, or epochs where snapshots are numbered so."""
+    units = dict.fromkeys(audit.summary["step_unit"] for audit in audits)
+    return " or ".join("training step" if unit == "step" else str(unit) for unit in units)
+
+
 def as_list(audits: Audited | Iterable[Audited]) -> list[Audited]:
     """One audit or several, as a list."""
     return [audits] if isinstance(audits, Audited) else list(audits)

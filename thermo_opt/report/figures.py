@@ -8,7 +8,7 @@ from html import escape
 
 import numpy as np
 
-from thermo_opt.describe.quantities import cost_unit, percent
+from thermo_opt.describe.quantities import cost_unit, percent, time_of
 from thermo_opt.describe.sentences import LENS_WORDS, seen
 from thermo_opt.lenses.results import Audited
 from thermo_opt.plots import series
@@ -64,14 +64,14 @@ def loss_and_dissipation(audits: Sequence[Audited]) -> Figure | None:
             data.append(behind(trace, style))
         step, spent = series.cumulative_dissipation(audit.headline)
         if len(step):
-            words = "dissipated so far %{y:.4g} " + cost_unit(audit.summary["clock"])
+            words = "dissipated so far %{y:.4g} " + cost_unit(time_of(audit.summary))
             trace = line(style, i, audit, step, spent, words)
             data.append(behind(trace, style) | {"yaxis": "y2"})
     if not data:
         return None
     name, place = "loss (nats / example)", [0.55, 1]
     frame = layout(
-        xaxis=axis("training step", anchor="y2"),
+        xaxis=axis(series.along(audits), anchor="y2"),
         yaxis=log_axis(name, np.concatenate(losses), domain=place)
         if series.spans_decades(losses)
         else axis(name, domain=place),
@@ -131,7 +131,7 @@ def alignment(audits: Sequence[Audited]) -> Figure | None:
             tickformat=".0%",
         )
         frame["annotations"].append(panel_title(label(audit.run, 34), ceiling - _NAME / total))
-    frame["xaxis"] = axis("training step", anchor=f"y{len(shown) if len(shown) > 1 else ''}")
+    frame["xaxis"] = axis(series.along(audits), anchor=f"y{len(shown) if len(shown) > 1 else ''}")
     lenses = dict.fromkeys(LENS_WORDS[found.lens] for _, _, found in shown)
     more = f" Shown: {len(shown)} of {len(drawn)} runs." if len(shown) < len(drawn) else ""
     return Figure(
@@ -218,7 +218,7 @@ def coarse_graining(audits: Sequence[Audited]) -> Figure | None:
         steps = table["stride_steps"].to_numpy(dtype=np.float64)
         for column, panel, words in (
             ("length", "y", "length %{y:.4g} √nats"),
-            ("dissipation", "y2", "dissipation %{y:.4g} " + cost_unit(audit.summary["clock"])),
+            ("dissipation", "y2", "dissipation %{y:.4g} " + cost_unit(time_of(audit.summary))),
         ):
             trace = line(
                 style,
@@ -227,7 +227,7 @@ def coarse_graining(audits: Sequence[Audited]) -> Figure | None:
                 steps,
                 table[column].to_numpy(dtype=np.float64),
                 words,
-                where="every %{x:.4g} steps",
+                where=f"every %{{x:.4g}} {audit.summary['step_unit']}s",
             )
             trace |= {"yaxis": panel}
             if not style.recedes:
@@ -242,9 +242,9 @@ def coarse_graining(audits: Sequence[Audited]) -> Figure | None:
         key: np.concatenate([table[key] for table in tables])
         for key in ("stride_steps", "length", "dissipation")
     }
-    cost = f"dissipation Q ({units(audits)})"
+    cost, stride = f"dissipation Q ({units(audits)})", f"sampling stride ({series.along(audits)}s)"
     frame = layout(
-        xaxis=log_axis("sampling stride (optimizer steps)", values["stride_steps"], anchor="y2"),
+        xaxis=log_axis(stride, values["stride_steps"], anchor="y2"),
         yaxis=log_axis("length ℒ (√nats)", values["length"], domain=[0.55, 1]),
         yaxis2=log_axis(cost, values["dissipation"], domain=[0, 0.45]),
     )

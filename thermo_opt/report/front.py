@@ -39,8 +39,8 @@ def render_front(front: Front, left_out: Sequence[tuple[str, str]] = ()) -> str:
         title=f"Speed and cost of {len(front.table) // len(front.targets)} training runs",
         lead=" ".join(sentences(front)),
         groups=looks,
-        unit=DURATION_UNITS[front.clock],
-        cost=cost_unit(front.clock),
+        unit=DURATION_UNITS[front.counted_in],
+        cost=cost_unit(front.counted_in),
         rows=_rows(front),
     )
 
@@ -145,7 +145,8 @@ def _figure(front: Front, target: FrontTarget, position: int) -> Figure:
                 ],
                 "marker": {"color": f"@{style.colour}", "symbol": style.symbol, "size": 9},
                 "hovertemplate": "<b>%{customdata[0]}</b> (%{fullData.name})<br>after %{x:.4g} "
-                f"{DURATION_UNITS[front.clock]}<br>Q %{{customdata[1]}} {cost_unit(front.clock)}"
+                f"{DURATION_UNITS[front.counted_in]}<br>"
+                f"Q %{{customdata[1]}} {cost_unit(front.counted_in)}"
                 "<br>efficiency %{customdata[2]}<extra></extra>",
             }
         )
@@ -154,7 +155,7 @@ def _figure(front: Front, target: FrontTarget, position: int) -> Figure:
     steps["line"]["shape"] = "hv"
     data.append(steps)
     frame = layout(
-        xaxis=log_axis(f"time to reach it ({DURATION_UNITS[front.clock]})", np.array(span_x)),
+        xaxis=log_axis(f"time to reach it ({DURATION_UNITS[front.counted_in]})", np.array(span_x)),
         yaxis=log_axis(cost_label(front, target), np.array(span_y)),
     )
     words = f"loss {number(target.target_loss)}"

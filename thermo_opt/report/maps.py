@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from thermo_opt.describe.quantities import cost_unit, number, percent
+from thermo_opt.describe.quantities import cost_unit, number, percent, time_of
 from thermo_opt.describe.sentences import seen
 from thermo_opt.describe.standing import with_standing
 from thermo_opt.lenses.results import Audited
@@ -53,7 +53,7 @@ def decomposition(audits: Sequence[Audited]) -> Figure | None:
             "customdata": [
                 [
                     escape(audit.run),
-                    f"{with_standing(summary, part)} {cost_unit(summary['clock'])}",
+                    f"{with_standing(summary, part)} {cost_unit(time_of(summary))}",
                     _share(summary, part),
                 ]
                 for _, audit, summary in rows
@@ -81,7 +81,7 @@ def decomposition(audits: Sequence[Audited]) -> Figure | None:
             "font": {"size": 13},
             "text": (
                 f"{label(audit.run, 30)}  <b>{with_standing(summary, 'dissipation')}</b> "
-                f"{cost_unit(summary['clock'])}"
+                f"{cost_unit(time_of(summary))}"
             ),
         }
         for row, (_, audit, summary) in enumerate(rows)
@@ -193,7 +193,7 @@ def dissipation_heatmap(audits: Sequence[Audited]) -> Figure | None:
     ceiling = 1.0
     for n, ((audit, found), height) in enumerate(zip(panels, heights, strict=True), start=1):
         suffix = "" if n == 1 else str(n)
-        unit = cost_unit(audit.summary["clock"])
+        unit = cost_unit(time_of(audit.summary))
         floor = max(ceiling - height / total, 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
             exponent = np.log10(np.where(found.values > 0, found.values, np.nan))
@@ -227,7 +227,9 @@ def dissipation_heatmap(audits: Sequence[Audited]) -> Figure | None:
         )
         ceiling = floor
     frame["xaxis"] = axis(
-        "training step", anchor=f"y{len(panels) if len(panels) > 1 else ''}", showgrid=False
+        series.along([audit for audit, _ in panels]),
+        anchor=f"y{len(panels) if len(panels) > 1 else ''}",
+        showgrid=False,
     )
     ticks = np.arange(np.ceil(bottom), np.floor(top) + 1)
     frame["coloraxis"] = {

@@ -21,6 +21,7 @@ from thermo_opt.describe.quantities import (
     QUANTITIES,
     Quantity,
     number,
+    time_of,
     unit,
 )
 from thermo_opt.describe.ranking import ranking
@@ -164,7 +165,7 @@ def _rows(audits: list[Audited]) -> list[dict[str, Any]]:
     """One row a quantity; each cell holds the exact value (as in the JSON) and the text a person
     reads."""
     summaries = json.loads(summaries_json(audits))["runs"]
-    clocks = {summary["clock"] for summary in summaries}
+    clocks = {time_of(summary) for summary in summaries}
     rows = []
     for quantity in QUANTITIES:
         if quantity.key == "lens" or all(s.get(quantity.key) is None for s in summaries):
@@ -212,7 +213,7 @@ def _rows_of(
 
 
 def _definitions(audits: list[Audited]) -> list[dict[str, str]]:
-    clocks = sorted({audit.summary["clock"] for audit in audits})
+    clocks = sorted({time_of(audit.summary) for audit in audits})
     items = [
         {
             "name": q.name,

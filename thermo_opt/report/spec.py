@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from thermo_opt.describe.quantities import cost_unit, number
+from thermo_opt.describe.quantities import cost_unit, number, time_of
 from thermo_opt.lenses.results import Audited
 from thermo_opt.plots.palette import Look
 from thermo_opt.plots.series import log_ticks, shortened
@@ -38,7 +38,7 @@ class Figure:
 
 def units(audits: Sequence[Audited]) -> str:
     """Unit of Q for these audits; all of them, when their clocks differ."""
-    return " or ".join(sorted({cost_unit(audit.summary["clock"]) for audit in audits}))
+    return " or ".join(sorted({cost_unit(time_of(audit.summary)) for audit in audits}))
 
 
 def line(
@@ -48,10 +48,11 @@ def line(
     x: np.ndarray,
     y: np.ndarray,
     words: str,
-    where: str = "step %{x}",
+    where: str | None = None,
 ) -> Spec:
-    """A run's line; ``where`` and ``words`` are what it says under the pointer, below the run's
-    name."""
+    """A run's line; ``where`` (by default the step) and ``words`` are what it says under the
+    pointer, below the run's name."""
+    where = f"{audit.summary['step_unit']} %{{x}}" if where is None else where
     body = "<br>".join(part for part in (where, words) if part)
     return {
         "type": "scatter",

@@ -91,9 +91,7 @@ def series(
             "the number after the word in each name" if names.unit else "the number in each name"
         )
         if names.unit == "epoch":
-            remarks.append(
-                "its checkpoints are numbered by epoch: what is called a step here is an epoch"
-            )
+            remarks.append("its checkpoints are numbered by epoch: time is counted in epochs")
         elif names.unit is None:
             remarks.append(
                 "its checkpoints' names don't say what their numbers count: they are taken for "
