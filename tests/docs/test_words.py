@@ -17,6 +17,7 @@ from thermo_opt.cli.terminal import print_audit
 from thermo_opt.describe.counterfactual import COUNTERFACTUAL
 from thermo_opt.describe.quantities import QUANTITIES
 from thermo_opt.describe.split import SPLIT
+from thermo_opt.describe.standing import STANDING
 from thermo_opt.lenses import SUMMARY_KEYS
 from thermo_opt.report.page import render
 
@@ -53,6 +54,53 @@ def test_a_message_explained_on_the_questions_page_is_one_of_ours(quote: str) ->
 def test_every_quantity_is_explained_by_its_name() -> None:
     text = page("numbers.md").lower()
     assert [q.name for q in QUANTITIES if q.formula and q.name.lower() not in text] == []
+
+
+SIDES = {
+    "exact": {"exact"},
+    "**lower bound": {"at least"},
+    "**upper bound": {"at most"},
+    "**bracket**": {"at least", "at most"},
+    "estimate": {"estimate"},
+    "no known side": {"estimate"},
+    "unknown": {"unknown"},
+    "not told": {"unknown"},
+}
+"""How a cell of the tables of "Exact, bound, estimate, unknown" begins → what it claims."""
+ROWS = {
+    "Q": "dissipation",
+    "ℒ": "length",
+    "D": "distance",
+    "D*": "least_distance",
+    "duration T": "duration",
+    "irreducible D²/2T": "irreducible",
+    "loss at start and end": "loss_start",
+    "downhill": "downhill_lower",
+    "uphill": "uphill_upper",
+    "alignment": "alignment_lower",
+    "alignment without the examples that hold χ²": "alignment_lower_rest",
+    "displacement’s alignment": "displacement_alignment",
+}
+"""Names in those tables that aren't keys."""
+
+
+@pytest.mark.parametrize("lens", ["outputs", "parameters"])
+def test_the_table_of_what_is_exact_says_what_the_code_does(lens: str) -> None:
+    text = (DOCS / "numbers.md").read_text(encoding="utf-8")
+    _, _, table = text.partition(f"### {lens.capitalize()} lens\n")
+    told = set()
+    for row in re.findall(r"^\| (.*) \|$", table.partition("\n### ")[0], re.M)[1:]:
+        names, *cells = row.split(" | ")
+        for name in names.split(", "):
+            key = ROWS.get(name, name)
+            for cell, side in zip(cells[:2], STANDING[lens].get(key, ()), strict=False):
+                claimed = next(sides for words, sides in SIDES.items() if cell.startswith(words))
+                assert side in claimed, (name, cell, side)
+                told.add(key)
+    others = {"alignment", "alignment_upper", "downhill_upper", "uphill_lower", "loss_end"}
+    if lens == "parameters":
+        others |= {"alignment_lower_rest"}  # of the outputs lens only
+    assert told == set(STANDING[lens]) - others
 
 
 def test_every_key_of_json_is_listed() -> None:
