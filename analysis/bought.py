@@ -33,7 +33,7 @@ METHODS: dict[str, Make] = {
     "SGD": lambda m, _: torch.optim.SGD(m.parameters(), lr=0.3),
     "SGD, momentum": lambda m, _: torch.optim.SGD(m.parameters(), lr=0.03, momentum=0.9),
     "Adam": lambda m, _: torch.optim.Adam(m.parameters(), lr=0.01),
-    "NGD-T": lambda m, family: to.NGDT(m, 0.003, likelihood=family),
+    "NGD-T": lambda m, family: to.NGDT(m, 0.003, weight_decay=0.0, likelihood=family),
 }
 
 

@@ -30,7 +30,7 @@ STEPS, EVERY, BATCH, HELD = 60, 10, 32, 100
 METHODS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=0.3),
     "Adam": lambda m: torch.optim.Adam(m.parameters(), lr=0.01),
-    "NGD-T": lambda m: to.NGDT(m, 0.003),
+    "NGD-T": lambda m: to.NGDT(m, 0.003, weight_decay=0.0),
 }
 
 

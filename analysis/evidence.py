@@ -6,11 +6,12 @@
     [--scale full --device cuda --precision bfloat16 --every 50]
 
 Tuned: every method gets the same number of trials, drawn once for all by a Latin hypercube (SciPy,
-fixed seed) over its own natural knobs (`SPACES`), with seed 0, scored on validation data that is
-neither trained on nor reported; then the seeds 1, 2, … at its best. Untuned: the same seeds at the
-settings of `DEFAULTS`, which its authors or library publish. All share starts, order of the data
-and a schedule with linear warm-up and a cosine to zero. Steps: five times the study's by default;
-at full scale, the study's. ``--trials 0``: nothing is tuned, the untuned column alone.
+fixed seed) over its own natural knobs, weight decay among them (`SPACES`), with seed 0, scored on
+validation data that is neither trained on nor reported; then the seeds 1, 2, … at its best.
+Untuned: the same seeds at the settings of `DEFAULTS`, which its authors or library publish. All
+share starts, order of the data and a schedule with linear warm-up and a cosine to zero. Steps: five
+times the study's by default; at full scale, the study's. ``--trials 0``: nothing is tuned, the
+untuned column alone.
 
 Runs are recorded at every step on the probe, so that dissipation is not that of a stride; beside it
 stands the dissipation of the same path at every tenth step. Targets: the final probe loss of the
@@ -88,24 +89,28 @@ class Range:
 
 
 _FIRST, _SECOND = Range(0.7, 0.98, near_one=True), Range(0.9, 0.9995, near_one=True)
+_DECAY = {"weight_decay": Range(1e-3, 1.0)}
 SPACES: dict[str, dict[str, Range]] = {
     "AdamW": {
         **{"lr": Range(3e-4, 5e-2), "beta1": _FIRST, "beta2": _SECOND},
-        "warmup": Range(0.005, 0.2),
+        **{"warmup": Range(0.005, 0.2), **_DECAY},
     },
-    "SGD": {"lr": Range(3e-3, 2.0), "momentum": Range(0.5, 0.99, near_one=True)},
-    "SOAP": {"lr": Range(3e-4, 5e-2), "beta1": _FIRST, "beta2": _SECOND},
-    "Muon": {"lr": Range(1e-3, 0.3), "beta1": _FIRST, "beta2": _SECOND},
-    "NGD-T": {"budget": Range(1e-3, 0.3), "momentum": Range(0.5, 0.95, near_one=True)},
-    "K-FAC, KL clip": {"budget": Range(1e-4, 0.1), "eta_max": Range(1e-2, 1.0)},
+    "SGD": {
+        **{"lr": Range(3e-3, 2.0), "momentum": Range(0.5, 0.99, near_one=True)},
+        "weight_decay": Range(1e-5, 1e-2),
+    },
+    "SOAP": {"lr": Range(3e-4, 5e-2), "beta1": _FIRST, "beta2": _SECOND, **_DECAY},
+    "Muon": {"lr": Range(1e-3, 0.3), "beta1": _FIRST, "beta2": _SECOND, **_DECAY},
+    "NGD-T": {"budget": Range(1e-3, 0.3), "eta_max": Range(1e-2, 1.0), **_DECAY},
+    "K-FAC, KL clip": {"budget": Range(1e-4, 0.1), "eta_max": Range(1e-2, 1.0), **_DECAY},
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "AdamW": {"lr": 1e-3, "betas": [0.9, 0.999]},
-    "SGD": {"lr": 0.1, "momentum": 0.9},
-    "SOAP": {"lr": 3e-3, "betas": [0.95, 0.95]},
-    "Muon": {"lr": 0.02},
-    "NGD-T": {"budget": 0.01},
-    "K-FAC, KL clip": {"budget": 1e-3, "eta_max": 0.1},
+    "AdamW": {"lr": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.01},
+    "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0},
+    "SOAP": {"lr": 3e-3, "betas": [0.95, 0.95], "weight_decay": 0.01},
+    "Muon": {"lr": 0.02, "weight_decay": 0.0},
+    "NGD-T": {"budget": 0.01, "weight_decay": None},
+    "K-FAC, KL clip": {"budget": 1e-3, "eta_max": 0.1, "weight_decay": None},
 }
 
 

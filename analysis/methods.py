@@ -51,12 +51,17 @@ BUDGETS = [0.01, 0.03, 0.1]
 METHODS = {
     method.name: method
     for method in (
-        Method("NGD-T", "NGDT", {}, {"budget": BUDGETS}),
-        Method("NGD-T EKFAC", "NGDT", {"metric": "ekfac"}, {"budget": BUDGETS}),
+        Method("NGD-T", "NGDT", {"weight_decay": 0.0}, {"budget": BUDGETS}),
+        Method(
+            "NGD-T EKFAC",
+            "NGDT",
+            {"metric": "ekfac", "weight_decay": 0.0},
+            {"budget": BUDGETS},
+        ),
         Method(
             "K-FAC, KL clip",
             "NGDT",
-            {"regulator": "kl-clip", "calibration": None},
+            {"regulator": "kl-clip", "calibration": None, "weight_decay": 0.0},
             {"budget": [1e-3, 3e-3, 0.01]},
         ),
         Method(

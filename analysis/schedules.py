@@ -62,7 +62,11 @@ METHODS = (
     Method(
         "Adam", lambda m, k, _: torch.optim.Adam(m.parameters(), lr=k), (3e-3, 0.01, 0.02, 0.04)
     ),
-    Method("NGD-T", lambda m, k, f: to.NGDT(m, k, likelihood=f), (1e-3, 3e-3, 0.01, 0.03)),
+    Method(
+        "NGD-T",
+        lambda m, k, f: to.NGDT(m, k, weight_decay=0.0, likelihood=f),
+        (1e-3, 3e-3, 0.01, 0.03),
+    ),
 )
 
 

@@ -33,7 +33,7 @@ DATA = Path(__file__).parents[1] / "data"
 METHODS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
     "SGD": lambda m, k: torch.optim.SGD(m.parameters(), lr=k, momentum=0.9),
     "AdamW": lambda m, k: torch.optim.AdamW(m.parameters(), k, (0.9, 0.95), weight_decay=0.0),
-    "NGD-T": lambda m, k: to.NGDT(m, k),
+    "NGD-T": lambda m, k: to.NGDT(m, k, weight_decay=0.0),
 }
 EVERY, SHOWN = 4, 128
 FOLDERS = {"cifar10": "cifar10", "imagenet": "tiny-imagenet-50"}

@@ -136,9 +136,9 @@ def align(trial: Trial, folder: Path, aligned: int) -> Trial:
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "NGD-T exact, μ=0": lambda m: to.NGDT(m, metric="low-rank", momentum=0.0, damping=DAMPING),
-    "NGD-T K-FAC, μ=0": lambda m: to.NGDT(m, momentum=0.0),
-    "NGD-T EKFAC, μ=0": lambda m: to.NGDT(m, metric="ekfac", momentum=0.0),
-    "NGD-T K-FAC, default": lambda m: to.NGDT(m),
+    "NGD-T K-FAC, μ=0": lambda m: to.NGDT(m, momentum=0.0, weight_decay=0.0),
+    "NGD-T EKFAC, μ=0": lambda m: to.NGDT(m, metric="ekfac", momentum=0.0, weight_decay=0.0),
+    "NGD-T K-FAC, default": lambda m: to.NGDT(m, weight_decay=0.0),
     "Adam, β₁=0": lambda m: torch.optim.Adam(m.parameters(), lr=1e-3, betas=(0.0, 0.95)),
     "Adam": lambda m: torch.optim.Adam(m.parameters(), lr=1e-3, betas=(0.9, 0.95)),
     "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=1e-2),

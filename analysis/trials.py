@@ -64,7 +64,7 @@ def trial_of(
     """
     own = METHODS[method]
     chosen = {**own.settings, **settings}
-    if decay:
+    if decay and "weight_decay" not in settings:
         chosen["weight_decay"] = WEIGHT_DECAY[method]
     warmup = chosen.pop("warmup_steps", max(min(20, length // 5), length // 50, 1))
     passed = {**options, **({} if data is None else {"data": data})}

@@ -32,6 +32,7 @@ from thermo_opt.optim.processes import Processes
 from thermo_opt.optim.sharding import is_sharded, whole, zeros_like
 from thermo_opt.optim.signal import Signal
 from thermo_opt.optim.training_metric import Setup, StepInputs, StepLengths, UpdateRule
+from thermo_opt.optim.weight_decay import default_weight_decay
 
 REPORTED = (
     "budget",
@@ -116,7 +117,11 @@ class NGDT(Optimizer):
             on its own; the others share the rest).
         lr: dimensionless multiplier of the step, for torch's schedulers.
         momentum: μ.
-        weight_decay: w, decoupled, regulated with the step.
+        weight_decay: w, decoupled, regulated with the step. None: for K-FAC kinds and predictions
+            that can become certain ("categorical", "bernoulli") 0.3 over the number of weight
+            matrices, of which there are at least 3 (`optim.weight_decay` says why), otherwise 0.
+            0 suits the finetuning of weights that were trained before, and losses that can be
+            brought to zero.
         metric: "kfac" (default), "ekfac", or for small work a `thermo_opt.fisher` metric of each
             minibatch: "exact", "dense", "low-rank", "diagonal". An object `KFAC`, `EKFAC` or
             `Minibatch` holds their options.
@@ -155,7 +160,7 @@ class NGDT(Optimizer):
         *,
         lr: float = 1.0,
         momentum: float = 0.8,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         metric: str | MetricOptions = "kfac",
         regulator: str | Regulator = "dissipation",
         eta_max: Schedule = 1.0,
@@ -172,7 +177,7 @@ class NGDT(Optimizer):
         validate.number("eta_max", eta_max, above=True)
         validate.number("damping", 0.0 if damping is None else damping)
         validate.number("lr", lr)
-        validate.number("weight_decay", weight_decay)
+        validate.number("weight_decay", 0.0 if weight_decay is None else weight_decay)
         validate.fraction("momentum", momentum)
         options, calibrated = translated(metric, calibration, old, stacklevel=2)
         if options.inverse != "damped":
@@ -186,9 +191,12 @@ class NGDT(Optimizer):
         self.model = validate.unwrap(model)
         validate.model(self.model)
         groups = validate.groups(self.model, params)
+        self.likelihood = named_likelihood(likelihood, sigma2)
+        if weight_decay is None:
+            held = [p for group in groups for p in group["params"]] if options.per_layer else []
+            weight_decay = default_weight_decay(held, self.likelihood) if held else 0.0
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "share": None}
         super().__init__(groups, defaults)
-        self.likelihood = named_likelihood(likelihood, sigma2)
         self.options = options
         self.regulator = named(regulator, budget, eta_max)
         self.damping = damping
