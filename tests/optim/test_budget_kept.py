@@ -88,7 +88,8 @@ def test_steps_realise_their_budget(name: str, budget: float) -> None:
 def test_kl_clipping_is_the_dissipation_regulator_without_the_signal() -> None:
     """η = min(lr, √(kl_clip/a)) of Ba, Grosse & Martens 2017, kl_clip = 2·budget."""
     model = gelu()
-    optimizer = to.NGDT(model, budget=2e-3, regulator="kl-clip", calibration=None, momentum=0.0)
+    options = {"calibration": None, "momentum": 0.0, "weight_decay": 0.0}
+    optimizer = to.NGDT(model, budget=2e-3, regulator="kl-clip", **options)
     x, y = (t[:64] for t in digits())
     for _ in range(40):
         optimizer.zero_grad()
@@ -105,9 +106,8 @@ def test_a_step_far_beyond_its_budget_is_cut_until_it_keeps_it() -> None:
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
     model.append(nn.Linear(32, 6))
     x, y = torch.randn(64, 8), torch.randint(6, (64,))
-    optimizer = to.NGDT(
-        model, budget=0.01, eta_max=1e9, calibration=to.optim.Calibration(predictions=None)
-    )
+    calibration = to.optim.Calibration(predictions=None)
+    optimizer = to.NGDT(model, 0.01, eta_max=1e9, weight_decay=0.0, calibration=calibration)
     for step in range(12):
         if step == 11:
             optimizer.calibration.kappa *= 1e-7
@@ -133,7 +133,7 @@ def test_no_step_spends_more_than_the_loss_has_left(outputs: str) -> None:
     model = nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 3))
     if outputs == "log-probabilities":
         model.append(nn.LogSoftmax(-1))
-    optimizer = to.NGDT(model, budget=0.03, likelihood=likelihood)
+    optimizer = to.NGDT(model, 0.03, likelihood=likelihood, weight_decay=0.0)
     loss = torch.tensor(1.0)
     while float(loss.detach()) > 1e-5:
         f = model(x)
@@ -157,7 +157,7 @@ def test_what_momentum_carries_of_a_surprise_is_judged_as_the_surprise_was() -> 
     x = torch.randn(64, 6)
     y = (x @ torch.randn(6, 3)).argmax(1)
     model = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 3))
-    optimizer = to.NGDT(model, budget=0.01)
+    optimizer = to.NGDT(model, budget=0.01, weight_decay=0.0)
 
     def kappa(targets: Tensor) -> float:
         optimizer.zero_grad()
