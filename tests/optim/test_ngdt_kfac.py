@@ -62,6 +62,7 @@ def test_first_step_is_the_natural_gradient_of_the_empirical_kfac_metric() -> No
         damping=1e-3,
         calibration=None,
         momentum=0.0,
+        weight_decay=0.0,
     )
     before = [p.detach().clone() for p in model.parameters()]
     models.loss(model(x), y).backward()
