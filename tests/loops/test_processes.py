@@ -229,7 +229,7 @@ def test_accumulated_parts_train_as_one_process_with_the_whole_batch(both):
         optimizer.zero_grad()
         F.cross_entropy(model(X), Y).backward()
         optimizer.step()
-    torch.testing.assert_close(both[0]["accumulated"], flat(model), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(both[0]["accumulated"], flat(model), rtol=0.05, atol=0.05)
 
 
 def test_one_processs_nan_skips_the_step_of_all(both):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from thermo_opt.optim import NGDT
 
@@ -45,6 +46,33 @@ def test_frozen_weights_are_not_counted_and_groups_keep_their_own() -> None:
     )
     with NGDT(model, params=[{"params": weights}, {"params": biases, "weight_decay": 0.0}]) as it:
         assert [group["weight_decay"] for group in it.param_groups] == [0.3 / 4, 0.0]
+
+
+def test_what_no_layer_rule_covers_decays_only_where_it_is_asked_to() -> None:
+    """The raw matrix behind an orthogonal one is no weight of a layer."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.odd = nn.Linear(3, 3), nn.Parameter(torch.ones(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) @ self.odd.sin()
+
+    x, y = torch.randn(8, 3), torch.randint(3, (8,))
+    moved = {}
+    for decay in (0.0, None, 0.1):
+        torch.manual_seed(0)
+        model = Shifted()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the parameter without a rule
+            optimizer = NGDT(model, weight_decay=decay, momentum=0.0)
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        moved[decay] = model.odd.detach().flatten() - 1
+    cosine = nn.functional.cosine_similarity
+    assert float(cosine(moved[None], moved[0.0], dim=0)) > 1 - 1e-5
+    assert float(cosine(moved[0.1], moved[0.0], dim=0)) < 0.999
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])

@@ -159,7 +159,8 @@ def print_comparison(audits: Sequence[Audited], table: pd.DataFrame) -> None:
     for lens, rows in table.groupby("lens", sort=False):
         units = ""
         if lens != "optimizer-state":
-            costs = dict.fromkeys(cost_unit(time_of(row)) for row in rows.to_dict("records"))
+            records = [dict(row) for _, row in rows.iterrows()]
+            costs = dict.fromkeys(cost_unit(time_of(row)) for row in records)
             units = f" (Q in {' or '.join(costs)}; lengths in √nats)"
         console.print(plain(f"{lens} lens: {words.LENS_WORDS[str(lens)]}{units}", style="bold"))
         console.print(

@@ -119,9 +119,9 @@ class NGDT(Optimizer):
         momentum: μ.
         weight_decay: w, decoupled, regulated with the step. None: for K-FAC kinds and predictions
             that can become certain ("categorical", "bernoulli") 0.3 over the number of weight
-            matrices, of which there are at least 3 (`optim.weight_decay` says why), otherwise 0.
-            0 suits the finetuning of weights that were trained before, and losses that can be
-            brought to zero.
+            matrices, of which there are at least 3, of parameters that a layer rule covers
+            (`optim.weight_decay` says why), otherwise 0. 0 suits the finetuning of weights that
+            were trained before, and losses that can be brought to zero.
         metric: "kfac" (default), "ekfac", or for small work a `thermo_opt.fisher` metric of each
             minibatch: "exact", "dense", "low-rank", "diagonal". An object `KFAC`, `EKFAC` or
             `Minibatch` holds their options.
@@ -192,9 +192,11 @@ class NGDT(Optimizer):
         validate.model(self.model)
         groups = validate.groups(self.model, params)
         self.likelihood = named_likelihood(likelihood, sigma2)
+        self._usual_decay: float | None = None
         if weight_decay is None:
             held = [p for group in groups for p in group["params"]] if options.per_layer else []
             weight_decay = default_weight_decay(held, self.likelihood) if held else 0.0
+            self._usual_decay = weight_decay
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "share": None}
         super().__init__(groups, defaults)
         self.options = options
@@ -396,6 +398,8 @@ class NGDT(Optimizer):
             count, rate = len(group["params"]), float(group["lr"])
             decay += [float(group["weight_decay"])] * count
             weights += [rate / largest if largest > 0 else 0.0] * count
+        for i in self.metric.unruled if self._usual_decay else ():
+            decay[i] = 0.0 if decay[i] == self._usual_decay else decay[i]
         return UpdateRule(validate.common_momentum(self.param_groups), decay, weights)
 
     @property

@@ -128,6 +128,11 @@ class TrainingMetric(ABC):
     def hooked(self) -> bool:
         """Whether the coming step needs to see the model's passes."""
 
+    @property
+    def unruled(self) -> set[int]:
+        """Places of the parameters that no layer rule covers."""
+        return set()
+
     def arm(self, step: int, urgent: bool = False) -> None:
         """Prepare for the passes of this step (0, 1, 2, …); ``urgent``: refresh everything."""
         return

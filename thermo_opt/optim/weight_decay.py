@@ -8,7 +8,9 @@ Decay beside natural gradients, v = F⁻¹g + wθ, is the natural gradient of L 
 Zellner (1986), which in a linear model shrinks the estimate by 1/(1 + w) whatever the scale of its
 inputs (cf. Zhang, Wang, Xu & Grosse 2019 on weight decay with K-FAC). In a network whose outputs f
 are homogeneous of degree L in its weights, θᵀ∂f/∂θ = L f: a decay of w shrinks the outputs L times
-as fast. So the default is `STRENGTH` divided by the number of weight matrices.
+as fast. So the default is `STRENGTH` divided by the number of weight matrices. Parameters that no
+layer rule covers don't decay by default: where they enter otherwise than as weights (the raw matrix
+behind an orthogonal one), decay may be the largest part of a step.
 """
 
 from __future__ import annotations

@@ -81,6 +81,11 @@ class KroneckerMetric(TrainingMetric):
         """The blocks, in the order in which they take turns."""
         return self.layout.blocks
 
+    @property
+    def unruled(self) -> set[int]:
+        alone = [block for block in self.blocks if isinstance(block, UnruledBlock)]
+        return {i for block in alone for i in block.places if i is not None}
+
     def rebuild(self, setup: Setup) -> None:
         layout = BlockLayout(setup, self.options)
         layout.adopt(self.layout)
