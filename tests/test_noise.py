@@ -95,6 +95,29 @@ def test_a_stationary_process_transports_nothing_although_it_drifts():
     assert not noise.lasting_transport(products_of(path), np.arange(len(path))).total.significant
 
 
+def test_a_motion_to_and_fro_is_no_transport():
+    """ηh = 1.7: each step overshoots, and the second next goes the same way again."""
+    rng = np.random.default_rng(3)
+    path = [rng.normal(size=N)]
+    for _ in range(200):
+        path.append(path[-1] - 1.7 * path[-1] + 0.1 * rng.normal(size=N))
+    path = np.array(path[40:])
+    moves, steps = np.diff(path, axis=0), np.arange(len(path))
+    products = products_of(path)
+    fooled = noise.lasting_transport(products, steps)
+    assert fooled.total.significant  # two steps later the motion is the same again
+    neighbours = [(k, float(np.mean(moves[k] * moves[k + 1]))) for k in range(len(moves) - 1)]
+    known = products | {0: neighbours}
+    assert noise.oscillates(known, steps)
+    found = noise.lasting_transport(known, steps)
+    assert found.lag > 1
+    assert found.total.value < 0.05 * fooled.total.value
+    calm = descended(200, 0.0, rng)[44:]
+    moves = np.diff(calm, axis=0)
+    neighbours = [(k, float(np.mean(moves[k] * moves[k + 1]))) for k in range(len(moves) - 1)]
+    assert not noise.oscillates(products_of(calm) | {0: neighbours}, np.arange(len(calm)))
+
+
 def test_lags_have_the_structure_of_the_process():
     """½⟨δ_k, δ_{k+ℓ}⟩ of a stationary process is −(1−ηh)^{ℓ−1} of the housekeeping."""
     rng = np.random.default_rng(5)

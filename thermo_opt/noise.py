@@ -180,10 +180,13 @@ def lasting_transport(
     of single steps is not in it, and noise that the dynamics undo within m steps hardly, as
     −exp(−m/relaxation time) of the housekeeping. The shortest m is taken that is far beyond the
     optimizer's memory (2m ≥ 1.5 memory) and with which twice m agrees within two standard errors;
-    before its first window shorter such m are used, and before the first of all its value.
+    before its first window shorter such m are used, and before the first of all its value. Where
+    neighbouring displacements turn back, m = 1 is left out: a motion to and fro, as near the
+    largest stable learning rate, agrees with itself two displacements later.
 
     Args:
-        products: per m, in snapshots, the (first snapshot, product) of stretches of 3m snapshots.
+        products: per m, in snapshots, the (first snapshot, product) of stretches of 3m snapshots;
+            under 0 those of neighbouring displacements, ⟨Δ_k, Δ_{k+1}⟩.
         steps: (K+1,) step numbers of the snapshots, evenly spaced (but for the last).
         memory: the optimizer's memory in steps, 1/(1−μ) for momentum μ.
 
@@ -199,6 +202,8 @@ def lasting_transport(
         for m, found in products.items()
         if m > 0 and 2 * m * stride >= _FORGOTTEN * memory and len(found) >= _LEAST_WINDOWS
     )
+    if _turns_back(products.get(0, ()), at, total):
+        usable = [m for m in usable if m > 1]
     if not usable:
         return None
     found = {m: _windows(products, usable, m, at, stride) for m in usable}
@@ -214,6 +219,34 @@ def lasting_transport(
             break
     step, rate = found[chosen]
     return Transport(sums[chosen], float(chosen * stride), step, rate, grows)
+
+
+def oscillates(products: Mapping[int, Sequence[tuple[int, float]]], steps: ArrayLike) -> bool:
+    """Whether a path goes to and fro: what a displacement does, the next undoes and the one after
+    that does again. Modes of ηh > 1 do, near the largest stable learning rate; their fluctuations
+    last no longer than a few steps.
+
+    Args:
+        products: as in `lasting_transport`.
+        steps: (K+1,) step numbers of the snapshots.
+    """
+    at = np.asarray(steps, dtype=np.float64)
+    total = int(at[-1])
+    return _turns_back(products.get(0, ()), at, total) and _stands_out(
+        products.get(1, ()), at, total
+    )
+
+
+def _turns_back(neighbours: Sequence[tuple[int, float]], at: Array, total: int) -> bool:
+    """Whether neighbouring displacements undo each other, by two standard errors."""
+    return _stands_out([(k, -x) for k, x in neighbours], at, total)
+
+
+def _stands_out(products: Sequence[tuple[int, float]], at: Array, total: int) -> bool:
+    if len(products) < _LEAST_WINDOWS:
+        return False
+    steps = [at[k] for k, _ in products]
+    return over_run([x for _, x in products], steps, total).significant
 
 
 def _windows(

@@ -17,6 +17,7 @@ from tests.integrations.small_worlds import (
 )
 from thermo_opt.errors import InputError
 from thermo_opt.integrations.huggingface import ThermoCallback
+from thermo_opt.runs.replicas import read_replicas
 
 
 class Listener(TrainerCallback):
@@ -70,6 +71,40 @@ def test_a_steps_loss_is_the_mean_over_its_accumulated_parts(tmp_path):
     training.train()
     logged = [h["loss"] for h in training.state.log_history if "loss" in h]
     assert list(to.load_run(tmp_path / "run").steps["loss"]) == pytest.approx(logged, abs=1e-4)
+
+
+def test_replicas_in_a_trainer_agree_with_what_the_path_alone_says(tmp_path):
+    """The trainer calls its scheduler after the callback; training stays what it is."""
+    runs = {}
+    for name in ("alone", "replicas"):
+        model, draws = gpt2(), torch.Generator().manual_seed(5)
+
+        def other(model=model, draws=draws):
+            batch = TOKENS[torch.randint(len(TOKENS), (4,), generator=draws)]
+            model(input_ids=batch, labels=batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+        given = {"replica": other, "replica_every": 3} if name == "replicas" else {}
+        options = {"optim": "sgd", "learning_rate": 0.5, "warmup_steps": 6}
+        recorded(tmp_path / name, model, given, steps=24, **options).train()
+        run = to.load_run(tmp_path / name / "run")
+        runs[name] = weights(model), to.audit(run, lens="outputs"), run
+    (plain, alone, _), (watched, split, run) = runs["alone"], runs["replicas"]
+    assert torch.equal(plain, watched)
+    ratios = [replica.lr_ratio for replica in read_replicas(run.path)]
+    rates = run.steps["lr"].to_numpy()
+    # replica k is taken at the rate of step k, the one before its own; the first two at none
+    assert ratios == pytest.approx([1, *(rates[k] / rates[k - 1] for k in range(3, 24, 3))])
+    told, other = split.summary["split"], alone.summary["split"]
+    assert told["replicas"] == 8
+    assert told["noise"] > 2 * told["noise_error"]
+    whole = split.summary["dissipation"]
+    assert told["noise"] + told["drift"] == pytest.approx(whole, abs=2 * told["drift_error"])
+    assert other["noise"] is None
+    assert "without replicas" in other["reason"]
+    gap = (other["transport"] or 0) - (told["transport"] or 0)  # null: no more than its error
+    assert abs(gap) < 3 * (other["transport_error"] + told["transport_error"])
+    assert (other["transport"] or 0) < told["drift"]
 
 
 def test_nothing_of_the_callback_stays_on_the_trainer(tmp_path):

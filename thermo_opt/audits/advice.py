@@ -68,8 +68,12 @@ def advise(audit: Audit) -> list[Advice]:
             "compared at equal loss. Make it fall first, as with a smaller learning rate."
         )
         none = [
-            Advice(about, f"Nothing is predicted of the {about}: {why}")
-            for about in ("schedule", "batch size", "momentum")
+            Advice(about, f"Nothing is predicted of {named}: {why}")
+            for about, named in (
+                ("schedule", "an even schedule"),
+                ("batch size", "another batch size"),
+                ("momentum", "momentum"),
+            )
         ]
         return [*none, _recording(audit)]
     return [_schedule(audit), _batch_size(audit), _momentum(audit), _recording(audit)]
@@ -77,7 +81,8 @@ def advise(audit: Audit) -> list[Advice]:
 
 def _because(audit: Audit, reason: InputError) -> str:
     """A refusal's reason without the run's name, as the end of a sentence."""
-    return str(reason).removeprefix(f"{audit.run}: ").rstrip(".")
+    said = str(reason).removeprefix(f"{audit.run}: ")
+    return said if said.endswith((".", "…")) else f"{said}."
 
 
 def _schedule(audit: Audit) -> Advice:
@@ -85,7 +90,7 @@ def _schedule(audit: Audit) -> Advice:
         schedule = even_schedule(audit)
     except InputError as reason:
         return Advice(
-            "schedule", f"No schedule can be read from this run: {_because(audit, reason)}."
+            "schedule", f"No schedule can be read from this run: {_because(audit, reason)}"
         )
     if schedule.near_instability:
         return Advice(
@@ -131,7 +136,7 @@ def _batch_size(audit: Audit) -> Advice:
         found = critical_batch(audit)
     except InputError as reason:
         why = _because(audit, reason)
-        return Advice("batch size", f"Nothing is known of the best batch size: {why}.")
+        return Advice("batch size", f"Nothing is known of the best batch size: {why}")
     b, star = found.batch_size, found.overall
     sentence = f"the critical batch size is about {number(star.value)} ± {number(star.error, 2)}"
     ends = [value for value in (found.value[0], found.value[-1]) if np.isfinite(value)]

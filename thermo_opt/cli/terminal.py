@@ -184,13 +184,12 @@ def print_drift(table: pd.DataFrame) -> None:
         console.print(plain(f"To reach loss {number(target)}, noise apart", style="bold"))
         shown = _table()
         shown.add_column("run", overflow="fold", min_width=_NAME)
-        shown.add_column("group", overflow="fold")
-        for name in (f"T, {DURATION_UNITS[table.attrs['clock']]}", "drift", "noise", ""):
+        for name in ("", f"T, {DURATION_UNITS[table.attrs['clock']]}", "drift", "noise"):
             shown.add_column(name, justify="right", no_wrap=True)
         for row in rows.sort_values("time", kind="stable", na_position="last").to_dict("records"):
             cells = [number(row["time"]), part_words(row, "drift"), part_words(row, "noise")]
             star = "★" if row["on_front"] else ""
-            shown.add_row(plain(row["run"]), plain(row["group"]), *cells, star)
+            shown.add_row(plain(row["run"]), star, *cells)
         console.print(shown)
     said = (
         "Nats on the clock step, with one standard error; no universal frontier bounds the drift."

@@ -196,7 +196,8 @@ def _transport(
     products: Products, sampled: _Samples, steps: np.ndarray, memory: float
 ) -> noise.Transport | None:
     """From the balance of fluctuations, where the optimizer has no memory and every step was
-    recorded; from long lags otherwise, or where these are far more precise."""
+    recorded; from long lags otherwise, or where these are far more precise, or where a path that
+    goes to and fro makes the balance the small difference of two large numbers."""
     gaps = np.diff(steps)
     if not len(gaps) or not (gaps[:-1] == gaps[0]).all():
         return None
@@ -215,7 +216,7 @@ def _transport(
     if balanced is None or lasting is None:
         return balanced or lasting
     rough = balanced.total.error > _MUCH * lasting.total.error
-    return lasting if rough else balanced
+    return lasting if rough or noise.oscillates(products, steps) else balanced
 
 
 def _housekeeping(drift: Estimate, way: Estimate, moved: noise.Transport | None) -> Estimate:

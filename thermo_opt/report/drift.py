@@ -16,6 +16,7 @@ import pandas as pd
 from thermo_opt.arguments import jsonable
 from thermo_opt.describe.quantities import DURATION_UNITS, number
 from thermo_opt.lenses.results import SCHEMA_VERSION
+from thermo_opt.plots.drift import scattered
 from thermo_opt.plots.palette import look
 from thermo_opt.report.page import render_template
 from thermo_opt.report.spec import Figure, Spec, layout, log_axis, numbers
@@ -103,7 +104,7 @@ def _figure(
     """Time against drift (filled) and noise (open); estimates of zero and below have no place on
     its logarithmic axis, which the caption says."""
     rows = table[(table["target_loss"] == target) & ~table["censored"]]
-    shown = {part: rows[rows[part] > 0] for part in ("drift", "noise")}
+    shown = {"drift": rows[rows["drift"] > 0], "noise": rows[scattered(rows)]}
     if shown["drift"].empty:
         return None
     unit = DURATION_UNITS[table.attrs["clock"]]
@@ -163,6 +164,8 @@ def _figure(
         }
     )
     values = np.concatenate([found[part].to_numpy(float) for part, found in shown.items()])
+    margin = (values.max() / values.min()) ** 0.04  # whole markers at the edges
+    ends = np.array([values.min() / margin, values.max() * margin])
     words = f"loss {number(target)}"
     below = len(rows) - len(shown["drift"])
     return Figure(
@@ -180,7 +183,7 @@ def _figure(
         data,
         layout(
             xaxis=log_axis(f"time to reach it ({unit})", rows["time"].to_numpy(float)),
-            yaxis=log_axis("drift and noise (nats, clock step)", values),
+            yaxis=log_axis("drift and noise (nats, clock step)", ends),
         ),
         460,
     )
