@@ -160,11 +160,12 @@ def _audit(inputs: LensInputs, wanted: Sequence[str], required: bool) -> Audit:
                 found.summary["notes"] += inputs.probe.remarks
             lenses[name] = found
         except Unsupported as reason:
+            why = str(reason).removeprefix(f"{run.path}: ")
             if required:
                 raise InputError(
-                    f"{run.path}: the {name} lens can't look at this run: {reason}"
+                    f"{run.path}: the {name} lens can't look at this run: {why}"
                 ) from None
-            missing[name] = str(reason).removeprefix(f"{run.path}: ")
+            missing[name] = why
     if not lenses:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
         raise InputError(f"{run.path}: no lens can look at this run ({reasons})")

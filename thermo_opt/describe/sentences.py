@@ -299,7 +299,7 @@ def _adam(summary: Summary) -> str:
         return "What this run dissipated is not known through this lens."
     return (
         f"In Adam’s own metric, which is not the Fisher metric, {', '.join(parts)}; what the run "
-        "dissipated, in nats, is not known without a probe."
+        "dissipated, in nats, is not known through this lens."
     )
 
 
