@@ -182,7 +182,8 @@ def _whole_batches(path: Path, lr: float, even: to.EvenSchedule | None = None) -
 def test_a_run_that_follows_its_advice_has_nothing_more_to_gain(tmp_path: Path) -> None:
     constant = _whole_batches(tmp_path / "constant", 0.5)
     schedule = to.even_schedule(constant)
-    assert f"{schedule.learning_rates.max():.3g} instead of 0.5" in advise(constant)[0].words
+    largest = f"{schedule.learning_rates.max():.3g} (the largest here was 0.5"
+    assert f"If training is stable at a learning rate of {largest}" in advise(constant)[0].words
     even = _whole_batches(tmp_path / "even", 0.5, schedule)
     spent = even.summary["dissipation"]
     assert spent == pytest.approx(schedule.predicted_dissipation, rel=0.03)
@@ -192,6 +193,28 @@ def test_a_run_that_follows_its_advice_has_nothing_more_to_gain(tmp_path: Path) 
     assert not found["batch size"].words.endswith("..")
     assert f"{even.run}:" not in found["batch size"].words
     assert "hardly any noise" in found["momentum"].words
+
+
+def test_full_batches_that_go_to_and_fro_promise_no_schedule(tmp_path: Path) -> None:
+    """Descent along a parabola at ηh = 1.9: no noise, and each step undoes the one before."""
+    torch.manual_seed(0)
+    model = nn.Linear(1, 5, bias=False)
+    one, nothing = torch.ones(1, 1), torch.zeros(1, 5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.9)
+    options = {"probe": (one, nothing), "likelihood": "gaussian", "sigma2": 1.0}
+    path = tmp_path / "run"
+    with to.Recorder(path, model=model, optimizer=optimizer, **options) as recorder:  # type: ignore[arg-type]
+        for _ in range(30):
+            optimizer.zero_grad()
+            loss = (0.5 * (model(one) - nothing) ** 2).sum()
+            loss.backward()
+            optimizer.step()
+            recorder.step(loss=loss)
+    schedule = to.even_schedule(to.audit(path, lens="outputs"))
+    assert schedule.overshoot == pytest.approx(1.9, abs=0.1)
+    assert schedule.near_instability
+    words = advise(to.audit(path, lens="outputs"))[0].words
+    assert words.startswith("Nothing is predicted of an even schedule: this run’s steps undo")
 
 
 def test_of_a_run_whose_loss_rose_nothing_is_predicted(

@@ -95,9 +95,9 @@ def _schedule(audit: Audit) -> Advice:
     if schedule.near_instability:
         return Advice(
             "schedule",
-            "Nothing is predicted of an even schedule: this run’s steps undo almost all that its "
-            f"noise did (ηh ≈ {number(schedule.overshoot, 2)}), so near to the largest stable "
-            "learning rate that longer steps would not go the same way.",
+            "Nothing is predicted of an even schedule: this run’s steps undo almost all that "
+            f"earlier ones did (ηh ≈ {number(schedule.overshoot, 2)}), so near to the largest "
+            "stable learning rate that longer steps would not go the same way.",
         )
     saving, error = schedule.saving, schedule.saving_error
     if not schedule.worthwhile:
@@ -108,19 +108,19 @@ def _schedule(audit: Audit) -> Advice:
             words += f"{_share(saving, error)} less dissipation can’t be told from none."
         return Advice("schedule", words, saving, error)
     largest, was = schedule.learning_rates.max(), float(audit.curve["lr"].max())
-    known = ""
-    if schedule.smoothed:
-        known += "; single steps of a minibatch run scatter, so that this is an estimate"
+    first = "The"
     if largest > _LONGER * was:
-        known += (
-            f"; its largest learning rate, {number(largest)} instead of {number(was)}, must be one "
-            "at which training is stable"
+        first = (
+            f"If training is stable at a learning rate of {number(largest)} (the largest here was "
+            f"{number(was)}), which an audit can’t know, the"
         )
+    known = "; single steps of a minibatch run scatter, so that this is an estimate"
     return Advice(
         "schedule",
-        "The same steps and sum of learning rates at an even speed (to.even_schedule) would "
+        f"{first} same steps and sum of learning rates at an even speed (to.even_schedule) would "
         f"dissipate {number(schedule.predicted_dissipation)} instead of "
-        f"{number(schedule.dissipation)} nats, {_share(saving, error)} less{known}.",
+        f"{number(schedule.dissipation)} nats, {_share(saving, error)} less"
+        f"{known if schedule.smoothed else ''}.",
         saving,
         error,
     )

@@ -34,11 +34,13 @@ class EvenSchedule:
         learning_rates: (T,) one per optimizer step.
         dissipation: What the run dissipated (nats).
         predicted_dissipation: What it would with these rates: exact for a deterministic flow along
-            one path, an estimate for minibatch runs.
+            one path, an estimate for minibatch runs. It presumes that training is stable at the
+            largest of them, which may be several times the run's own.
         error: Standard error of the predicted dissipation, from the scatter of single steps.
         smoothed: Whether steps were averaged, those of a minibatch run being mostly noise.
         overshoot: ηh of the typical mode of noise, from housekeeping over noise, which is ηh/(2 −
-            ηh) for an optimizer without momentum; None where not told. Modes beyond 2 diverge, and
+            ηh) for an optimizer without momentum, or else from how far each step undoes the one
+            before; None where not told. Modes beyond 2 diverge, and
             from about 0.8 on longer steps don't walk the same path: the prediction fails.
     """
 
@@ -148,6 +150,7 @@ def even_schedule(audit: Audit) -> EvenSchedule:
     if noisy and len(a) > 1:
         error = noise.over_run(0.5 * a, np.arange(len(a)), len(a)).error * predicted / q
     over = _overshoot(lens) if noisy else None
+    over = _to_and_fro(lens) if over is None else over
     return EvenSchedule(np.diff(even), q, float(predicted), float(error), noisy, over)
 
 
@@ -158,6 +161,16 @@ def _overshoot(lens: LensAudit) -> float | None:
         return None
     ratio = (split.drift - max(split.transport or 0.0, 0.0)) / split.noise
     return float(2 * ratio / (1 + ratio)) if ratio > 0 else 0.0
+
+
+def _to_and_fro(lens: LensAudit) -> float | None:
+    """ηh of what dominates a path that turns back at every second step: two steps of correlation
+    −ηh/2 dissipate ½(1 − ηh/2) of what they do singly. None for other paths."""
+    spent = lens.coarse.set_index("stride")["dissipation"]
+    if not {1, 2} <= set(spent.index) or not spent[1] > 0:
+        return None
+    left = float(spent[2] / spent[1])
+    return 2 * (1 - 2 * left) if left < 0.5 else None
 
 
 def _noisy(lens: LensAudit) -> bool:
