@@ -180,8 +180,8 @@ def test_declared_probabilities_have_the_metric_of_their_logits(tmp_path, likeli
         seen = to.audit(path, model=model, **options)
         same = to.audit(path, model=logits, kind="logits", **options)
         chosen = [c for c in seen.steps if c not in ("step", "step_end") and c in same.steps]
-        for column in chosen:
-            np.testing.assert_allclose(seen.steps[column], same.steps[column], rtol=1e-6)
+        for column in chosen:  # log p of float32 probabilities: rounding of kernels that differ
+            np.testing.assert_allclose(seen.steps[column], same.steps[column], rtol=2e-5)
         assert len(chosen) > 4
 
 
