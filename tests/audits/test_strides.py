@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,6 +77,20 @@ def whole_from(recorded: Recorded, first: int) -> Whole:
     return Whole({"outputs": audit.summary})
 
 
+def as_json(command: list[str], capfd: pytest.CaptureFixture[str]) -> Any:
+    """What a command prints as JSON."""
+    assert main([*command, "--json"]) == 0
+    return json.loads(capfd.readouterr().out)
+
+
+def thinned_all(runs: dict[str, Recorded], folder: Path, stride: int) -> list[Path | None]:
+    """The runs at this stride, where they were recorded at every step."""
+    return [
+        run.path if stride == 1 else thinned(run, folder / name, stride)
+        for name, run in runs.items()
+    ]
+
+
 @pytest.mark.parametrize("stride", [1, 2, 5, 10, 50])
 def test_all_that_is_said_of_a_thinned_run_is_true_of_the_whole(
     recorded, stride, tmp_path, capfd, monkeypatch
@@ -100,8 +115,7 @@ def test_all_that_is_said_of_a_thinned_run_is_true_of_the_whole(
         check_summary(summary, whole)
     found = json.loads(audit.to_json())
     if stride in (5, 50):
-        assert main([*command, "--json"]) == 0
-        assert json.loads(capfd.readouterr().out) == found
+        assert as_json(command, capfd) == found
 
     page = tmp_path / "page.html"
     assert main([*command, f"--html={page}"]) == 0
@@ -130,13 +144,9 @@ def test_all_that_is_said_of_thinned_runs_compared_is_true_of_the_whole_ones(
     digits, stride, tmp_path, capfd, monkeypatch
 ):
     monkeypatch.setenv("COLUMNS", "4000")
-    places = [
-        run.path if stride == 1 else thinned(run, tmp_path / name, stride)
-        for name, run in digits.items()
-    ]
+    places = thinned_all(digits, tmp_path, stride)
     command = ["compare", *map(str, places), "--lens=outputs"]
-    assert main([*command, "--json"]) == 0
-    found = json.loads(capfd.readouterr().out)
+    found = as_json(command, capfd)
     seen = {summary["run"]: summary for summary in found["runs"]}
     whole = {name: whole_from(digits[name], seen[name]["first_step"]) for name in digits}
     runs = Compared(seen, whole)
@@ -155,8 +165,7 @@ def test_all_that_is_said_of_a_run_beside_itself_thinned_is_true_of_both(
         pytest.skip("two snapshots so far apart aren't there")
     options = [f"--{key.replace('_', '-')}={given}" for key, given in recorded.options.items()]
     command = ["compare", str(recorded.path), str(sparse), *options, "--lens=outputs"]
-    assert main([*command, "--json"]) == 0
-    found = json.loads(capfd.readouterr().out)
+    found = as_json(command, capfd)
     seen = {summary["run"]: summary for summary in found["runs"]}
     assert len(seen) == 2
     page = tmp_path / "page.html"
@@ -217,13 +226,9 @@ def test_all_that_is_said_of_the_front_of_thinned_runs_is_true_of_the_whole_ones
     digits, stride, tmp_path, capfd, monkeypatch
 ):
     monkeypatch.setenv("COLUMNS", "4000")
-    places = [
-        run.path if stride == 1 else thinned(run, tmp_path / name, stride)
-        for name, run in digits.items()
-    ]
+    places = thinned_all(digits, tmp_path, stride)
     command = ["pareto", *map(str, places)]
-    assert main([*command, "--json"]) == 0
-    found = json.loads(capfd.readouterr().out)
+    found = as_json(command, capfd)
     first = found["runs"][0]["first_step"]
     lines = {
         name: read_trajectory(run.run, steps=[s.step for s in run.run.snapshots if s.step >= first])

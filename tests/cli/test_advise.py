@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,47 @@ def test_a_strided_run_is_told_to_record_every_step(
     assert "No schedule" in words["schedule"]
 
 
+@dataclass
+class _Loop:
+    """A training with replicas, of minibatches that are drawn anew."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    minibatch: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    probe: tuple[torch.Tensor, torch.Tensor]
+    batch_size: int
+    steps: int
+    replica_every: int
+
+    def closure(self) -> torch.Tensor:
+        x, y = self.minibatch()
+        self.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(self.model(x), y)
+        loss.backward()
+        return loss
+
+    def recorded(
+        self, path: Path, scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+    ) -> to.Audit:
+        """Its audit; the scheduler is called last."""
+        with to.Recorder(
+            path,
+            model=self.model,
+            optimizer=self.optimizer,
+            probe=self.probe,
+            batch_size=self.batch_size,
+            replica=self.closure,
+            replica_every=self.replica_every,
+        ) as recorder:
+            for _ in range(self.steps):
+                loss = self.closure()
+                self.optimizer.step()
+                recorder.step(loss=loss)
+                if scheduler is not None:
+                    scheduler.step()
+        return to.audit(path, lens="outputs")
+
+
 def _noisy(path: Path, batch: int, momentum: float = 0.0) -> to.Audit:
     torch.manual_seed(0)
     x = torch.randn(400, 8)
@@ -66,27 +109,12 @@ def _noisy(path: Path, batch: int, momentum: float = 0.0) -> to.Audit:
     model = nn.Linear(8, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3 * (1 - momentum), momentum=momentum)
 
-    def closure() -> torch.Tensor:
+    def minibatch() -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.randint(100, 400, (batch,))
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
-        loss.backward()
-        return loss
+        return x[rows], y[rows]
 
-    with to.Recorder(
-        path,
-        model=model,
-        optimizer=optimizer,
-        probe=(x[:100], y[:100]),
-        batch_size=batch,
-        replica=closure,
-        replica_every=2,
-    ) as recorder:
-        for _ in range(80):
-            loss = closure()
-            optimizer.step()
-            recorder.step(loss=loss)
-    return to.audit(path, lens="outputs")
+    loop = _Loop(model, optimizer, minibatch, (x[:100], y[:100]), batch, steps=80, replica_every=2)
+    return loop.recorded(path)
 
 
 def test_minibatch_runs_are_advised_on_batch_and_momentum_and_it_comes_true(
@@ -156,27 +184,8 @@ def _whole_batches(path: Path, lr: float, even: to.EvenSchedule | None = None) -
     factor = (lambda _: 1.0) if even is None else even.lr_lambda()
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x), y)
-        loss.backward()
-        return loss
-
-    with to.Recorder(
-        path,
-        model=model,
-        optimizer=optimizer,
-        probe=(x, y),
-        batch_size=60,
-        replica=closure,
-        replica_every=4,
-    ) as recorder:
-        for _ in range(60):
-            loss = closure()
-            optimizer.step()
-            recorder.step(loss=loss)
-            scheduler.step()
-    return to.audit(path, lens="outputs")
+    loop = _Loop(model, optimizer, lambda: (x, y), (x, y), 60, steps=60, replica_every=4)
+    return loop.recorded(path, scheduler)
 
 
 def test_a_run_that_follows_its_advice_has_nothing_more_to_gain(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def print_comparison(audits: Sequence[Audited], table: pd.DataFrame) -> None:
 
 def print_drift(table: pd.DataFrame) -> None:
     """A front on drift: one table a target, the fastest first, stars on the front."""
-    from thermo_opt.report.drift import drift_sentences, part_words
+    from thermo_opt.report.drift import drift_sentences
 
     console = Console(highlight=False)
     for target, rows in table.groupby("target_loss", sort=False):
@@ -187,7 +187,8 @@ def print_drift(table: pd.DataFrame) -> None:
         for name in ("", f"T, {DURATION_UNITS[table.attrs['clock']]}", "drift", "noise"):
             shown.add_column(name, justify="right", no_wrap=True)
         for row in rows.sort_values("time", kind="stable", na_position="last").to_dict("records"):
-            cells = [number(row["time"]), part_words(row, "drift"), part_words(row, "noise")]
+            parts = (noise_words.with_error(row, part) for part in ("drift", "noise"))
+            cells = [number(row["time"]), *parts]
             star = "★" if row["on_front"] else ""
             shown.add_row(plain(row["run"]), star, *cells)
         console.print(shown)

@@ -61,13 +61,14 @@ SPLIT = (
 """Quantities of ``summary["split"]``, each beside its ``_error``, one standard error."""
 
 
-def with_error(split: Mapping[str, Any] | None, key: str) -> str:
-    """A part with its standard error as a person reads it, "–" where it isn't told."""
+def with_error(split: Mapping[Any, Any] | None, key: str) -> str:
+    """A part with its standard error, where it has one, as a person reads it; "–" where it isn't
+    told."""
     value = (split or {}).get(key)
     if value is None:
         return "–"
-    error = (split or {}).get(f"{key}_error")
-    return f"{number(value)} ± {number(error, 2)}" if error else number(value)
+    error = (split or {}).get(f"{key}_error") or 0.0
+    return f"{number(value)} ± {number(error, 2)}" if error > 0 else number(value)
 
 
 def sentences(summary: Mapping[str, Any]) -> list[str]:

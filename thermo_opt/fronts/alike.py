@@ -3,6 +3,7 @@ likelihood."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from thermo_opt.errors import InputError
@@ -94,4 +95,4 @@ def same(what: str, names: Sequence[str], values: Sequence[str], remedy: str) ->
 
 def _usual(values: Sequence[str]) -> str:
     """The value that most have, of equally many the first."""
-    return max(values, key=lambda value: (list(values).count(value), -list(values).index(value)))
+    return Counter(values).most_common(1)[0][0]

@@ -194,8 +194,8 @@ class NGDT(Optimizer):
         self.likelihood = named_likelihood(likelihood, sigma2)
         self._usual_decay: float | None = None
         if weight_decay is None:
-            held = [p for group in groups for p in group["params"]] if options.per_layer else []
-            weight_decay = default_weight_decay(held, self.likelihood) if held else 0.0
+            held = [p for group in groups for p in group["params"]]
+            weight_decay = default_weight_decay(held, self.likelihood) if options.per_layer else 0.0
             self._usual_decay = weight_decay
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "share": None}
         super().__init__(groups, defaults)

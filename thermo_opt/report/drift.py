@@ -15,6 +15,7 @@ import pandas as pd
 
 from thermo_opt.arguments import jsonable
 from thermo_opt.describe.quantities import DURATION_UNITS, number
+from thermo_opt.describe.split import with_error
 from thermo_opt.lenses.results import SCHEMA_VERSION
 from thermo_opt.plots.drift import scattered
 from thermo_opt.plots.palette import look
@@ -58,9 +59,8 @@ def render_drift_front(table: pd.DataFrame, left_out: Sequence[tuple[str, str]] 
 
 
 def drift_json(table: pd.DataFrame, left_out: Sequence[tuple[str, str]] = ()) -> str:
-    """A front on drift as strict JSON: ``schema_version, x, clock, notes, runs,
-    left_out``, null for NaN;
-    ``left_out``: (run, reason) of the runs that could not be used."""
+    """A front on drift as strict JSON: ``schema_version, x, clock, notes, runs, left_out``, null
+    for NaN; ``left_out``: (run, reason) of the runs that could not be used."""
     return json.dumps(
         {
             "schema_version": SCHEMA_VERSION,
@@ -90,12 +90,6 @@ def drift_sentences(table: pd.DataFrame) -> list[str]:
             f"{names}" + (f"; {missed} of {len(rows)} runs never reach it." if missed else ".")
         )
     return [*said, *table.attrs["notes"]]
-
-
-def part_words(row: Any, part: str) -> str:
-    """Drift or noise of a table's row with its standard error as a person reads it."""
-    value, error = row[part], row[f"{part}_error"]
-    return f"{number(value)} ± {number(error, 2)}" if error > 0 else number(value)
 
 
 def _figure(
@@ -141,8 +135,8 @@ def _figure(
                     "customdata": [
                         [
                             escape(str(row["run"])),
-                            part_words(row, "drift"),
-                            part_words(row, "noise"),
+                            with_error(row, "drift"),
+                            with_error(row, "noise"),
                         ]
                         for row in own.to_dict("records")
                     ],
@@ -177,7 +171,7 @@ def _figure(
         "drift." + (f" Not drawn: {below} whose drift came out at or below zero." if below else ""),
         f"Scatter chart on logarithmic axes of time, drift and noise to {words}. "
         + "; ".join(
-            f"{row['run']}: drift {part_words(row, 'drift')}, noise {part_words(row, 'noise')}"
+            f"{row['run']}: drift {with_error(row, 'drift')}, noise {with_error(row, 'noise')}"
             for row in rows.head(_READ_ALOUD).to_dict("records")
         ),
         data,
@@ -200,7 +194,7 @@ def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
         ordered = rows.sort_values("time", kind="stable", na_position="last")
         for row in ordered.to_dict("records"):
             cells = [number(row["target_loss"]), number(row["time"])]
-            cells += [part_words(row, part) for part in ("drift", "noise")]
+            cells += [with_error(row, part) for part in ("drift", "noise")]
             kept = {key: row[key] for key in ("run", "group", "on_front")}
             found.append(kept | {"cells": cells})
     return found
