@@ -106,8 +106,9 @@ class Measurement:
         this relative spacing (theory §4)."""
         f = self.before.double()
         unit = epsilon * torch.ldexp(torch.ones_like(f), torch.frexp(f).exponent - 1)
-        generator = torch.Generator().manual_seed(0)
-        twice = torch.rand((2, *f.shape), generator=generator, dtype=torch.float64).to(f.device)
+        generator = torch.Generator(f.device).manual_seed(0)
+        shape = (2, *f.shape)
+        twice = torch.rand(shape, generator=generator, dtype=torch.float64, device=f.device)
         return self._mean(f + unit * (twice[0] - twice[1]))
 
     def _mean(self, now: Tensor) -> float:

@@ -30,6 +30,7 @@ from thermo_opt.fisher.spectral import default_rtol
 from thermo_opt.optim.kronecker.capture import (
     Capture,
     RunningAverage,
+    add_all,
     group_by_shape,
     second_moment,
     stack_averages,
@@ -247,10 +248,10 @@ class UnruledBlock(ParameterBlock):
         self.average.add(captured, self.options.factor_decay)
 
     def trace(self) -> Tensor | None:
-        return self.average.value[0].sum() if self.average.value else None
+        return self.average.value[0].sum() if self.average.known else None
 
     def refresh(self, damping: float, compute: bool = True) -> None:
-        if self.average.value:
+        if self.average.known:
             self.damping = damping
             values = self.average.value[0]
             rtol = rtol_of(self.options, values)
@@ -370,17 +371,17 @@ class NormBlock(LayerBlock):
         self._pending = [None] * len(self.layers)
 
     def update(self, captured: Sequence[Tensor]) -> None:
-        for j, moment in zip(self.captured_layers, captured, strict=True):
-            self._averages[j].add([moment], self.options.factor_decay)
+        averages = [self._averages[j] for j in self.captured_layers]
+        add_all(averages, [[moment] for moment in captured], self.options.factor_decay)
 
     def trace(self) -> Tensor | None:
         moments = [t for average in self._averages for t in average.value]
         if not moments:
             return None
-        return torch.stack([Factor(moment).trace.sum() for moment in moments]).sum()
+        return Factor(torch.stack(moments)).trace.sum()
 
     def refresh(self, damping: float, compute: bool = True) -> None:
-        if not all(average.value for average in self._averages):
+        if not all(average.known for average in self._averages):
             return
         (matrix,) = stack_averages(self._averages)
         self.damping = damping

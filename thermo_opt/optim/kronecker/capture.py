@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from thermo_opt.fisher.kronecker.factors import working, working_dtype
-from thermo_opt.optim.kronecker.half import Half
+from thermo_opt.optim.kronecker.half import Half, rounded, same, wholes
 
 FORGET = 4
 """Weight of the n-th observation is 4/(n + 4) until it drops to 1 − decay, so that early, quickly
@@ -87,28 +87,25 @@ class RunningAverage:
     _kept: list[Tensor | Half] = field(default_factory=list)
 
     @property
+    def known(self) -> bool:
+        """Whether there is an observation."""
+        return bool(self._kept)
+
+    @property
     def value(self) -> list[Tensor]:
         """The average; of what is kept in half precision a copy."""
-        return [t.whole() if isinstance(t, Half) else t for t in self._kept]
+        spelt = iter(wholes([t for t in self._kept if isinstance(t, Half)]))
+        return [next(spelt) if isinstance(t, Half) else t for t in self._kept]
 
     @value.setter
     def value(self, tensors: Sequence[Tensor]) -> None:
-        self._kept = [
-            Half.of(t) if self.half and t.dim() > 1 and t.dtype == torch.float32 else t
-            for t in tensors
-        ]
+        chosen = [self.half and t.dim() > 1 and t.dtype == torch.float32 for t in tensors]
+        short = iter(rounded([t for t, half in zip(tensors, chosen, strict=True) if half]))
+        self._kept = [next(short) if half else t for t, half in zip(tensors, chosen, strict=True)]
 
     def add(self, new: Sequence[Tensor], decay: float) -> None:
         """Add one observation."""
-        value = self.value
-        if value:
-            keep = min(decay, self.count / (self.count + FORGET))
-            torch._foreach_lerp_(value, list(new), 1 - keep)
-        else:
-            value = [t.clone() for t in new]
-        if self.half or not self.count:
-            self.value = value
-        self.count += 1
+        add_all([self], [new], decay)
 
     def state_dict(self) -> dict[str, Any]:
         """The count and the tensors, those of half precision spelt out."""
@@ -121,17 +118,59 @@ class RunningAverage:
         self.value = [t.to(**to).clone() for t in state["value"]]
 
 
+def add_all(
+    averages: Sequence[RunningAverage], observations: Sequence[Sequence[Tensor]], decay: float
+) -> None:
+    """Add one observation to each average: what is kept in half precision in one batch for each
+    shape, the rest in one call."""
+    places: list[tuple[RunningAverage, int]] = []
+    fresh: list[Tensor] = []
+    weights: list[float] = []
+    for average, new in zip(averages, observations, strict=True):
+        if average.known:
+            weight = 1 - min(decay, average.count / (average.count + FORGET))
+            places += [(average, k) for k in range(len(new))]
+            fresh += new
+            weights += [weight] * len(new)
+        else:
+            average.value = [t.clone() for t in new]
+        average.count += 1
+    kept = [average._kept[k] for average, k in places]
+    keys = [
+        (weight, (t.shape, t.dtype) if isinstance(old, Half) else None)
+        for old, t, weight in zip(kept, fresh, weights, strict=True)
+    ]
+    for group in same(keys):
+        new, weight = [fresh[i] for i in group], weights[group[0]]
+        whole = [old for i in group if isinstance(old := kept[i], Tensor)]
+        if whole:
+            torch._foreach_lerp_(whole, new, weight)
+            continue
+        halves = [old for i in group if isinstance(old := kept[i], Half)]
+        sums = Half.stack(halves).whole().lerp_(torch.stack(new), weight)
+        for i, half in zip(group, Half.of(sums).unbind(0), strict=True):
+            average, k = places[i]
+            average._kept[k] = half
+
+
 def stack_averages(averages: Sequence[RunningAverage]) -> list[Tensor]:
     """The running averages of a stack's layers as tensors (m, …); the averages become views of
     them, and stay so, unless they are kept in half precision."""
-    values = [average.value for average in averages]
-    if len(values) == 1:
-        return values[0]
+    if len(averages) == 1:
+        return averages[0].value
     if averages[0].half:
-        return [torch.stack(parts) for parts in zip(*values, strict=True)]
+        return [_stack(parts) for parts in zip(*(a._kept for a in averages), strict=True)]
+    values = [average.value for average in averages]
     whole = [t._base for t in values[0] if t._base is not None]
     if len(whole) < len(values[0]):
         whole = [torch.stack(parts) for parts in zip(*values, strict=True)]
         for j, average in enumerate(averages):
             average.value = [t[j] for t in whole]
     return whole
+
+
+def _stack(parts: Sequence[Tensor | Half]) -> Tensor:
+    halves = [part for part in parts if isinstance(part, Half)]
+    if len(halves) == len(parts):
+        return Half.stack(halves).whole()
+    return torch.stack([part.whole() if isinstance(part, Half) else part for part in parts])

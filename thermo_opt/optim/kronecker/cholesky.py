@@ -69,8 +69,11 @@ def plain_inverses(matrices: Sequence[Tensor], shifts: Sequence[Amount]) -> list
     if side > k:
         work[:, k, :k] = 0.0  # the upper triangle is not read
         diagonal[:, k] = 1.0
-    for part, matrix, shift in zip(inner.split(counts), matrices, shifts, strict=True):
-        _shift(part.copy_(matrix), shift)
+    torch._foreach_copy_(
+        [part.view_as(m) for part, m in zip(inner.split(counts), matrices, strict=True)],
+        list(matrices),
+    )
+    _shift(inner, _together(shifts, counts, like))
     factor, info = torch.linalg.cholesky_ex(work)
     if bool(info.any()) or not all_finite(factor.diagonal(dim1=-2, dim2=-1)):
         return None
@@ -91,7 +94,13 @@ def all_finite(*tensors: Tensor) -> bool:
 
     A sum that overflows counts too.
     """
-    return math.isfinite(float(sum(t.sum() for t in tensors)))
+    return math.isfinite(float(total(tensors)))
+
+
+def total(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of all entries, on the device: finite only if all of them are."""
+    sums = [t.sum() for t in tensors]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
 def shifted(matrix: Tensor, amount: Amount) -> Tensor:
@@ -99,6 +108,22 @@ def shifted(matrix: Tensor, amount: Amount) -> Tensor:
     if matrix.dim() == 1:
         return matrix + amount
     return _shift(matrix.clone(), amount)
+
+
+def _together(shifts: Sequence[Amount], counts: Sequence[int], like: Tensor) -> Amount:
+    """The multiples for all matrices of a batch."""
+    if not any(isinstance(shift, Tensor) for shift in shifts):
+        return torch.tensor(
+            [shift for shift, n in zip(shifts, counts, strict=True) for _ in range(n)],
+            dtype=like.dtype,
+            device=like.device,
+        )
+    return torch.cat(
+        [
+            torch.as_tensor(shift, dtype=like.dtype, device=like.device).expand(n)
+            for shift, n in zip(shifts, counts, strict=True)
+        ]
+    )
 
 
 def _shift(matrix: Tensor, amount: Amount) -> Tensor:

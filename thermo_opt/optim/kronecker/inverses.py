@@ -125,10 +125,11 @@ class DampedInverse:
         if self._whole is None:
             self._whole = block
 
-    def fill(self, inverse: Tensor | None) -> None:
-        """Take over the inverse, or find it by the ladder, each of a batch for itself."""
-        if inverse is not None:
-            self.inverse.copy_(inverse)
+    def settle(self, known: bool) -> None:
+        """Forget the last inverse once this one is ``known``, or find it by the ladder, each of a
+        batch for itself."""
+        if known:
+            pass
         elif self.block.dim() == 2:
             self._climb()
         else:
@@ -203,10 +204,10 @@ def invert(parts: Sequence[DampedInverse]) -> None:
             inverses = plain_inverses(
                 [part.block for part in batch], [part.amount for part in batch]
             )
-            for j, part in enumerate(
-                batch
-            ):  # where one fails, each for itself, so that only those that fail are affected
-                part.fill(None if inverses is None else inverses[j])
+            if inverses is not None:
+                torch._foreach_copy_([part.inverse for part in batch], inverses)
+            for part in batch:  # where one fails, each for itself
+                part.settle(inverses is not None)
 
 
 class DampedFactor(Factor):

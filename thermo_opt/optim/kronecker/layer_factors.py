@@ -208,10 +208,11 @@ class LayerFactors:
     def captured(self, terms: float) -> list[Tensor]:
         """The blocks of A, then those of G, of everything captured; forgets them."""
         torch._foreach_mul_(self.G, terms)
-        known = self.average.value
-        for j, rows in enumerate(self.rows):
-            if not rows and known:  # an expert without tokens keeps the inputs it had
-                self.A[0][j] = known[0][j]
+        if self.average.known and not all(self.rows):
+            (A, *_) = self.average.value
+            for j, rows in enumerate(self.rows):
+                if not rows:  # an expert without tokens keeps the inputs it had
+                    self.A[0][j] = A[j]
         found = self.A + self.G
         self.pending, self.A, self.G, self.rows = None, [], [], []
         return found

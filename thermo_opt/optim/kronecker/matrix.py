@@ -16,7 +16,12 @@ from thermo_opt.fisher.kronecker.layers import KroneckerLayer
 from thermo_opt.fisher.kronecker.uses import ParameterUse
 from thermo_opt.fisher.spectral import Spectrum, orthogonal_iteration
 from thermo_opt.optim.kronecker.blocks import Average, LayerBlock, rtol_of
-from thermo_opt.optim.kronecker.capture import RunningAverage, group_by_shape, stack_averages
+from thermo_opt.optim.kronecker.capture import (
+    RunningAverage,
+    add_all,
+    group_by_shape,
+    stack_averages,
+)
 from thermo_opt.optim.kronecker.inverses import KroneckerInverse, SpectralInverse
 from thermo_opt.optim.kronecker.layer_factors import LayerFactors, add_captures
 
@@ -59,6 +64,7 @@ class MatrixBlock(LayerBlock):
         self._awaited = False
         self._terms = 1.0
         self._basis: KroneckerBlock | None = None
+        self._pair: tuple[Factor, Factor] | None = None
 
     @property
     def one_hot(self) -> bool:
@@ -118,16 +124,21 @@ class MatrixBlock(LayerBlock):
             side.discard()
 
     def update(self, captured: Sequence[Tensor]) -> None:
-        self._awaited = True
+        self._awaited, self._pair = True, None
         each = len(captured) // len(self.captured_layers)
-        for i, j in enumerate(self.captured_layers):
-            self.sides[j].average.add(
-                captured[each * i : each * (i + 1)], self.options.factor_decay
-            )
+        averages = [self.sides[j].average for j in self.captured_layers]
+        parts = [captured[each * i : each * (i + 1)] for i in range(len(averages))]
+        add_all(averages, parts, self.options.factor_decay)
 
     def factors(self) -> tuple[Factor, Factor] | None:
-        """Running (A, G), or None while some layer has not been seen."""
-        if not all(side.average.value for side in self.sides):
+        """Running (A, G), or None while some layer has not been seen; until `rest` the same
+        ones."""
+        if self._pair is None:
+            self._pair = self._factors()
+        return self._pair
+
+    def _factors(self) -> tuple[Factor, Factor] | None:
+        if not all(side.average.known for side in self.sides):
             return None
         value = stack_averages([side.average for side in self.sides])
         count = self.sides[0].blocks[1]
@@ -200,6 +211,7 @@ class MatrixBlock(LayerBlock):
         self.inverse = None
 
     def rest(self) -> None:
+        self._pair = None
         if self.options.half_state and isinstance(self.inverse, KroneckerInverse):
             self.inverse.rest(self.factors)
 
@@ -228,7 +240,7 @@ class MatrixBlock(LayerBlock):
         block: KroneckerBasis = self._basis
         if self.corrected:
             self._correct(self._basis, average)
-            if self.eigenvalues.value:
+            if self.eigenvalues.known:
                 block = EigenvalueCorrectedBlock(block, self.eigenvalues.value[0])
         cut = rtol_of(self.options, block.eigenvalues)
         self.inverse = SpectralInverse(block, self.damping, cut, self.options.atol)
@@ -304,9 +316,9 @@ class TiedBlock(MatrixBlock):
             rest = rest[count:]
         return parts
 
-    def factors(self) -> tuple[Factor, Factor] | None:
+    def _factors(self) -> tuple[Factor, Factor] | None:
         pairs = zip(self.sides, self._turned, strict=True)
-        seen = [(side, turned) for side, turned in pairs if side.average.value]
+        seen = [(side, turned) for side, turned in pairs if side.average.known]
         if not seen or None in self._turned:
             return None
         terms = []

@@ -26,7 +26,7 @@ from thermo_opt.optim.forward_pass import ForwardPass
 from thermo_opt.optim.hooks import StepByStep, after_forward, on_gradient, on_node_gradient
 from thermo_opt.optim.kronecker.agreement import agreed
 from thermo_opt.optim.kronecker.blocks import LayerBlock, ParameterBlock, UnruledBlock
-from thermo_opt.optim.kronecker.cholesky import all_finite
+from thermo_opt.optim.kronecker.cholesky import all_finite, total
 from thermo_opt.optim.kronecker.inverses import BlockInverse, invert
 from thermo_opt.optim.kronecker.layout import BlockLayout
 from thermo_opt.optim.kronecker.matrix import MatrixBlock
@@ -144,8 +144,9 @@ class KroneckerMetric(TrainingMetric):
         found = self._captured(gradients, terms, everywhere)
         self.setup.processes.average([t for _, captured in found for t in captured])
         refreshed: list[ParameterBlock] = []
-        for block, captured in found:
-            if all_finite(*captured):
+        sums = _floats([total(captured) for _, captured in found])
+        for (block, captured), known in zip(found, map(math.isfinite, sums), strict=True):
+            if known:
                 block.update(captured)
                 refreshed.append(block)
             else:
@@ -240,8 +241,8 @@ class KroneckerMetric(TrainingMetric):
             for block in self.blocks
             if (block.total is None or block in refreshed) and (trace := block.trace()) is not None
         }
-        for block, total in zip(traces, _floats(list(traces.values())), strict=True):
-            block.total = total
+        for block, value in zip(traces, _floats(list(traces.values())), strict=True):
+            block.total = value
         known = [(block, block.total) for block in self.blocks if block.total is not None]
         size = sum(p.numel() for block, _ in known for p in block.params)
         self.damping = default_damping(sum(total for _, total in known), size, predictions)
@@ -316,13 +317,15 @@ class KroneckerMetric(TrainingMetric):
         ]
         if not any(rates):
             return None
-        return block.coordinates.gather(
-            [rate * whole(p.detach()) for rate, p in zip(rates, block.params, strict=True)]
-        )
+        own = [whole(p.detach()) for p in block.params]
+        if len(set(rates)) == 1:
+            return rates[0] * block.coordinates.gather(own)
+        return block.coordinates.gather([r * p for r, p in zip(rates, own, strict=True)])
 
     def apply(self, sizes: Sequence[float], null_size: float) -> None:
         rule, pools = self._rule, self.setup.pools
         moves: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        shrinks: dict[float, list[Tensor]] = {}
 
         def move(p: Tensor, along: Tensor, size: float) -> None:
             params, directions = moves.setdefault(size, ([], []))
@@ -340,10 +343,12 @@ class KroneckerMetric(TrainingMetric):
                     continue
                 size = sizes[pools[i]] * rule.weights[i]
                 if rule.decay[i]:
-                    own_part(p).mul_(1 - size * rule.decay[i])
+                    shrinks.setdefault(1 - size * rule.decay[i], []).append(own_part(p))
                 move(p, part, size * rule.share)
                 if lost is not None:
                     move(p, lost, null_size * rule.weights[i])
+        for kept, params in shrinks.items():
+            torch._foreach_mul_(params, kept)
         for size, (params, directions) in moves.items():
             torch._foreach_add_(params, directions, alpha=-size)
 
