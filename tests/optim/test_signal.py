@@ -68,7 +68,7 @@ def test_regression_on_noisy_data_ends_nearer_to_the_truth_than_with_kl_clipping
 ) -> None:
     follows = stream(1.0, 150, metric=metric)
     clipped = stream(1.0, 150, metric=metric, regulator="kl-clip")
-    assert sum(follows[-30:]) < 0.4 * sum(clipped[-30:])
+    assert sum(follows[-30:]) < 0.75 * sum(clipped[-30:])
 
 
 def test_without_noise_the_budget_is_spent_until_eta_max_binds_and_then_nothing_is() -> None:
