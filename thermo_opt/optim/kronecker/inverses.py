@@ -19,7 +19,7 @@ from thermo_opt.fisher.kronecker import Block, Factor, factored_damping
 from thermo_opt.fisher.kronecker.factor import Amount
 from thermo_opt.fisher.kronecker.scratch import Scratch
 from thermo_opt.optim.kronecker.cholesky import TOGETHER, plain_inverses, positive_inverse, shifted
-from thermo_opt.optim.kronecker.half import Half
+from thermo_opt.optim.kronecker.half import Half, rounded
 
 
 class BlockInverse(ABC):
@@ -119,6 +119,15 @@ class DampedInverse:
             self._half, self._inverse = half or Half.of(self._inverse), None
         if not self.notes:  # else it is another one than the running factors say
             self._whole, self._block = None, block
+
+    @property
+    def awake(self) -> bool:
+        """Whether there is an inverse that `rest` would keep in half precision."""
+        return (
+            not self.diagonal
+            and self._inverse is not None
+            and (self._inverse.dtype == torch.float32)
+        )
 
     def wake(self, block: Tensor) -> None:
         """Have the block at hand, until the next `rest`."""
@@ -240,6 +249,8 @@ class DampedFactor(Factor):
         if isinstance(self._equal, Tensor) and self._equal.dtype == torch.float32:
             self._equal = Half.of(self._equal)
             halves = self._equal.unbind(-3)
+        elif all(part.awake for part in self.parts):
+            halves = rounded(self.inverses)
         for j, (part, half) in enumerate(zip(self.parts, halves, strict=True)):
             part.rest(lambda j=j: blocks()[j], half)  # type: ignore[misc]
         if not any(part.notes for part in self.parts):
@@ -253,6 +264,9 @@ class DampedFactor(Factor):
     @property
     def inverses(self) -> list[Tensor]:
         """The blocks of ``(M + cI)⁻¹``."""
+        equal = self.equal
+        if equal is not None:
+            return list(equal.unbind(-3))
         return [part.inverse for part in self.parts]
 
     def left(self, v: Tensor, out: Tensor | None = None) -> Tensor:
@@ -273,8 +287,8 @@ class DampedFactor(Factor):
             product = torch.mul if self.parts[0].diagonal else torch.matmul
             return product(v, self.parts[0].inverse, out=out)
         out = torch.empty_like(v) if out is None else out
-        for (start, end), part in zip(self.ends, self.parts, strict=True):
-            torch.matmul(v[..., start:end], part.inverse, out=out[..., start:end])
+        for (start, end), inverse in zip(self.ends, self.inverses, strict=True):
+            torch.matmul(v[..., start:end], inverse, out=out[..., start:end])
         return out
 
     def solve_left(self, v: Tensor) -> Tensor:
