@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,34 +123,44 @@ def add_all(
 ) -> None:
     """Add one observation to each average: what is kept in half precision in one batch for each
     shape, the rest in one call."""
-    places: list[tuple[RunningAverage, int]] = []
-    fresh: list[Tensor] = []
-    weights: list[float] = []
+    entries: list[_Entry] = []
     for average, new in zip(averages, observations, strict=True):
         if average.known:
             weight = 1 - min(decay, average.count / (average.count + FORGET))
-            places += [(average, k) for k in range(len(new))]
-            fresh += new
-            weights += [weight] * len(new)
+            entries += [_Entry(average, k, t, weight) for k, t in enumerate(new)]
         else:
             average.value = [t.clone() for t in new]
         average.count += 1
-    kept = [average._kept[k] for average, k in places]
-    keys = [
-        (weight, (t.shape, t.dtype) if isinstance(old, Half) else None)
-        for old, t, weight in zip(kept, fresh, weights, strict=True)
-    ]
-    for group in same(keys):
-        new, weight = [fresh[i] for i in group], weights[group[0]]
-        whole = [old for i in group if isinstance(old := kept[i], Tensor)]
-        if whole:
-            torch._foreach_lerp_(whole, new, weight)
-            continue
-        halves = [old for i in group if isinstance(old := kept[i], Half)]
-        sums = Half.stack(halves).whole().lerp_(torch.stack(new), weight)
-        for i, half in zip(group, Half.of(sums).unbind(0), strict=True):
-            average, k = places[i]
-            average._kept[k] = half
+    for group in same(entry.key for entry in entries):
+        batch = [entries[i] for i in group]
+        new, weight = [entry.new for entry in batch], batch[0].weight
+        halves = [t for entry in batch if isinstance(t := entry.kept, Half)]
+        if halves:
+            sums = Half.stack(halves).whole().lerp_(torch.stack(new), weight)
+            for entry, half in zip(batch, Half.of(sums).unbind(0), strict=True):
+                entry.average._kept[entry.place] = half
+        else:
+            kept = [t for entry in batch if isinstance(t := entry.kept, Tensor)]
+            torch._foreach_lerp_(kept, new, weight)
+
+
+class _Entry(NamedTuple):
+    """One tensor of a running average, with what is to be added to it and its weight."""
+
+    average: RunningAverage
+    place: int
+    new: Tensor
+    weight: float
+
+    @property
+    def kept(self) -> Tensor | Half:
+        return self.average._kept[self.place]
+
+    @property
+    def key(self) -> object:
+        """Equal for what may be added to in one call."""
+        half = isinstance(self.kept, Half)
+        return self.weight, (self.new.shape, self.new.dtype) if half else None
 
 
 def stack_averages(averages: Sequence[RunningAverage]) -> list[Tensor]:
