@@ -114,4 +114,4 @@ def test_predictions_that_nothing_else_bounds_stay_finite() -> None:
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
         largest[decay] = float(model(x).detach().abs().max())
-    assert largest[None] < 10 < 2 * largest[0.0] / 3, largest
+    assert largest[None] < 10 < largest[0.0], largest

@@ -52,7 +52,8 @@ EXPECTED = 1.6
 the last ones were steady."""
 
 IDLE = 0.1
-"""A step that spends less than this part of what it might need not be foreseen."""
+"""A step that spends less than this part of what it might need not be foreseen. Nor does it lower
+κ: what idle steps teach holds for them alone."""
 
 STEADY = 2.0
 """The last measurements were steady if their log ratios are below log of this in the root mean
@@ -70,8 +71,17 @@ SELDOM = 32
 EXCESS = 1.25
 """A measured step that spends more than this many times its budget is shortened to it."""
 
-JUMP = 3.0
-"""A step whose Δ is this many times the running mean is measured out of turn."""
+JUMP = 2.0
+"""A step whose Δ is this many times the running mean is measured out of turn, and from the end of
+the warm-up on the whole minibatch: one example that pulls may not be in a sample."""
+
+FALL = 2.5
+"""So is a step that is priced at less than this part of what the last measured one was: what made
+that one dear may not be over."""
+
+WILD = 2.0
+"""While the last measurements miss by more than this (mean square of the log ratio: four times), a
+sample of the examples may miss those that carry the KL, so that all are read."""
 
 BREACH = 3.0
 """A realised KL this many times the predicted one says that the curvature is out of date."""
@@ -99,8 +109,9 @@ class Calibration:
         predictions: about how many predictions a measurement reads, in 4 examples at least (None:
             the whole minibatch). They are drawn anew every time, in proportion to how much their KL
             is likely to change. The whole minibatch is read where a model's outputs for some
-            examples depend on the others, where nearly all predictions are certain, and where the
-            drawn ones say that the step overspends.
+            examples depend on the others, where nearly all predictions are certain, where the drawn
+            ones say that the step overspends, where Δ jumps, and while measurements come out
+            wildly.
         warmup: steps in which κ may rise fast.
         gain: share of the measured correction that κ takes.
 
@@ -109,6 +120,7 @@ class Calibration:
         last: the last step that was measured. wait: steps from there to the next measurement.
         breached: whether the last measurement says that the curvature is out of date.
         unsteady: running mean square of log(realised/predicted).
+        price: κ (Δ/Δ̄)^POWER of the last measured step; 0 before it.
     """
 
     every: int = 10
@@ -121,7 +133,9 @@ class Calibration:
     wait: int = field(default=1, init=False)
     breached: bool = field(default=False, init=False)
     unsteady: float = field(default=0.0, init=False)
+    price: float = field(default=0.0, init=False)
     _jumped: bool = field(default=False, init=False, repr=False)
+    _price: float = field(default=0.0, init=False, repr=False)
     _overrated: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -136,6 +150,10 @@ class Calibration:
     def scale(self, delta: float) -> float:
         """κ (Δ/Δ̄)^POWER for a step of this Δ, or a where that is larger (in the uncalibrated
         metric); the running mean moves towards it."""
+        self._price = self._scaled(delta)
+        return self._price
+
+    def _scaled(self, delta: float) -> float:
         if not delta > 0:
             return self.kappa
         if not self.level > 0:
@@ -148,9 +166,15 @@ class Calibration:
         return self.kappa * min(max(surge, low), high)
 
     def wanted(self, step: int) -> bool:
-        """Whether to measure this step: its turn has come, or its Δ stands out."""
+        """Whether to measure this step: its turn has come, or its Δ stands out, or it is cheap."""
         self.breached = False
-        return self._jumped or self.due(step)
+        return self._jumped or self.due(step) or FALL * self._price < self.price
+
+    def sample(self, step: int, shocked: bool = False) -> int | None:
+        """About how many predictions to read at this step; None: all of them, as where the step
+        before is known to have gone wrong (``shocked``)."""
+        wild = step >= self.warmup and (self.unsteady > WILD or self._jumped)
+        return None if wild or shocked else self.predictions
 
     def observe(
         self,
@@ -174,7 +198,8 @@ class Calibration:
             limit: what the step might have spent. A small part of it need not be foreseen.
         """
         self._learn(step, predicted, realised, floor, IDLE * limit)
-        if certain:
+        self.price = self._price
+        if certain or 0 < EXCESS * limit < realised:
             self.wait = 1
 
     def _learn(
@@ -185,15 +210,15 @@ class Calibration:
         if drowned or not predicted > RESOLUTION or (self._overrated and ratio < 1):
             self.last = step
             return
+        idles = max(predicted, realised) < idle
         low, high = BAND
         if self.last < 0:
             self.kappa *= min(max(ratio, low), FIRST)
         elif step < self.warmup:
             self.kappa *= min(max(ratio, low), RISE) ** self.gain
-        else:
+        elif ratio > 1 or not idles:
             self.kappa *= 1 + self.gain * (min(max(ratio, low), high) - 1)
         self.last = step
-        idles = max(predicted, realised) < idle
         miss = 0.0 if idles else math.log(min(max(ratio, 1 / OUTLIER), OUTLIER))
         self.unsteady = RECENT * self.unsteady + (1 - RECENT) * miss * miss
         steady = self.unsteady < math.log(STEADY) ** 2
@@ -213,6 +238,7 @@ class Calibration:
             "wait": self.wait,
             "breached": self.breached,
             "unsteady": self.unsteady,
+            "price": self.price,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -227,3 +253,4 @@ class Calibration:
         self.last, self.wait = int(state["last"]), int(state.get("wait", 1))
         self.breached = bool(state["breached"])
         self.unsteady = float(state.get("unsteady", 0.0))
+        self.price = float(state.get("price", 0.0))

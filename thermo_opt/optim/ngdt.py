@@ -19,7 +19,7 @@ from thermo_opt.fisher.likelihoods import Categorical, Likelihood
 from thermo_opt.fisher.likelihoods import likelihood as named_likelihood
 from thermo_opt.optim import state, validate
 from thermo_opt.optim.budget import Regulator, Schedule, named, value_at
-from thermo_opt.optim.calibration import ABOVE_FLOOR, EXCESS, Calibration
+from thermo_opt.optim.calibration import ABOVE_FLOOR, EXCESS, IDLE, Calibration
 from thermo_opt.optim.class_axis import ClassAxis
 from thermo_opt.optim.compiled import Compiled
 from thermo_opt.optim.forward_pass import effective_terms, loss_left, of_one_loss
@@ -62,6 +62,10 @@ after the step was shortened is measured again."""
 
 MOST_CUTS = 8
 """Times that a step is shortened."""
+
+SHOCK = 5.0
+"""A step after which the loss rises along it by more than this many times what it cost was a shock.
+"""
 
 BOUND = 0.99
 """A step that would cost less than this share of its budget is bounded by something else."""
@@ -437,8 +441,18 @@ class NGDT(Optimizer):
 
     def _measured(self, taken: _Taken) -> bool:
         """Whether the step is to be measured: the same on all processes."""
-        wanted = self.calibration is not None and self.calibration.wanted(self.steps)
-        return wanted and taken.predicted > 0
+        calibration = self.calibration
+        if calibration is None:
+            return False
+        wanted = calibration.wanted(self.steps)
+        return taken.predicted > 0 and (wanted or self._shocked(taken))
+
+    def _shocked(self, taken: _Taken) -> bool:
+        """Whether the last step raised this minibatch's loss by far more than the metric knows of,
+        so that it may not know what this one costs, either; of no interest to a step that idles."""
+        ratio = None if self.signal is None else self.signal.ratio
+        idle = taken.predicted < IDLE * (taken.budget or 0.0)
+        return not idle and ratio is not None and ratio < -SHOCK
 
     def _measurement(self, taken: _Taken, seen: StepInputs) -> Measurements | None:
         """What measures, on this process, the step that is about to be taken."""
@@ -446,7 +460,8 @@ class NGDT(Optimizer):
         if calibration is None:
             return None
         expected = max(taken.predicted, 0.01 * (taken.limit or 0.0))
-        return self.meter.begin_all(seen.measured, calibration.predictions, self.steps, expected)
+        some = calibration.sample(self.steps, self._shocked(taken))
+        return self.meter.begin_all(seen.measured, some, self.steps, expected)
 
     def _calibrate(
         self, taken: _Taken, measurement: Measurements | None
