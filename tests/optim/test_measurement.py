@@ -168,6 +168,90 @@ def test_a_small_part_of_the_budget_need_not_be_foreseen() -> None:
     assert measured(1e-3) > 50
 
 
+def settled(step: int = 100) -> Calibration:
+    """One that has foreseen its last measurements."""
+    calibration = Calibration()
+    for k in range(step):
+        calibration.scale(1.0)
+        if calibration.wanted(k):
+            calibration.observe(k, 1e-3, 1e-3, limit=1e-3)
+    return calibration
+
+
+def test_a_jump_of_delta_is_measured_whole() -> None:
+    calibration = settled()
+    calibration.scale(1.5)
+    assert not calibration.wanted(91)
+    assert calibration.sample(91) == calibration.predictions
+    calibration.scale(2.5)
+    assert calibration.wanted(91)
+    assert calibration.sample(91) is None
+    assert calibration.sample(20) == calibration.predictions  # κ is still being found out
+
+
+def test_wild_measurements_and_shocks_call_for_the_whole_minibatch() -> None:
+    calibration = settled()
+    assert calibration.sample(100, shocked=True) is None
+    for step in range(100, 106):
+        calibration.scale(1.0)
+        calibration.observe(step, 1e-3, 1e-3 * 10 ** (-1) ** step, limit=1e-3)
+    assert calibration.sample(106) is None
+
+
+def test_a_step_priced_far_below_the_last_measured_one_is_measured() -> None:
+    calibration = settled()
+    calibration.scale(8.0)
+    calibration.observe(100, 1e-3, 1e-3, limit=1e-3)
+    calibration.scale(1.0)
+    assert calibration.wanted(101)
+    calibration.observe(101, 1e-3, 1e-3, limit=1e-3)
+    calibration.scale(1.0)
+    assert not calibration.wanted(102)
+
+
+def test_the_step_after_one_that_overspent_is_measured() -> None:
+    calibration = settled()
+    assert calibration.wait > 1
+    calibration.observe(100, 1e-3, 1.3e-3, limit=1e-3)  # foreseen, but shortened
+    assert calibration.wait == 1
+
+
+def test_idle_steps_do_not_lower_kappa() -> None:
+    calibration = settled()
+    kappa = calibration.kappa
+    for step in range(100, 110):
+        calibration.observe(step, 1e-6, 1e-7, limit=1e-3)
+    assert calibration.kappa == kappa
+    calibration.observe(110, 1e-6, 2e-6, limit=1e-3)
+    assert calibration.kappa > kappa
+
+
+def test_a_step_after_a_shock_is_measured_on_the_whole_minibatch() -> None:
+    """As if the last step had cost a thousandth of what the loss then rose, or fell, along it."""
+    outcomes = {}
+    for sign in (1.0, -1.0):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))
+        optimizer = to.NGDT(model, budget=1e-3)
+        for step in range(51):
+            x = torch.randn(256, 6)
+            if step == 50:
+                assert optimizer.calibration is not None
+                assert optimizer.signal is not None
+                optimizer.calibration.wait, optimizer.calibration.last = 30, step - 1
+                optimizer.signal.sizes = tuple(sign * size for size in optimizer.signal.sizes)
+                optimizer.signal.spent *= 1e-3
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), x[:, :4].argmax(1)).backward()
+            optimizer.step()
+        ratio, realised = (optimizer.last_step[key] for key in ("signal_ratio", "realised"))
+        assert ratio is not None
+        assert abs(ratio) > 5
+        outcomes[ratio < 0] = (realised is not None, optimizer.meter.way)
+    assert outcomes[True] == (True, "whole")
+    assert not outcomes[False][0]
+
+
 @pytest.mark.parametrize("predictions", [None, 48])
 def test_what_the_loss_does_not_count_is_not_measured(predictions: int | None) -> None:
     """Half of the positions are padding, which hardly changes."""

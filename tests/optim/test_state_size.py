@@ -10,6 +10,7 @@ from analysis.networks import ConvNet
 from analysis.study_memory import state_size
 from tests.optim import optim_models as models
 from thermo_opt.optim import KFAC
+from thermo_opt.optim.kronecker.capture import RunningAverage, add_all, stack_averages
 from thermo_opt.optim.kronecker.half import Half
 
 
@@ -118,3 +119,25 @@ def test_a_tied_weights_narrow_side_is_cut_to_the_blocks_of_the_whole_factors() 
     for j, block in enumerate(G.blocks):
         part = slice(128 * j, 128 * (j + 1))
         torch.testing.assert_close(block, whole_G.matrix[part, part])
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_averages_of_many_layers_are_those_of_each(half: bool) -> None:
+    """What is kept in half precision, of one shape and age, is averaged in one batch."""
+    torch.manual_seed(0)
+    together, alone = ([RunningAverage(half=half) for _ in range(4)] for _ in range(2))
+    for step in range(3):
+        seen = range(4) if step else range(3)  # the last one is younger
+        new = [[r @ r.mT for r in (torch.randn(5, 5), torch.randn(3, 3))] for _ in seen]
+        new = [[*matrices, torch.rand(7)] for matrices in new]
+        add_all([together[j] for j in seen], new, 0.95)
+        for j, tensors in zip(seen, new, strict=True):
+            alone[j].add(tensors, 0.95)
+    assert [average.count for average in together] == [3, 3, 3, 2]
+    for one, other in zip(together, alone, strict=True):
+        for t, own in zip(one.value, other.value, strict=True):
+            assert torch.equal(t, own)
+    stacked = stack_averages(together)
+    assert [t.shape for t in stacked] == [(4, 5, 5), (4, 3, 3), (4, 7)]
+    for j, average in enumerate(alone):
+        assert all(torch.equal(t[j], own) for t, own in zip(stacked, average.value, strict=True))
