@@ -154,6 +154,15 @@ def test_state_of_another_optimizer_or_model() -> None:
         to.NGDT(model, metric="ekfac").load_state_dict(to.NGDT(model).state_dict())
 
 
+def test_a_state_saved_before_an_entry_was_known_is_loaded() -> None:
+    saved = to.NGDT(models.mlp()).state_dict()
+    del saved["ngdt"]["calibration"]["price"]
+    with pytest.raises(to.InputError, match="price"):
+        to.NGDT(models.mlp()).load_state_dict(saved)
+    saved["ngdt"]["version"] -= 1
+    to.NGDT(models.mlp()).load_state_dict(saved)
+
+
 @pytest.mark.parametrize("metric", ["kfac", "ekfac", "exact", "diagonal"])
 @pytest.mark.parametrize("where", ["gradient", "loss"])
 @pytest.mark.parametrize("before", [0, 3])

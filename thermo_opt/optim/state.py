@@ -13,9 +13,10 @@ from thermo_opt.errors import InputError
 from thermo_opt.optim import validate
 from thermo_opt.optim.kronecker.refresh import LEAST
 
-VERSION = 4
-"""3: every entry is there. 2: blocks by name under "blocks", and whether the layout is decided;
-some entries may be missing. 1 (without a number): "units", and a limit of −1 where it is not."""
+VERSION = 5
+"""From 3 on every entry of its time is there. 2: blocks by name under "blocks", and whether the
+layout is decided; some entries may be missing. 1 (without a number): "units", and a limit of −1
+where it is not."""
 
 _LARGEST = 1e30
 """No count or measurement of NGD-T's comes near, and its square is still a number."""

@@ -42,14 +42,9 @@ def stacked(captures: Sequence[Capture]) -> tuple[Tensor, Tensor]:
 
 def group_by_shape(captures: Sequence[Capture | None]) -> list[tuple[list[int], list[Capture]]]:
     """Group captures of equal shape and dtype: (indices, captures) per group."""
-    found: dict[tuple[object, ...], tuple[list[int], list[Capture]]] = {}
-    for place, c in enumerate(captures):
-        if c is not None:
-            key = (c.x.shape, c.x.dtype, c.g.shape, c.g.dtype, c.total)
-            places, same = found.setdefault(key, ([], []))
-            places.append(place)
-            same.append(c)
-    return list(found.values())
+    there = [(place, c) for place, c in enumerate(captures) if c is not None]
+    groups = same((c.x.shape, c.x.dtype, c.g.shape, c.g.dtype, c.total) for _, c in there)
+    return [([there[k][0] for k in group], [there[k][1] for k in group]) for group in groups]
 
 
 def thin(rows: Tensor, most: int | None, offset: int) -> Tensor:

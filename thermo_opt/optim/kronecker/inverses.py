@@ -19,7 +19,7 @@ from thermo_opt.fisher.kronecker import Block, Factor, factored_damping
 from thermo_opt.fisher.kronecker.factor import Amount
 from thermo_opt.fisher.kronecker.scratch import Scratch
 from thermo_opt.optim.kronecker.cholesky import TOGETHER, plain_inverses, positive_inverse, shifted
-from thermo_opt.optim.kronecker.half import Half, rounded
+from thermo_opt.optim.kronecker.half import Half, rounded, same
 
 
 class BlockInverse(ABC):
@@ -113,9 +113,9 @@ class DampedInverse:
     def rest(self, block: Callable[[], Tensor], half: Half | None = None) -> None:
         """Keep the inverse in half precision, ``half`` if it is at hand, and ask for the block when
         it is needed."""
-        if self.diagonal or (self._inverse is not None and self._inverse.dtype != torch.float32):
-            return
         if self._inverse is not None:
+            if not self.awake:
+                return
             self._half, self._inverse = half or Half.of(self._inverse), None
         if not self.notes:  # else it is another one than the running factors say
             self._whole, self._block = None, block
@@ -123,31 +123,28 @@ class DampedInverse:
     @property
     def awake(self) -> bool:
         """Whether there is an inverse that `rest` would keep in half precision."""
-        return (
-            not self.diagonal
-            and self._inverse is not None
-            and (self._inverse.dtype == torch.float32)
-        )
+        inverse = self._inverse
+        return not self.diagonal and inverse is not None and inverse.dtype == torch.float32
 
     def wake(self, block: Tensor) -> None:
         """Have the block at hand, until the next `rest`."""
         if self._whole is None:
             self._whole = block
 
-    def settle(self, known: bool) -> None:
-        """Forget the last inverse once this one is ``known``, or find it by the ladder, each of a
-        batch for itself."""
-        if known:
-            pass
-        elif self.block.dim() == 2:
+    def climb(self) -> None:
+        """Find the inverse by the ladder, each of a batch for itself."""
+        if self.block.dim() == 2:
             self._climb()
-        else:
-            each = [self[j] for j in range(len(self.block))]
-            for one in each:
-                one._climb()
-            self.notes = sorted({note for one in each for note in one.notes})
-            self.block = torch.stack([one.block for one in each])
-            self.amount = torch.stack([torch.as_tensor(one.amount) for one in each]).to(self.block)
+            return
+        each = [self[j] for j in range(len(self.block))]
+        for one in each:
+            one._climb()
+        self.notes = sorted({note for one in each for note in one.notes})
+        self.block = torch.stack([one.block for one in each])
+        self.amount = torch.stack([torch.as_tensor(one.amount) for one in each]).to(self.block)
+
+    def forget(self) -> None:
+        """Let go of the inverse before this one, which is known now."""
         self._last = None
 
     def _climb(self) -> None:
@@ -201,12 +198,9 @@ def invert(parts: Sequence[DampedInverse]) -> None:
     Give it all of one parameter block and nothing else: a resumed run rebuilds each by itself, and
     the same batch gives the same bits.
     """
-    by_shape: dict[tuple[object, ...], list[DampedInverse]] = {}
-    for part in parts:
-        by_shape.setdefault((part.block.shape[-1], part.block.dtype, part.block.device), []).append(
-            part
-        )
-    for group in by_shape.values():
+    keys = ((part.block.shape[-1], part.block.dtype, part.block.device) for part in parts)
+    for places in same(keys):
+        group = [parts[k] for k in places]
         count = max(TOGETHER // max(part.block.numel() for part in group), 1)
         for start in range(0, len(group), count):
             batch = group[start : start + count]
@@ -215,8 +209,10 @@ def invert(parts: Sequence[DampedInverse]) -> None:
             )
             if inverses is not None:
                 torch._foreach_copy_([part.inverse for part in batch], inverses)
-            for part in batch:  # where one fails, each for itself
-                part.settle(inverses is not None)
+            for part in batch:
+                if inverses is None:  # each for itself, so that only those that fail are affected
+                    part.climb()
+                part.forget()
 
 
 class DampedFactor(Factor):
