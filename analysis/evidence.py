@@ -63,7 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "digits": {},
     "cifar10": {"probe": 200, "whole_test": True},
     "imagenet": {"probe": 100},
-    "transformer": {"probe": 16, "test": 256},
+    "transformer": {"probe": 8, "test": 256},
 }
 """Over the study's own options: probes small enough to be recorded at every step."""
 SHOWN = (
