@@ -23,13 +23,14 @@ from thermo_opt.optim.calibration import ABOVE_FLOOR, EXCESS, IDLE, Calibration
 from thermo_opt.optim.class_axis import ClassAxis
 from thermo_opt.optim.compiled import Compiled
 from thermo_opt.optim.forward_pass import effective_terms, loss_left, of_one_loss
+from thermo_opt.optim.inflation import Inflation
 from thermo_opt.optim.measurement import KLMeter, Measurements
 from thermo_opt.optim.metrics import MetricOptions
 from thermo_opt.optim.notices import GradientWatch, Notices
 from thermo_opt.optim.old_keywords import translated
 from thermo_opt.optim.pass_recorder import PassRecorder
 from thermo_opt.optim.processes import Processes
-from thermo_opt.optim.sharding import is_sharded, whole, zeros_like
+from thermo_opt.optim.sharding import is_sharded, own_part, whole, zeros_like
 from thermo_opt.optim.signal import Signal
 from thermo_opt.optim.training_metric import Setup, StepInputs, StepLengths, UpdateRule
 from thermo_opt.optim.weight_decay import default_weight_decay
@@ -48,6 +49,7 @@ REPORTED = (
     "decrease",
     "alignment",
     "kappa",
+    "inflation",
     "loss_scale",
     "skipped",
 )
@@ -69,6 +71,10 @@ SHOCK = 5.0
 
 BOUND = 0.99
 """A step that would cost less than this share of its budget is bounded by something else."""
+
+
+USUAL_BUDGET = 0.01
+"""Nats per step where none is asked for; more where little of them reaches other examples."""
 
 
 class NGDT(Optimizer):
@@ -105,8 +111,10 @@ class NGDT(Optimizer):
     (what the last step left to gain along it, over its cost), ``predicted`` and ``realised``
     dissipation in nats (realised: None where not measured; of a shortened step, the measurement
     times ``shortened``²), ``shortened``, ``decrease`` (predicted), ``alignment``,
-    ``kappa`` (κ for this step's Δ), ``loss_scale`` (by which factor the loss is larger than the
-    mean negative log-likelihood), ``skipped`` (steps so far), ``damping`` and the metric's own.
+    ``kappa`` (κ for this step's Δ), ``inflation`` (I, the running ratio of a step's KL on its own
+    minibatch to its KL on the next, `optim.inflation`), ``loss_scale`` (by which factor the loss is
+    larger than the mean negative log-likelihood), ``skipped`` (steps so far), ``damping`` and the
+    metric's own.
 
     Cost beside the backward pass: the metric's (see `KFAC`), and momentum, one copy of the
     parameters. Sources: theory page, Sources.
@@ -115,7 +123,9 @@ class NGDT(Optimizer):
         model: the module being trained; hooks are attached to it (`close`, or use the optimizer as
             a context manager, removes them).
         budget: most nats per step, or a function of the step; it is the speed against dissipation
-            knob. 0.01 suits small networks and small data, 0.03 long passes over much data.
+            knob. None: 0.01 where the inflation I is at most 2, which suits small networks and
+            small data, and I/2 times as many, at most ten, where less than half of a step's nats
+            reach other examples (`optim.inflation`). 0.03 suits long passes over much data.
         params: parameters or parameter groups (default: all that require grad). Group options:
             ``lr``, ``weight_decay``, ``share`` (the fraction of the budget that this group spends
             on its own; the others share the rest).
@@ -134,9 +144,10 @@ class NGDT(Optimizer):
             object with the methods of `Regulator`.
         eta_max: η_max, or a function of the step.
         damping: λ, absolute, for the Fisher of one prediction's log-likelihood, or a function of
-            the step. None: for K-FAC kinds max(1e-4, 10·(tr F/d)/N) for d parameters and N
-            predictions per step (`optim.kronecker.refresh` says why), for metrics of a minibatch
-            1e-3; 0 where the metric's inverse is a pseudo-inverse.
+            the step. None: for K-FAC kinds max(1e-4, 10·p·(tr F/d)/N) for d parameters and N
+            predictions per step (`optim.kronecker.refresh` says why), with p = (I − 1)/0.2 within
+            0.3 and 30 where the inflation I is known; for metrics of a minibatch 1e-3; 0 where the
+            metric's inverse is a pseudo-inverse.
         likelihood: "categorical" (logits), "bernoulli" (logits), "gaussian" (means), "poisson"
             (log-rates), or a `Likelihood`.
         sigma2: variance of the "gaussian" likelihood.
@@ -159,7 +170,7 @@ class NGDT(Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        budget: Schedule = 0.01,
+        budget: Schedule | None = None,
         params: Iterable[Any] | None = None,
         *,
         lr: float = 1.0,
@@ -177,7 +188,7 @@ class NGDT(Optimizer):
         **old: Any,
     ) -> None:
         validate.is_model(model)
-        validate.number("budget", budget, above=True)
+        validate.number("budget", USUAL_BUDGET if budget is None else budget, above=True)
         validate.number("eta_max", eta_max, above=True)
         validate.number("damping", 0.0 if damping is None else damping)
         validate.number("lr", lr)
@@ -204,7 +215,7 @@ class NGDT(Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "share": None}
         super().__init__(groups, defaults)
         self.options = options
-        self.regulator = named(regulator, budget, eta_max)
+        self.regulator = named(regulator, self._usual if budget is None else budget, eta_max)
         self.damping = damping
         self.processes = Processes(model, process_group)
         self.metric = options.attach(self._setup())
@@ -212,6 +223,8 @@ class NGDT(Optimizer):
             calibrated = Calibration() if options.approximate else None
         self.calibration: Calibration | None = copy.copy(calibrated)
         self.grad_scaler = grad_scaler
+        measures = self.calibration is not None and options.per_layer and not self.metric.eta_null
+        self.inflation = Inflation() if measures else None
         follows = bool(getattr(self.regulator, "follows_signal", False))
         self.signal = Signal() if follows else None
         self.classes = ClassAxis(self.likelihood)
@@ -298,6 +311,7 @@ class NGDT(Optimizer):
         if all(g is None for g in gradients):  # of this process alone: it follows the others
             gradients = [zeros_like(p) for p in self._params]
         self._recorder.disarm()  # the metric runs the model too
+        self._look_back(seen)
         self.metric.update(gradients, seen, self._damping())
         lengths = self.metric.direction(gradients, self._rule())
         if not lengths.finite:
@@ -307,9 +321,11 @@ class NGDT(Optimizer):
         measurement = self._measurement(taken, seen) if wanted else None
         self.metric.apply(taken.sizes, taken.null_size)
         realised, shortened = self._calibrate(taken, measurement) if wanted else (None, 1.0)
+        sizes = [shortened * size for size in taken.sizes]
         if self.signal is not None:
-            sizes = [shortened * size for size in taken.sizes]
             self.signal.took(sizes, taken.predicted * shortened**2)
+        if self.inflation is not None:
+            self.inflation.took(sizes, realised)
         self._report(taken, lengths, realised, shortened)
         self.steps += 1
         self._arm()
@@ -394,6 +410,26 @@ class NGDT(Optimizer):
         if self.damping is None:
             return None
         return value_at(self.damping, self.steps, "damping", zero=True)
+
+    def _usual(self, step: int) -> float:
+        """The budget where none is asked for."""
+        return USUAL_BUDGET * (1.0 if self.inflation is None else self.inflation.budget)
+
+    def _look_back(self, seen: StepInputs) -> None:
+        """Where the last step was measured on its own minibatch, measure it on this one, too."""
+        calibration, inflation = self.calibration, self.inflation
+        if calibration is None or inflation is None or not inflation.own:
+            return
+        some = calibration.sample(self.steps)
+        measurement = self.meter.begin_all(seen.measured, some, self.steps, inflation.own)
+        params = [own_part(p) for p in self._params]
+        now = [p.clone() for p in params]
+        self.metric.retrace(inflation.sizes, self._rule())
+        found = self._realised(measurement)
+        torch._foreach_copy_(params, now)
+        if found is not None and min(found[0], inflation.own) > ABOVE_FLOOR * found[1]:
+            inflation.observe(self.steps, found[0])
+        self.metric.prior = inflation.prior
 
     def _rule(self) -> UpdateRule:
         largest = self._rate
@@ -536,6 +572,7 @@ class NGDT(Optimizer):
             "decrease": decrease * shortened,
             "alignment": slope * abs(slope) / (total * delta) if total > 0 and delta > 0 else None,
             "kappa": taken.kappa,
+            "inflation": None if self.inflation is None else self.inflation.ratio,
             "loss_scale": self.notices.scale,
             "skipped": float(self.skipped),
             **self.metric.diagnostics(),
@@ -544,6 +581,8 @@ class NGDT(Optimizer):
     def _skip(self, loss: Any) -> Any:
         self.skipped += 1
         self.metric.discard()
+        if self.inflation is not None:
+            self.inflation.took([], None)
         if self.skipped == 1:
             warnings.warn(
                 "a non-finite loss or gradient: the step was skipped (later ones only count in "
@@ -625,6 +664,7 @@ class NGDT(Optimizer):
             "skipped": self.skipped,
             "calibration": None if self.calibration is None else self.calibration.state_dict(),
             "signal": None if self.signal is None else self.signal.state_dict(),
+            "inflation": None if self.inflation is None else self.inflation.state_dict(),
             "curvature": self.metric.state_dict(),
         }
 
@@ -636,7 +676,7 @@ class NGDT(Optimizer):
                 optimizer is then as it was.
         """
         metric, calibration = dict(vars(self.metric)), copy.copy(self.calibration)
-        signal = copy.copy(self.signal)
+        signal, inflation = copy.copy(self.signal), copy.copy(self.inflation)
         before = self.steps, self.skipped
         try:
             own = state.current(state_dict, self.metric.kind)
@@ -645,9 +685,12 @@ class NGDT(Optimizer):
                 self.calibration.load_state_dict(own["calibration"])
             if self.signal is not None and own.get("signal") is not None:
                 self.signal.load_state_dict(own["signal"])
+            if self.inflation is not None and own.get("inflation") is not None:
+                self.inflation.load_state_dict(own["inflation"])
+                self.metric.prior = self.inflation.prior
             self.steps, self.skipped = int(own["steps"]), int(own["skipped"])
             both = {k: v for k, v in self._own_state().items() if v is not None}
-            for part in ("calibration", "signal"):  # a setting: one of the two may be without
+            for part in ("calibration", "signal", "inflation"):  # settings: one may be without
                 if own.get(part) is None or part not in both:
                     own.pop(part, None)
                     both.pop(part, None)
@@ -658,7 +701,7 @@ class NGDT(Optimizer):
         except Exception as error:
             vars(self.metric).clear()
             vars(self.metric).update(metric)
-            self.calibration, self.signal = calibration, signal
+            self.calibration, self.signal, self.inflation = calibration, signal, inflation
             self.steps, self.skipped = before
             if isinstance(error, InputError):
                 raise

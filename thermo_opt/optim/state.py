@@ -13,7 +13,7 @@ from thermo_opt.errors import InputError
 from thermo_opt.optim import validate
 from thermo_opt.optim.kronecker.refresh import LEAST
 
-VERSION = 5
+VERSION = 6
 """From 3 on every entry of its time is there. 2: blocks by name under "blocks", and whether the
 layout is decided; some entries may be missing. 1 (without a number): "units", and a limit of −1
 where it is not."""
@@ -155,7 +155,7 @@ def current(state: Mapping[str, Any], metric: str) -> dict[str, Any]:
         curvature["limit"] = curvature["limit"] if curvature["decided"] else None
         curvature.setdefault("damping", LEAST)
     found = {**own, "version": version, "curvature": curvature}
-    for part in ("calibration", "signal"):
+    for part in ("calibration", "signal", "inflation"):
         if not isinstance(own.get(part), dict | None) or own.get(part) == {}:
             raise _misread(part)
     if (calibration := own["calibration"]) is not None and "usual" in calibration:

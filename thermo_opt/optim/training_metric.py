@@ -115,12 +115,14 @@ class TrainingMetric(ABC):
     Attributes:
         kind: the metric's name, which its saved state carries.
         eta_null: size of the step in the null space; 0 where none is taken.
+        prior: factor on what damping's prior is worth (`optim.inflation`).
         reads_gradients: whether it reads gradients inside the user's own backward pass, which a
             GradScaler scales.
     """
 
     kind: str
     eta_null: float = 0.0
+    prior: float = 1.0
     reads_gradients: bool = False
 
     @property
@@ -162,6 +164,11 @@ class TrainingMetric(ABC):
     @abstractmethod
     def apply(self, sizes: Sequence[float], null_size: float) -> None:
         """θ ← θ − size·v (one size per pool, times the rule's weights) − null_size·P₀g."""
+
+    def retrace(self, sizes: Sequence[float], rule: UpdateRule) -> None:
+        """θ ← θ + size·v for the update v of the step before, whose ``sizes`` are given: back along
+        it. Before this step's `direction`; the same after a state was loaded."""
+        raise NotImplementedError
 
     def discard(self) -> None:
         """Forget what was captured for a step that is skipped."""

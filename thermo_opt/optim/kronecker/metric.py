@@ -245,7 +245,8 @@ class KroneckerMetric(TrainingMetric):
             block.total = value
         known = [(block, block.total) for block in self.blocks if block.total is not None]
         size = sum(p.numel() for block, _ in known for p in block.params)
-        self.damping = default_damping(sum(total for _, total in known), size, predictions)
+        whole_trace = sum(total for _, total in known)
+        self.damping = default_damping(whole_trace, size, predictions, self.prior)
 
     def _refresh(self, blocks: Sequence[ParameterBlock]) -> None:
         """Make the inverses of these blocks, each on one process, and send them to all."""
@@ -352,6 +353,11 @@ class KroneckerMetric(TrainingMetric):
         for size, (params, directions) in moves.items():
             torch._foreach_add_(params, directions, alpha=-size)
 
+    def retrace(self, sizes: Sequence[float], rule: UpdateRule) -> None:
+        self._rule = rule
+        self._moved = [(b, None) for b in self.blocks if b.momentum.vector is not None]
+        self.apply([-size for size in sizes], 0.0)
+
     # ---- housekeeping
 
     def discard(self) -> None:
@@ -372,6 +378,7 @@ class KroneckerMetric(TrainingMetric):
             **self.layout.state_dict(),
             "failures": self.failures,
             "damping": self.damping,
+            "still": sorted(self._still),
             "blocks": {block.name: block.state_dict() for block in self.blocks},
         }
 
@@ -388,6 +395,7 @@ class KroneckerMetric(TrainingMetric):
         for block in self.blocks:
             block.load_state_dict(state["blocks"][block.name])
         self.failures, self.damping = int(state["failures"]), float(state["damping"])
+        self._still = {int(place) for place in state.get("still", ())}
 
 
 class _Active(NamedTuple):
