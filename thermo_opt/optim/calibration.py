@@ -184,6 +184,7 @@ class Calibration:
         floor: float = 0.0,
         certain: bool = False,
         limit: float = 0.0,
+        held: bool = False,
     ) -> None:
         """Take one step's predicted and realised KL (nats).
 
@@ -196,14 +197,22 @@ class Calibration:
             certain: whether nearly all predictions were, and nothing else bounds the step. The
                 metric of a certain prediction says nothing of it: the next one is measured, too.
             limit: what the step might have spent. A small part of it need not be foreseen.
+            held: whether what the loss has left held the step back. Then κ does not fall: steps
+                would grow until one spends all that is left, which undoes what was learnt.
         """
-        self._learn(step, predicted, realised, floor, IDLE * limit)
+        self._learn(step, predicted, realised, floor, IDLE * limit, held)
         self.price = self._price
         if certain or 0 < EXCESS * limit < realised:
             self.wait = 1
 
     def _learn(
-        self, step: int, predicted: float, realised: float, floor: float, idle: float
+        self,
+        step: int,
+        predicted: float,
+        realised: float,
+        floor: float,
+        idle: float,
+        held: bool,
     ) -> None:
         ratio = realised / predicted if predicted > 0 else math.inf
         drowned = max(predicted, realised) <= ABOVE_FLOOR * floor
@@ -216,7 +225,7 @@ class Calibration:
             self.kappa *= min(max(ratio, low), FIRST)
         elif step < self.warmup:
             self.kappa *= min(max(ratio, low), RISE) ** self.gain
-        elif ratio > 1 or not idles:
+        elif ratio > 1 or not (idles or held):
             self.kappa *= 1 + self.gain * (min(max(ratio, low), high) - 1)
         self.last = step
         miss = 0.0 if idles else math.log(min(max(ratio, 1 / OUTLIER), OUTLIER))

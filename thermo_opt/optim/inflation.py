@@ -12,8 +12,8 @@ its mean logarithm, and says two things:
 - what damping's prior is worth: (I − 1)/`USUAL` times the usual number of predictions
   (`kronecker.refresh`), since shrinking is called for as far as steps fit noise;
 - the default budget: where steps spend most of their nats on their own minibatch from the start,
-  they have more of them, so that half of the usual budget arrives elsewhere. An I that only grows
-  as examples are learnt by heart asks for no larger steps, so that the first steps decide.
+  they have more of them, so that a quarter of the usual budget arrives elsewhere. An I that only
+  grows as examples are learnt by heart asks for no larger steps, so that the first steps decide.
 
 Cost: at the step after a measured one, the weights are moved back along the last step and put back,
 and a sample of the new minibatch is run through the model, as for a measurement. (Cf. the gap
@@ -44,8 +44,8 @@ losses with the prior as it was; in the geometric mean all end as low."""
 SETTLED = 30
 """Steps after which the budget is decided: until then κ is only being found out."""
 
-SHARE = 0.5
-"""Of the default budget that should arrive on other examples."""
+SHARE = 0.25
+"""Of the usual budget that should arrive on other examples."""
 
 MOST = 10.0
 """The default budget grows by no more."""

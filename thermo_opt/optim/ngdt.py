@@ -123,9 +123,9 @@ class NGDT(Optimizer):
         model: the module being trained; hooks are attached to it (`close`, or use the optimizer as
             a context manager, removes them).
         budget: most nats per step, or a function of the step; it is the speed against dissipation
-            knob. None: 0.01 where the inflation I is at most 2, which suits small networks and
-            small data, and I/2 times as many, at most ten, where less than half of a step's nats
-            reach other examples (`optim.inflation`). 0.03 suits long passes over much data.
+            knob. None: 0.01, and I/4 times as many, at most ten, where less than a quarter of a
+            step's nats reach other examples: where the inflation I after 30 steps is above 4
+            (`optim.inflation`). 0.03 suits long passes over much data.
         params: parameters or parameter groups (default: all that require grad). Group options:
             ``lr``, ``weight_decay``, ``share`` (the fraction of the budget that this group spends
             on its own; the others share the rest).
@@ -319,8 +319,9 @@ class NGDT(Optimizer):
         taken = self._sized(lengths, seen.left)
         wanted = self._measured(taken)
         measurement = self._measurement(taken, seen) if wanted else None
+        before = self._weights() if wanted else []
         self.metric.apply(taken.sizes, taken.null_size)
-        realised, shortened = self._calibrate(taken, measurement) if wanted else (None, 1.0)
+        realised, shortened = self._calibrate(taken, measurement, before) if wanted else (None, 1.0)
         sizes = [shortened * size for size in taken.sizes]
         if self.signal is not None:
             self.signal.took(sizes, taken.predicted * shortened**2)
@@ -422,11 +423,10 @@ class NGDT(Optimizer):
             return
         some = calibration.sample(self.steps)
         measurement = self.meter.begin_all(seen.measured, some, self.steps, inflation.own)
-        params = [own_part(p) for p in self._params]
-        now = [p.clone() for p in params]
+        now = self._weights()
         self.metric.retrace(inflation.sizes, self._rule())
         found = self._realised(measurement)
-        torch._foreach_copy_(params, now)
+        self._restore(now)
         if found is not None and min(found[0], inflation.own) > ABOVE_FLOOR * found[1]:
             inflation.observe(self.steps, found[0])
         self.metric.prior = inflation.prior
@@ -500,10 +500,10 @@ class NGDT(Optimizer):
         return self.meter.begin_all(seen.measured, some, self.steps, expected)
 
     def _calibrate(
-        self, taken: _Taken, measurement: Measurements | None
+        self, taken: _Taken, measurement: Measurements | None, before: list[Tensor]
     ) -> tuple[float | None, float]:
         """(the KL that the step really caused, None where it is not measured; the factor by which
-        it was then shortened)."""
+        it was then shortened). ``before``: the weights before it."""
         found = self._realised(measurement)
         if found is None:
             return None, 1.0
@@ -516,17 +516,19 @@ class NGDT(Optimizer):
                 floor,
                 certain=self.meter.certain and taken.left is None,
                 limit=taken.limit or 0.0,
+                held=taken.left is not None and taken.left < (taken.limit or 0.0),
             )
         kept, limit = 1.0, taken.limit
         for _ in range(MOST_CUTS):
             if limit is None or realised <= max(EXCESS * limit, ABOVE_FLOOR * floor):
                 break
             if not math.isfinite(realised):
-                self._cut(taken, kept, 0.0)
+                self._restore(before)
                 return None, 0.0
             part = max(math.sqrt(limit / realised), 0.1)
-            self._cut(taken, kept, kept * part)
             kept *= part
+            self._restore(before)
+            self.metric.apply([kept * size for size in taken.sizes], kept * taken.null_size)
             again = None
             if realised > QUADRATIC * limit:
                 # The few examples that carry it may not be the sample's.
@@ -546,11 +548,13 @@ class NGDT(Optimizer):
         )
         return (whole / measured, lost / measured) if measured else None
 
-    def _cut(self, taken: _Taken, old: float, new: float) -> None:
-        """Shorten the step from one share of its size to another."""
-        self.metric.apply(
-            [(new - old) * size for size in taken.sizes], (new - old) * taken.null_size
-        )
+    def _weights(self) -> list[Tensor]:
+        """A copy of this process's weights. A step that was far too long can't be taken back by
+        adding it: what it leaves is its rounding."""
+        return [own_part(p).clone() for p in self._params]
+
+    def _restore(self, weights: list[Tensor]) -> None:
+        torch._foreach_copy_([own_part(p) for p in self._params], weights)
 
     def _report(
         self, taken: _Taken, lengths: StepLengths, realised: float | None, shortened: float
