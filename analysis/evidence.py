@@ -109,7 +109,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0},
     "SOAP": {"lr": 3e-3, "betas": [0.95, 0.95], "weight_decay": 0.01},
     "Muon": {"lr": 0.02, "weight_decay": 0.0},
-    "NGD-T": {"budget": 0.01, "weight_decay": None},
+    "NGD-T": {"budget": None, "weight_decay": None},
     "K-FAC, KL clip": {"budget": 1e-3, "eta_max": 0.1, "weight_decay": None},
 }
 
@@ -288,10 +288,13 @@ def at_stride(folder: Path, stride: int) -> float:
 
 @functools.cache
 def commit() -> str:
-    """The commit of the code, and whether it was changed since; empty outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    found = subprocess.run(git, capture_output=True, text=True, check=False)
-    return found.stdout.strip()
+    """The commit of the code, and whether it was changed since, results aside; empty outside a
+    repository."""
+    here = str(Path(__file__).parent)
+    git = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, check=False)
+    found = git(["git", "describe", "--always"]).stdout.strip()
+    changed = git(["git", "status", "--porcelain", "-uno", "--", ":/", ":(exclude)results"]).stdout
+    return f"{found}-dirty" if changed else found
 
 
 def main(arguments: list[str]) -> None:

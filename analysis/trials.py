@@ -90,9 +90,9 @@ def trial_of(
         passed,
     )
     tuned = [key for key in settings if key in own.grid] or list(settings)
-    label = "-".join(
-        [method, *(f"{key}={chosen.get(key, warmup):.4g}" for key in tuned), f"seed={seed}"]
-    )
+    shown = {key: chosen.get(key, warmup) for key in tuned}
+    knobs = [f"{k}={v if v is None else format(v, '.4g')}" for k, v in shown.items()]
+    label = "-".join([method, *knobs, f"seed={seed}"])
     facts = {**trial.facts(), "aligned": aligned, "code": _code(own.optimizer == "NGDT")}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
     return replace(trial, name=f"{label}-{digest}".replace(" ", "_"))
