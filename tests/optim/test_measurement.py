@@ -226,6 +226,17 @@ def test_idle_steps_do_not_lower_kappa() -> None:
     assert calibration.kappa > kappa
 
 
+def test_what_the_loss_has_left_does_not_lower_kappa() -> None:
+    """Steps held back by it spend less than it: κ must not fall until one spends it all."""
+    calibration = settled()
+    kappa = calibration.kappa
+    for step in range(100, 110):
+        calibration.observe(step, 5e-4, 5e-6, limit=1e-3, held=True)
+    assert calibration.kappa == kappa
+    calibration.observe(110, 5e-4, 1e-3, limit=1e-3, held=True)
+    assert calibration.kappa > kappa
+
+
 def test_a_step_after_a_shock_is_measured_on_the_whole_minibatch() -> None:
     """As if the last step had cost a thousandth of what the loss then rose, or fell, along it."""
     outcomes = {}

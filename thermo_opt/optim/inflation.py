@@ -3,7 +3,8 @@
 A step follows the noise of its minibatch, too, so that it changes the predictions there more than
 elsewhere. For a measured step δ, with the next minibatch B' for elsewhere,
 
-    I = KL on its own minibatch / KL of the same δ on B'
+    I = KL of the predictions on its own minibatch to those after δ
+        / KL of the predictions on B' to those before δ
 
 near 1 where a minibatch holds far more predictions than directions are fitted, several times that
 where it does not, or where its examples share statistics (batch normalization). I is followed by
