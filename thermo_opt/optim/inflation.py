@@ -18,7 +18,7 @@ its mean logarithm, and says two things:
 
 Cost: at the step after a measured one, the weights are moved back along the last step and put back,
 and a sample of the new minibatch is run through the model, as for a measurement. (Cf. the gap
-between training and fresh examples as a count of effective parameters: Moody 1992, Murata,
+between training and fresh examples as a count of effective parameters: Moody 1991, Murata,
 Yoshizawa & Amari 1994.)
 """
 
