@@ -51,6 +51,9 @@ SHARE = 0.25
 MOST = 10.0
 """The default budget grows by no more."""
 
+FEW = (3, 8)
+"""Measurements before the prior and the budget follow."""
+
 OUTLIER = (0.1, 100.0)
 """One measurement reports an I between these."""
 
@@ -83,7 +86,7 @@ class Inflation:
             found = math.log(min(max(self.own / other, low), high))
             self.count += 1
             self.log += max(1 / self.count, 1 - MEMORY) * (found - self.log)
-        if step >= SETTLED and self.count and not self.settled:
+        if step >= SETTLED and self.count >= FEW[1] and not self.settled:
             self.settled = math.exp(self.log)
 
     @property
@@ -94,7 +97,7 @@ class Inflation:
     @property
     def prior(self) -> float:
         """The factor on what damping's prior is worth; 1 while little is known."""
-        if self.count < 3:
+        if self.count < FEW[0]:
             return 1.0
         low, high = WORTH
         return min(max((math.exp(self.log) - 1) / USUAL, low), high)

@@ -116,8 +116,8 @@ class NGDT(Optimizer):
     larger than the mean negative log-likelihood), ``skipped`` (steps so far), ``damping`` and the
     metric's own.
 
-    Cost beside the backward pass: the metric's (see `KFAC`), and momentum, one copy of the
-    parameters. Sources: theory page, Sources.
+    Cost beside the backward pass: the metric's (see `KFAC`), momentum, one copy of the parameters,
+    and while a step is measured another. Sources: theory page, Sources.
 
     Args:
         model: the module being trained; hooks are attached to it (`close`, or use the optimizer as
@@ -424,9 +424,11 @@ class NGDT(Optimizer):
         some = calibration.sample(self.steps)
         measurement = self.meter.begin_all(seen.measured, some, self.steps, inflation.own)
         now = self._weights()
-        self.metric.retrace(inflation.sizes, self._rule())
-        found = self._realised(measurement)
-        self._restore(now)
+        try:
+            self.metric.retrace(inflation.sizes, self._rule())
+            found = self._realised(measurement)
+        finally:
+            self._restore(now)
         if found is not None and min(found[0], inflation.own) > ABOVE_FLOOR * found[1]:
             inflation.observe(self.steps, found[0])
         self.metric.prior = inflation.prior
