@@ -38,12 +38,12 @@ README_SWEEP = Sweep(
     seeds=(0, 1),
     methods=(
         Method(
-            "NGD-T, swept by its budget",
+            "NGD-T, by its budget",
             "NGDT",
             grid={"budget": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]},
         ),
         Method(
-            "Adam, swept by its learning rate",
+            "Adam, by its learning rate",
             "Adam",
             grid={"lr": [1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1]},
         ),
