@@ -216,14 +216,13 @@ def test_the_step_after_one_that_overspent_is_measured() -> None:
     assert calibration.wait == 1
 
 
-def test_idle_steps_do_not_lower_kappa() -> None:
+def test_idle_steps_lower_a_kappa_that_is_too_high() -> None:
+    """Where η_max binds, it is κ that makes them idle: it would stay too high for ever."""
     calibration = settled()
-    kappa = calibration.kappa
-    for step in range(100, 110):
-        calibration.observe(step, 1e-6, 1e-7, limit=1e-3)
-    assert calibration.kappa == kappa
-    calibration.observe(110, 1e-6, 2e-6, limit=1e-3)
-    assert calibration.kappa > kappa
+    calibration.kappa *= 1e3
+    for step in range(100, 140):
+        calibration.observe(step, 1e-6 * calibration.kappa, 1e-6, limit=1.0)
+    assert calibration.kappa == pytest.approx(1.0, rel=0.1)
 
 
 def test_what_the_loss_has_left_does_not_lower_kappa() -> None:

@@ -52,8 +52,8 @@ EXPECTED = 1.6
 the last ones were steady."""
 
 IDLE = 0.1
-"""A step that spends less than this part of what it might need not be foreseen. Nor does it lower
-κ: what idle steps teach holds for them alone."""
+"""A step that spends less than this part of what it might need not be foreseen. It does lower κ:
+where η_max binds, it is a κ too high that makes steps idle, and they would for ever."""
 
 STEADY = 2.0
 """The last measurements were steady if their log ratios are below log of this in the root mean
@@ -225,7 +225,7 @@ class Calibration:
             self.kappa *= min(max(ratio, low), FIRST)
         elif step < self.warmup:
             self.kappa *= min(max(ratio, low), RISE) ** self.gain
-        elif ratio > 1 or not (idles or held):
+        elif ratio > 1 or not held:
             self.kappa *= 1 + self.gain * (min(max(ratio, low), high) - 1)
         self.last = step
         miss = 0.0 if idles else math.log(min(max(ratio, 1 / OUTLIER), OUTLIER))
