@@ -188,7 +188,21 @@ def test_a_state_saved_after_a_measured_step_goes_on_as_if_nothing_had_been() ->
 def test_the_saved_entry_is_checked() -> None:
     model = network()
     optimizer = to.NGDT(model)
-    saved = optimizer.state_dict()
-    saved["ngdt"]["inflation"]["own"] = -1.0
-    with pytest.raises(to.InputError, match="inflation"):
-        to.NGDT(model).load_state_dict(saved)
+    for name, value in (("own", -1.0), ("log", 1e6), ("settled", 1e6), ("count", -1)):
+        saved = optimizer.state_dict()
+        saved["ngdt"]["inflation"][name] = value
+        with pytest.raises(to.InputError, match="inflation"):
+            to.NGDT(model).load_state_dict(saved)
+
+
+def test_a_group_that_was_added_with_a_share_of_its_own_is_not_looked_back_at() -> None:
+    model, data = network(), batches(5, 32)
+    head = list(model[2].parameters())  # type: ignore[index]
+    optimizer = to.NGDT(model, params=list(model[0].parameters()))  # type: ignore[index]
+    for batch in data[:3]:
+        take(model, optimizer, batch)
+    assert optimizer.inflation is not None
+    count = optimizer.inflation.count
+    optimizer.add_param_group({"params": head, "share": 0.3})
+    take(model, optimizer, data[3])
+    assert optimizer.inflation.count == count

@@ -121,10 +121,13 @@ class Inflation:
         """Restore what `state_dict` gave.
 
         Raises:
-            InputError: when a ratio or a cost is negative.
+            InputError: when a number can't be what was saved.
         """
-        if min(float(state["settled"]), float(state["own"]), int(state["count"])) < 0:
-            raise InputError("the saved optimizer state is damaged: its inflation is negative")
+        largest = 1.01 * OUTLIER[1]
+        ratio = abs(float(state["log"])) < math.log(largest)
+        settled = 0 <= float(state["settled"]) < largest
+        if not (ratio and settled and float(state["own"]) >= 0 and int(state["count"]) >= 0):
+            raise InputError("the saved optimizer state is damaged: its inflation can't be")
         self.log, self.count = float(state["log"]), int(state["count"])
         self.settled, self.own = float(state["settled"]), float(state["own"])
         self.sizes = tuple(float(size) for size in state["sizes"])

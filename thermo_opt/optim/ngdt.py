@@ -421,6 +421,8 @@ class NGDT(Optimizer):
         calibration, inflation = self.calibration, self.inflation
         if calibration is None or inflation is None or not inflation.own:
             return
+        if len(inflation.sizes) != len(self._shares):  # groups were added since
+            return
         some = calibration.sample(self.steps)
         measurement = self.meter.begin_all(seen.measured, some, self.steps, inflation.own)
         now = self._weights()
