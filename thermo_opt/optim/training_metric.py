@@ -167,7 +167,8 @@ class TrainingMetric(ABC):
 
     def retrace(self, sizes: Sequence[float], rule: UpdateRule) -> None:
         """θ ← θ + size·v for the update v of the step before, whose ``sizes`` are given: back along
-        it. Before this step's `direction`; the same after a state was loaded."""
+        it. Before this step's `direction`; the same after a state was loaded. Of metrics with
+        momentum in their state alone."""
         raise NotImplementedError
 
     def discard(self) -> None:
